@@ -1,0 +1,17 @@
+"""AutoFLIP for Flower: federated learning with models that are really smaller."""
+
+from autoflip_flwr import codec, guidance, mask
+from autoflip_flwr.errors import AutoFlipError
+from autoflip_flwr.mod import AutoFlipMod, masked, masks_from
+from autoflip_flwr.strategy import AutoFLIP
+
+__all__ = [
+    "AutoFLIP",
+    "AutoFlipError",
+    "AutoFlipMod",
+    "codec",
+    "guidance",
+    "mask",
+    "masked",
+    "masks_from",
+]

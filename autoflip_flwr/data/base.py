@@ -1,0 +1,238 @@
+"""What a dataset is, before it is divided among clients.
+
+Samples are kept as they are stored (mostly ``uint8``) and become normalised
+``float32`` only for the rows that somebody asks for, so that a whole training
+set is never held as floats, let alone once for each client.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Samples ready for ``torch.from_numpy``.
+
+    Attributes
+    ----------
+    x : NDArray
+        Images: float32 (N, C, H, W), in [0, 1] and then normalised per channel
+        with the dataset's fixed mean and standard deviation (see `SPECS`).
+        Text: int64 (N, 80), indices of letters.
+    y : NDArray[np.int64]
+        Labels, (N,), in ``0 .. num_classes - 1``.
+    """
+
+    x: NDArray[Any]
+    y: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.y)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What is fixed about a dataset, wherever its files come from.
+
+    Attributes
+    ----------
+    name : str
+    num_classes : int
+        Labels are ``0 .. num_classes - 1``.
+    input_shape : tuple[int, ...]
+        Of one sample: (C, H, W) for images, (80,) for text.
+    mean, std : tuple[float, ...]
+        One value per channel, for pixels in [0, 1]; empty: not normalised.
+    white : int
+        The largest pixel of a ``uint8`` image, mapped to 1.0.
+    """
+
+    name: str
+    num_classes: int
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    white: int = 255
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a sample is a row of letters and not an image."""
+        return len(self.input_shape) == 1
+
+
+#: Every known dataset. The means and deviations are the ones in common use;
+#: FEMNIST follows LEAF, where 1.0 is the paper and 0.0 the ink.
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec(name="digits", num_classes=10, input_shape=(1, 8, 8), white=16),
+        Spec(
+            name="mnist",
+            num_classes=10,
+            input_shape=(1, 28, 28),
+            mean=(0.1307,),
+            std=(0.3081,),
+        ),
+        Spec(
+            name="cifar10",
+            num_classes=10,
+            input_shape=(3, 32, 32),
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+        ),
+        Spec(
+            name="cifar100",
+            num_classes=100,
+            input_shape=(3, 32, 32),
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+        ),
+        Spec(
+            name="femnist",
+            num_classes=62,
+            input_shape=(1, 28, 28),
+            mean=(0.9637,),
+            std=(0.1597,),
+        ),
+        Spec(name="shakespeare", num_classes=80, input_shape=(80,)),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Samples as they are stored.
+
+    Attributes
+    ----------
+    x : NDArray
+        (N, *input_shape): uint8 pixels ``0 .. white``, float32 pixels in
+        [0, 1], or uint8 indices of letters.
+    y : NDArray[np.int64]
+        Labels, (N,).
+    users : NDArray[np.int64] or None
+        Which user (writer, role) each sample belongs to, (N,); None where the
+        dataset does not say.
+    """
+
+    x: NDArray[Any]
+    y: NDArray[np.int64]
+    users: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.y)
+
+    def take(self, rows: NDArray[np.int64], spec: Spec) -> Samples:
+        """Return the samples at `rows`, converted and normalised (a copy)."""
+        x = self.x[rows]
+        if spec.is_text:
+            return Samples(x=x.astype(np.int64), y=self.y[rows])
+        x = x.astype(np.float32)  # a copy: changed in place from here on
+        if self.x.dtype == np.uint8:
+            x /= np.float32(spec.white)
+        if spec.mean:
+            per_channel = (1, -1, 1, 1)
+            x -= np.asarray(spec.mean, dtype=np.float32).reshape(per_channel)
+            x /= np.asarray(spec.std, dtype=np.float32).reshape(per_channel)
+        return Samples(x=x, y=self.y[rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A whole dataset, not yet divided among clients.
+
+    Attributes
+    ----------
+    spec : Spec
+    train, test : Split
+        Disjoint; nothing of `test` is ever handed to a client.
+    """
+
+    spec: Spec
+    train: Split
+    test: Split
+
+
+def checked_split(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    *,
+    spec: Spec,
+    where: str,
+    users: NDArray[np.int64] | None = None,
+) -> Split:
+    """Return a `Split` of what was read, or say what is wrong with it.
+
+    Parameters
+    ----------
+    x : NDArray
+        uint8 or floating, (N, *input_shape).
+    y : NDArray
+        Integer labels, (N,).
+    spec : Spec
+        What the dataset's name promises.
+    where : str
+        The file (and part of it) that errors name.
+    users : NDArray[np.int64], optional
+        See `Split`.
+
+    Raises
+    ------
+    DataError
+        If there are no samples, `x` and `y` differ in length, or shapes, types,
+        pixels or labels are not what `spec` says.
+    """
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise DataError(
+            f"{where}: expected one integer label per sample, "
+            f"got {y.dtype} of shape {y.shape}"
+        )
+    if len(x) != len(y):
+        raise DataError(
+            f"{where}: expected as many samples as labels, got {len(x)} and {len(y)}"
+        )
+    if len(y) == 0:
+        raise DataError(f"{where}: expected samples, got none")
+    if x.shape[1:] != spec.input_shape:
+        raise DataError(
+            f"{where}: a sample of {spec.name} has shape {spec.input_shape}, "
+            f"got {x.shape[1:]}"
+        )
+    if y.min() < 0 or y.max() >= spec.num_classes:
+        raise DataError(
+            f"{where}: labels of {spec.name} are 0..{spec.num_classes - 1}, "
+            f"got {y.min()}..{y.max()}"
+        )
+    return Split(
+        x=x if spec.is_text else _checked_pixels(x, spec, where),
+        y=y.astype(np.int64),
+        users=users,
+    )
+
+
+def _checked_pixels(x: NDArray[Any], spec: Spec, where: str) -> NDArray[Any]:
+    if x.dtype == np.uint8:
+        if x.max() > spec.white:
+            raise DataError(
+                f"{where}: uint8 pixels of {spec.name} are 0..{spec.white}, "
+                f"got {x.max()}"
+            )
+        return x
+    if x.dtype.kind != "f":
+        raise DataError(f"{where}: pixels must be uint8 or floating, got {x.dtype}")
+    if not np.isfinite(x).all():
+        bad = int((~np.isfinite(x)).sum())
+        raise DataError(f"{where}: pixels must be finite, got {bad} NaN or infinite")
+    if x.min() < 0 or x.max() > 1:
+        raise DataError(
+            f"{where}: floating pixels must lie in [0, 1] (not yet normalised), "
+            f"got {x.min():g}..{x.max():g}"
+        )
+    return x.astype(np.float32, copy=False)

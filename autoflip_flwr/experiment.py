@@ -1,0 +1,111 @@
+"""What both of our apps make of a run's settings: the model and the data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from autoflip_flwr import data, models
+from autoflip_flwr.data import Federated, Samples
+from autoflip_flwr.errors import DataError
+from autoflip_flwr.settings import Settings, load
+from autoflip_flwr.wire import EPOCH
+
+
+def settings_of(run_config: Mapping[str, Any]) -> Settings:
+    """Return the settings a run config names: preset and overrides."""
+    return load(str(run_config["preset"]), str(run_config.get("overrides", "")))
+
+
+def build_model(settings: Settings) -> nn.Module:
+    """Build the model for the data; equal seeds give equal weights (`W0`)."""
+    spec = data.spec(settings.data.name)
+    return models.build(
+        settings.model.name,
+        num_classes=spec.num_classes,
+        input_shape=spec.input_shape,
+        seed=settings.seed,
+        **settings.model.options(),
+    )
+
+
+def federated(settings: Settings, num_partitions: int) -> Federated:
+    """Load the data, divided among the clients."""
+    chosen = settings.data
+    return data.load(
+        chosen.name,
+        num_partitions=num_partitions,
+        dir=chosen.dir or None,
+        partition=chosen.partition,
+        alpha=chosen.alpha,
+        classes_per_client=chosen.classes_per_client,
+        max_samples=chosen.max_samples,
+        max_test_samples=chosen.max_test_samples,
+        seed=settings.seed,
+        hub=chosen.hub or None,
+    )
+
+
+def held_out(settings: Settings) -> Samples:
+    """Load the data that the global model is evaluated on, and never trained on."""
+    chosen = settings.data
+    return data.load(
+        chosen.name,
+        num_partitions=1,
+        dir=chosen.dir or None,
+        max_test_samples=chosen.max_test_samples,
+        seed=settings.seed,
+        hub=chosen.hub or None,
+    ).test
+
+
+def node_samples(
+    settings: Settings, node_config: Mapping[str, Any]
+) -> tuple[Samples, Samples]:
+    """Return a node's samples: for training, and held out for its own evaluation.
+
+    A node has data of its own (``data-path``), or one part of common data
+    (``partition-id``, ``num-partitions``).
+
+    Raises
+    ------
+    DataError
+        If the node says neither.
+    """
+    if "data-path" in node_config:
+        samples = data.load_node(settings.data.name, str(node_config["data-path"]))
+    elif "partition-id" in node_config and "num-partitions" in node_config:
+        parts = federated(settings, int(node_config["num-partitions"]))
+        samples = parts.partition(int(node_config["partition-id"]))
+    else:
+        raise DataError(
+            "expected 'data-path', or 'partition-id' and 'num-partitions', in the "
+            f"node config, got {sorted(node_config)}; start the SuperNode with "
+            "--node-config 'data-path=\"...\"'"
+        )
+    count = round(settings.data.holdout * len(samples))
+    order = np.random.default_rng(settings.seed).permutation(len(samples))
+    apart, rest = order[:count], order[count:]
+    return (
+        Samples(x=samples.x[rest], y=samples.y[rest]),
+        Samples(x=samples.x[apart], y=samples.y[apart]),
+    )
+
+
+def call_seed(
+    settings: Settings, config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> int:
+    """Return the seed of one call: by run, round, exploration epoch and node."""
+    words = (
+        settings.seed,
+        int(config.get("server-round", 0)),
+        int(config.get(EPOCH, -1)) + 1,
+        int(node_config.get("partition-id", 0)),
+    )
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def proximal_mu(config: Mapping[str, Any]) -> float:
+    """Return what FedProx put into the message's config; 0 without it."""
+    return float(config.get("proximal-mu", 0.0))

@@ -1,0 +1,82 @@
+"""The strategies that sample and aggregate, by name."""
+
+from typing import Any
+
+from flwr.serverapp.strategy import (
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    Krum,
+    Strategy,
+)
+
+from autoflip_flwr.settings import ServerStrategy, Settings
+from autoflip_flwr.strategy import AutoFLIP
+
+_KINDS: dict[ServerStrategy, type[FedAvg]] = {
+    "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedprox": FedProx,
+    "fedmedian": FedMedian,
+    "krum": Krum,
+}
+
+
+def build_strategy(settings: Settings, prunable: list[str]) -> Strategy:
+    """Return the strategy that a run's settings ask for.
+
+    Parameters
+    ----------
+    settings : Settings
+    prunable : list of str
+        Names of the model's trainable parameters.
+    """
+    inner = _inner(settings)
+    if settings.strategy.name == "fedavg":
+        return inner
+    pruning, exploration = settings.pruning, settings.exploration
+    return AutoFLIP(
+        inner,
+        threshold=pruning.threshold,
+        mode=pruning.mode,
+        score=pruning.score,
+        normalization=pruning.normalization,
+        population_weight=pruning.population_weight,
+        floor=pruning.floor,
+        exclude=pruning.exclude,
+        prunable=prunable,
+        pruned_weights=pruning.pruned_weights,
+        exploration_epochs=exploration.epochs,
+        exploration_fraction=exploration.fraction,
+        exploration_patience=exploration.patience,
+        exploration_every=exploration.every,
+        exploration_timeout=exploration.timeout,
+        values=settings.wire.values,
+        seed=settings.seed,
+    )
+
+
+def _inner(settings: Settings) -> FedAvg:
+    chosen = settings.strategy
+    options: dict[str, Any] = {}
+    if chosen.server == "fedprox":
+        options["proximal_mu"] = chosen.proximal_mu
+    if chosen.server == "krum":
+        options["num_malicious_nodes"] = chosen.malicious_nodes
+    if chosen.server_learning_rate is not None:
+        key = {"fedavgm": "server_learning_rate", "fedadam": "eta"}.get(chosen.server)
+        if key:
+            options[key] = chosen.server_learning_rate
+    if chosen.server_momentum is not None and chosen.server == "fedavgm":
+        options["server_momentum"] = chosen.server_momentum
+    return _KINDS[chosen.server](
+        fraction_train=chosen.fraction_train,
+        fraction_evaluate=chosen.fraction_evaluate,
+        min_train_nodes=1,
+        min_evaluate_nodes=1 if chosen.fraction_evaluate else 0,
+        min_available_nodes=chosen.min_nodes,
+        **options,
+    )

@@ -1,0 +1,278 @@
+"""From scores to a mask (Eq. 4 of AutoFLIP, arXiv:2405.10271), and what it does.
+
+A mask is bool, True = keep.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.errors import MaskError, SettingsError
+from autoflip_flwr.parallel import parallel_map
+from autoflip_flwr.types import Array, Masks, Params, Scores
+
+Mode: TypeAlias = Literal["quantile", "value", "compression"]
+
+MODES: tuple[Mode, ...] = ("quantile", "value", "compression")
+
+_CHUNK = 1 << 18  # entries ordered at a time: bounds the extra memory to 4 MiB
+
+
+def from_scores(
+    scores: Scores,
+    *,
+    threshold: float,
+    mode: Mode = "quantile",
+    floor: float = 0.0,
+) -> dict[str, NDArray[np.bool_]]:
+    """Keep the parameters with the largest scores (Eq. 4).
+
+    Parameters
+    ----------
+    scores : mapping of name -> array
+        No NaN. Compared as float32 across all tensors (``value``: as they are).
+    threshold : float
+        ``quantile``: the share to prune, in [0, 1]; exactly ``round(threshold * n)``
+        of the `n` entries are pruned. ``value``: keep where ``score >= threshold``
+        (Eq. 4 as written). ``compression``: the ratio all/kept, >= 1; exactly
+        ``round(n / threshold)`` entries are kept.
+    mode : {"quantile", "value", "compression"}
+    floor : float
+        In [0, 1]. Of every tensor at least ``ceil(floor * size)`` entries are kept,
+        its best ones; where the number of pruned entries is fixed, the other
+        tensors give up as many.
+
+    Returns
+    -------
+    dict of name -> bool array
+        In the order and of the shapes of `scores`.
+
+    Raises
+    ------
+    SettingsError
+        If mode, threshold or floor is impossible.
+    MaskError
+        If a score is NaN, the floor does not leave enough to prune, or ``value``
+        empties a tensor.
+
+    Notes
+    -----
+    Ties at the cut are broken by position: of `t` equal entries in a row (tensors in
+    order, C order within) of which `p` are pruned, the `p` go at even distances, so
+    that no tensor pays for its place in the model.
+    """
+    _check(threshold, mode, floor)
+    if not scores:
+        return {}
+    flats = [np.asarray(score).reshape(-1) for score in scores.values()]
+    for name, flat in zip(scores, flats, strict=True):
+        if np.isnan(flat).any():
+            raise MaskError(f"{name}: expected scores without NaN, got some")
+    least = [math.ceil(floor * flat.size) for flat in flats]
+    total = sum(flat.size for flat in flats)
+    if mode == "value":
+        keeps = [flat >= threshold for flat in flats]
+        _raise_if_emptied(list(scores), keeps, threshold, least)
+        for index, flat in enumerate(flats):
+            if int(keeps[index].sum()) < least[index]:
+                keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
+    else:
+        kept = (
+            total - round(threshold * total)
+            if mode == "quantile"
+            else round(total / threshold)
+        )
+        keeps = _keep_highest(flats, kept, least)
+    return {
+        name: keep.reshape(np.shape(score))
+        for (name, score), keep in zip(scores.items(), keeps, strict=True)
+    }
+
+
+def apply(params: Params, masks: Masks) -> dict[str, Array]:
+    """Return new arrays with pruned entries zero; names without a mask are copied."""
+    unknown = sorted(set(masks) - set(params))
+    if unknown:
+        raise MaskError(f"the mask names unknown parameters {unknown}")
+    applied: dict[str, Array] = {}
+    for name, values in params.items():
+        if name in masks and masks[name].shape != np.shape(values):
+            raise MaskError(
+                f"{name}: expected a mask of shape {np.shape(values)}, "
+                f"got {masks[name].shape}"
+            )
+        applied[name] = np.array(values)
+        if name in masks:
+            applied[name][~masks[name]] = 0
+    return applied
+
+
+def full(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.bool_]]:
+    """Return the mask that keeps everything."""
+    return {name: np.ones(shape, np.bool_) for name, shape in shapes.items()}
+
+
+def density(masks: Masks) -> float:
+    """Share of kept entries, in [0, 1]; 1.0 for an empty mask."""
+    total = sum(keep.size for keep in masks.values())
+    if total == 0:
+        return 1.0
+    return sum(int(np.count_nonzero(keep)) for keep in masks.values()) / total
+
+
+def density_by_tensor(masks: Masks) -> dict[str, float]:
+    """Share of kept entries of each tensor, in [0, 1]."""
+    return {name: density({name: keep}) for name, keep in masks.items()}
+
+
+def change(before: Masks, after: Masks) -> float:
+    """Share of entries that differ between two masks of one model, in [0, 1]."""
+    total = sum(keep.size for keep in after.values())
+    if total == 0:
+        return 0.0
+    differing = sum(
+        int(np.count_nonzero(keep != before[name])) for name, keep in after.items()
+    )
+    return differing / total
+
+
+def check_layers(masks: Masks) -> None:
+    """Refuse a mask that cuts a layer off, whatever made it.
+
+    A layer is a tensor of two or more dimensions; a bias may lose all its entries.
+
+    Raises
+    ------
+    MaskError
+        Names the layer, its share and the remedy.
+    """
+    for name, keep in masks.items():
+        if keep.ndim >= 2 and keep.size and not keep.any():
+            share = keep.size / sum(other.size for other in masks.values())
+            raise MaskError(
+                f"the mask prunes all {keep.size} parameters of {name} "
+                f"({share:.2%} of the model) and cuts the layer off; "
+                "set a floor above 0 or lower the threshold"
+            )
+
+
+def _check(threshold: float, mode: str, floor: float) -> None:
+    if mode not in MODES:
+        raise SettingsError(f"unknown mode {mode!r}; known: {list(MODES)}")
+    if not 0 <= floor <= 1:
+        raise SettingsError(f"expected a floor in [0, 1], got {floor}")
+    if mode == "quantile" and not 0 <= threshold <= 1:
+        raise SettingsError(
+            f"quantile: expected the share to prune in [0, 1], got {threshold}"
+        )
+    if mode == "compression" and not 1 <= threshold < math.inf:
+        raise SettingsError(
+            f"compression: expected a ratio all/kept >= 1, got {threshold}"
+        )
+    if mode == "value" and math.isnan(threshold):
+        raise SettingsError("value: expected a threshold, got NaN")
+
+
+def _raise_if_emptied(
+    names: Sequence[str],
+    keeps: Sequence[NDArray[np.bool_]],
+    threshold: float,
+    least: Sequence[int],
+) -> None:
+    pruned = sum(int(keep.size - np.count_nonzero(keep)) for keep in keeps)
+    total = sum(keep.size for keep in keeps)
+    for name, keep, minimum in zip(names, keeps, least, strict=True):
+        if keep.size and not keep.any() and minimum == 0:
+            raise MaskError(
+                f"value threshold {threshold} prunes all {keep.size} parameters of "
+                f"{name} ({pruned / total:.1%} of the model is below it); lower the "
+                "threshold, set a floor above 0, or use mode 'quantile', where the "
+                "threshold is the share to prune"
+            )
+
+
+def _keep_highest(
+    flats: Sequence[Array], kept: int, least: Sequence[int]
+) -> list[NDArray[np.bool_]]:
+    """Keep exactly `kept` entries, and of each tensor at least its share of `least`.
+
+    A tensor that a common cut would leave below its minimum keeps its own best
+    instead and leaves the contest; the others compete for what remains.
+    """
+    total = sum(flat.size for flat in flats)
+    if sum(least) > kept:
+        raise MaskError(
+            f"the floor keeps at least {sum(least)} of {total} parameters, but only "
+            f"{kept} are to be kept; lower the floor or prune less"
+        )
+    keeps: dict[int, NDArray[np.bool_]] = {}
+    contest = list(range(len(flats)))
+    while True:
+        remaining = kept - sum(least[index] for index in keeps)
+        entries = [flats[index] for index in contest]
+        size = sum(flat.size for flat in entries)
+        pruned = _lowest(entries, size - remaining)
+        short = [
+            index
+            for index, lost in zip(contest, pruned, strict=True)
+            if lost.size - int(np.count_nonzero(lost)) < least[index]
+        ]
+        if not short:
+            for index, lost in zip(contest, pruned, strict=True):
+                keeps[index] = np.logical_not(lost, out=lost)
+            return [keeps[index] for index in range(len(flats))]
+        for index in short:
+            flat = flats[index]
+            keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
+            contest.remove(index)
+
+
+def _lowest(flats: Sequence[Array], count: int) -> list[NDArray[np.bool_]]:
+    """Mark exactly `count` lowest entries of all arrays together."""
+    if count <= 0:
+        return [np.zeros(flat.size, np.bool_) for flat in flats]
+    values = [flat.astype(np.float32, copy=False) for flat in flats]
+    cut = _smallest(values, count)
+    marks = parallel_map(lambda flat: flat < cut, values)
+    missing = count - sum(int(np.count_nonzero(mark)) for mark in marks)
+    ties = [np.flatnonzero(flat == cut) for flat in values]
+    equal = sum(tie.size for tie in ties)
+    position = 0
+    for mark, tie in zip(marks, ties, strict=True):
+        ranks = np.arange(position, position + tie.size + 1, dtype=np.int64)
+        mark[tie[np.diff(ranks * missing // equal) > 0]] = True
+        position += tie.size
+    return marks
+
+
+def _smallest(values: Sequence[NDArray[np.float32]], rank: int) -> np.float32:
+    """Return the `rank`-th smallest entry (from 1) without copying the arrays.
+
+    One radix pass over the upper half of the bits finds the bucket, and only the
+    bucket's entries (under a hundredth of them, as a rule) are sorted out.
+    """
+    chunks = [
+        flat[start : start + _CHUNK]
+        for flat in values
+        for start in range(0, flat.size, _CHUNK)
+    ]
+    counts = sum(
+        parallel_map(
+            lambda chunk: np.bincount(_bucket(chunk), minlength=1 << 16), chunks
+        )
+    )
+    ends = np.cumsum(counts)
+    bucket = int(np.searchsorted(ends, rank))
+    inside = parallel_map(lambda chunk: chunk[_bucket(chunk) == bucket], chunks)
+    candidates = np.concatenate(inside)
+    index = rank - int(ends[bucket]) + candidates.size - 1
+    return np.float32(np.partition(candidates, index)[index])
+
+
+def _bucket(chunk: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Upper 16 bits of each float, as integers in the floats' order."""
+    upper = ((chunk + np.float32(0.0)).view(np.uint32) >> 16).astype(np.intp)
+    return np.where(upper >= 1 << 15, (1 << 16) - 1 - upper, upper + (1 << 15))

@@ -1,0 +1,202 @@
+"""The client's half of the protocol: a Flower mod around any app."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
+from flwr.clientapp.typing import ClientAppCallable
+from numpy.typing import NDArray
+from torch import nn
+
+from autoflip_flwr import codec, guidance, training, wire
+from autoflip_flwr.errors import WireError
+from autoflip_flwr.types import Array, Masks
+
+
+class AutoFlipMod:
+    """Lets an existing ClientApp take part in AutoFLIP.
+
+    It unpacks a message, calls the app with the dense arrays the app knows, and
+    packs what the app returns. Asked to explore, it calls the app's own train
+    function several times, feeding the weights back, and replies with the local
+    guidance (arXiv:2405.10271, Eq. 2). It keeps no state. Messages that are not
+    AutoFLIP's pass through untouched.
+
+    Parameters
+    ----------
+    loss_key : str, optional
+        Metric of the app's replies that early stopping of the exploration watches.
+        By default the first one with "loss" in its name; without any, exploration
+        goes on for all of its epochs.
+
+    Examples
+    --------
+    ::
+
+        app = ClientApp(mods=[AutoFlipMod()])
+
+    Put it before mods that work on dense arrays (clipping, local differential
+    privacy): ``mods=[AutoFlipMod(), LocalDpMod(...)]``.
+    """
+
+    def __init__(self, *, loss_key: str | None = None) -> None:
+        self.loss_key = loss_key
+
+    def __call__(
+        self, message: Message, context: Context, call_next: ClientAppCallable
+    ) -> Message:
+        """Handle one message."""
+        config = _config_of(message)
+        phase = wire.phase_of(config)
+        if phase is None:
+            return call_next(message, context)
+        if phase == "explore":
+            return self._explore(message, context, call_next)
+        plan = wire.Plan.of(config)
+        key, record = wire.only_array_record(message.content)
+        arrays = plan.unpack(wire.named(record, plan))
+        message.content[key] = wire.record_of(arrays)
+        reply = call_next(message, context)
+        if reply.has_error() or phase == "evaluate":
+            return reply
+        reply_key, trained = _arrays_of_reply(reply, plan.manifest)
+        reply.content[reply_key] = plan.pack(trained)
+        return reply
+
+    def _explore(
+        self, message: Message, context: Context, call_next: ClientAppCallable
+    ) -> Message:
+        """Train for some epochs from W0 and reply with how far each weight moved."""
+        config_key, config = wire.only_config(message.content)
+        manifest = wire.manifest_of(config)
+        epochs, patience = wire.exploration_of(config)
+        key, record = wire.only_array_record(message.content)
+        initial = wire.named_arrays(record, manifest)
+        best, stale, done = math.inf, 0, 0
+        trained: Mapping[str, Array] = initial
+        while True:
+            message.content[config_key] = ConfigRecord(
+                {**config, wire.EPOCH: done, wire.EPOCHS: epochs}
+            )
+            reply = call_next(message, context)
+            if reply.has_error():
+                return reply
+            reply_key, trained = _arrays_of_reply(reply, manifest)
+            done += 1
+            loss = self._loss(reply)
+            if loss < best:
+                best, stale = loss, 0
+            elif not math.isnan(loss):
+                stale += 1
+            if done >= epochs or stale >= patience:
+                break
+            message.content[key] = wire.record_of(trained)
+        local = guidance.squared_deviation(
+            {name: initial[name] for name in manifest.shapes},
+            {name: trained[name] for name in manifest.shapes},
+        )
+        reply.content[reply_key] = wire.guidance_record(codec.quantize(local))
+        for metrics in reply.content.metric_records.values():
+            metrics[wire.EPOCHS] = done
+        return reply
+
+    def _loss(self, reply: Message) -> float:
+        """Return the loss the app reports; NaN if it reports none."""
+        records: list[MetricRecord | ConfigRecord] = [
+            *reply.content.metric_records.values(),
+            *reply.content.config_records.values(),  # the older API's metrics
+        ]
+        for record in records:
+            for name, value in record.items():
+                wanted = (
+                    name == self.loss_key if self.loss_key else "loss" in name.lower()
+                )
+                if wanted and isinstance(value, int | float):
+                    return float(value)
+        if self.loss_key:
+            raise WireError(
+                f"expected the app to report the metric {self.loss_key!r}, "
+                f"got {sorted({k for r in records for k in r})}"
+            )
+        return math.nan
+
+
+def masks_from(
+    message: Message | Mapping[str, Any],
+) -> dict[str, NDArray[np.bool_]]:
+    """Return the mask of a message, name -> bool array (True = keep).
+
+    Parameters
+    ----------
+    message : Message, or the config of the older API's ``fit(parameters, config)``
+
+    Returns
+    -------
+    dict
+        Empty where there is no mask: while exploring, or without AutoFLIP.
+    """
+    config = _config_of(message) if isinstance(message, Message) else message
+    if wire.phase_of(config) in (None, "explore"):
+        return {}
+    return dict(wire.Plan.of(config).masks)
+
+
+@contextmanager
+def masked(
+    model: nn.Module, masks_or_message: Masks | Message | Mapping[str, Any]
+) -> Iterator[nn.Module]:
+    """Keep pruned weights at exactly zero inside the block, whatever the optimizer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that is trained inside the block.
+    masks_or_message : masks, Message, or config of the older API's ``fit``
+        Where there is no mask in it (exploration, plain FedAvg) nothing is pruned.
+
+    Examples
+    --------
+    ::
+
+        with masked(model, message):
+            train(model, loader)
+    """
+    if isinstance(masks_or_message, Message) or not _is_masks(masks_or_message):
+        masks = masks_from(masks_or_message)
+    else:
+        masks = dict(masks_or_message)
+    with training.enforce(model, masks):
+        yield model
+
+
+def exploring(message: Message | Mapping[str, Any]) -> bool:
+    """Tell whether a call of the app is one epoch of an exploration."""
+    config = _config_of(message) if isinstance(message, Message) else message
+    return wire.phase_of(config) == "explore"
+
+
+def _is_masks(value: Mapping[str, Any]) -> bool:
+    return all(
+        isinstance(keep, np.ndarray) and keep.dtype == np.bool_
+        for keep in value.values()
+    )
+
+
+def _config_of(message: Message) -> ConfigRecord:
+    """Return the config that carries our entries, or an empty one."""
+    if message.has_content():
+        for config in message.content.config_records.values():
+            if wire.PHASE in config:
+                return config
+    return ConfigRecord()
+
+
+def _arrays_of_reply(
+    reply: Message, manifest: wire.Manifest
+) -> tuple[str, dict[str, Array]]:
+    """Return the key and the named arrays the app replied with."""
+    key, record = wire.only_array_record(reply.content)
+    return key, wire.named_arrays(record, manifest, exact=False)

@@ -1,0 +1,32 @@
+"""One small thread pool for loops over tensors.
+
+NumPy lets go of the interpreter's lock inside its own loops, so a model's
+tensors can be packed, unpacked and scored on all cores of the machine.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MAX_WORKERS = 8
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        max_workers=min(os.cpu_count() or 1, _MAX_WORKERS),
+        thread_name_prefix="autoflip",
+    )
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Apply `function` to each item on the pool; results in the items' order.
+
+    `function` must not call `parallel_map` itself: the pool is shared and bounded.
+    """
+    return list(_pool().map(function, items))

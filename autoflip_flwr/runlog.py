@@ -1,0 +1,162 @@
+"""What a run leaves behind: settings, a line a round, a summary, model and mask."""
+
+import json
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.grid import Direction, RunGrid
+from autoflip_flwr.rounds import Rounds
+from autoflip_flwr.settings import Settings
+from autoflip_flwr.training import Evaluation
+from autoflip_flwr.types import Params
+
+_log = logging.getLogger("flwr")
+
+
+class RunLog:
+    """Writes a run's folder.
+
+    Parameters
+    ----------
+    directory : str
+        Empty: a new folder ``runs/<preset>-<strategy>-<time>``.
+    settings : Settings
+    grid : RunGrid
+        Where bytes and seconds are counted.
+    rounds : Rounds or None
+        AutoFLIP's state; None for a dense strategy.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds another run: nothing is overwritten.
+    """
+
+    def __init__(
+        self, directory: str, settings: Settings, grid: RunGrid, rounds: Rounds | None
+    ) -> None:
+        name = f"{settings.preset}-{settings.strategy.name}"
+        self.directory = Path(
+            directory or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        ).resolve()
+        self._metrics = self.directory / "metrics.jsonl"
+        if self._metrics.exists():
+            raise SettingsError(
+                f"output-dir {self.directory} holds another run; name a new folder"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "settings.yaml").write_text(settings.as_yaml())
+        self._settings = settings
+        self._grid = grid
+        self._rounds = rounds
+        self._started = self._last = time.monotonic()
+        self._counted: Counter[tuple[str, Direction]] = Counter()
+        self._row: dict[str, Any] = {}
+
+    def round(self, server_round: int, evaluation: Evaluation) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        now = time.monotonic()
+        sent = Counter(self._grid.sent)
+        sent.subtract(self._counted)
+        rounds = self._rounds
+        self._row = {
+            "round": server_round,
+            "accuracy": evaluation.accuracy,
+            "accuracy_top5": evaluation.accuracy_top5,
+            "loss": evaluation.loss,
+            "density": rounds.density if rounds else 1.0,
+            "bytes_down": sent["explore", "down"] + sent["train", "down"],
+            "bytes_up": sent["explore", "up"] + sent["train", "up"],
+            "bytes_evaluate": sent["evaluate", "down"] + sent["evaluate", "up"],
+            "mask_change": rounds.mask_change if rounds else 0.0,
+            "update_variance": rounds.update_variance if rounds else None,
+            "dropped": len(rounds.dropped) if rounds else None,
+            "seconds": round(now - self._last, 3),
+        }
+        self._counted = Counter(self._grid.sent)
+        self._last = now
+        with self._metrics.open("a") as lines:
+            lines.write(json.dumps(self._row) + "\n")
+
+    def finish(
+        self, arrays: Params, *, parameters: int, flops: dict[str, int]
+    ) -> dict[str, Any]:
+        """Write summary, model and mask; return the summary."""
+        sent, grid = self._grid.sent, self._grid
+        phases = ("explore", "train", "evaluate")
+        summary = {
+            "strategy": self._settings.strategy.name,
+            "preset": self._settings.preset,
+            "rounds": self._settings.rounds,
+            "accuracy": self._row.get("accuracy"),
+            "accuracy_top5": self._row.get("accuracy_top5"),
+            "loss": self._row.get("loss"),
+            "parameters": parameters,
+            "density": self._rounds.density if self._rounds else 1.0,
+            "bytes": {
+                **{f"{p}_{d}": sent[p, d] for p in phases for d in ("down", "up")},
+                "roll_call": sent["roll-call", "up"],
+                "total": sum(sent.values()),
+                "dense_equivalent": sum(grid.dense.values()),
+            },
+            "flops": flops,
+            "seconds": {
+                "explore": round(grid.seconds["explore"], 3),
+                "train": round(grid.seconds["train"], 3),
+                "total": round(time.monotonic() - self._started, 3),
+            },
+        }
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in arrays.items()},
+            self.directory / "model.safetensors",
+        )
+        if self._rounds is not None and self._rounds.plan is not None:
+            np.savez_compressed(
+                self.directory / "mask.npz",
+                allow_pickle=False,
+                **dict(self._rounds.plan.masks),
+            )
+        text = json.dumps(summary, indent=2) + "\n"
+        (self.directory / "summary.json").write_text(text)
+        return summary
+
+
+def log_summary(summary: dict[str, Any], directory: Path) -> None:
+    """Log the last lines of a run."""
+    sent = summary["bytes"]
+    accuracy = summary["accuracy"]
+    _log.info("AutoFLIP run finished: %s", directory)
+    _log.info(
+        "  top-1 accuracy  %.4f on held-out data, after %d rounds of %s",
+        float("nan") if accuracy is None else accuracy,
+        summary["rounds"],
+        summary["strategy"],
+    )
+    _log.info(
+        "  density         %.4f of %d parameters",
+        summary["density"],
+        summary["parameters"],
+    )
+    _log.info(
+        "  bytes sent      %s (exploration %s); FedAvg would have sent %s: %.3f of it",
+        _megabytes(sent["total"]),
+        _megabytes(sent["explore_down"] + sent["explore_up"]),
+        _megabytes(sent["dense_equivalent"]),
+        sent["total"] / max(1, sent["dense_equivalent"]),
+    )
+    _log.info(
+        "  seconds         %.1f (exploration %.1f)",
+        summary["seconds"]["total"],
+        summary["seconds"]["explore"],
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,43 @@
+"""From guidance to a score per parameter: what is kept first."""
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.types import Array
+
+ScoreName: TypeAlias = Literal["guidance", "saliency"]
+
+#: Added to |W0|, so that parameters that start at zero (biases) can be kept.
+SALIENCY_OFFSET = 1e-4
+
+
+def guidance_score(
+    guidance: NDArray[np.float32], initial: Array
+) -> NDArray[np.float32]:
+    """Return the guidance itself, the paper's score (arXiv:2405.10271, Eq. 4)."""
+    del initial
+    return guidance
+
+
+def saliency_score(
+    guidance: NDArray[np.float32], initial: Array
+) -> NDArray[np.float32]:
+    """First-order saliency: the weight times how far it moved.
+
+    ``sqrt(G) * (|W0| + 1e-4)``, float32, >= 0. `guidance` and `initial` have one
+    shape; `guidance` is written over and returned.
+    """
+    np.sqrt(guidance, out=guidance)
+    weight = np.abs(initial, dtype=np.float32)
+    weight += np.float32(SALIENCY_OFFSET)
+    return np.multiply(guidance, weight, out=guidance)
+
+
+#: Name of a score -> function of (guidance, initial weights) of one tensor.
+SCORES: MappingProxyType[
+    ScoreName, Callable[[NDArray[np.float32], Array], NDArray[np.float32]]
+] = MappingProxyType({"guidance": guidance_score, "saliency": saliency_score})

@@ -1,0 +1,347 @@
+"""Preset + overrides -> frozen settings, checked where they are made.
+
+A preset is a YAML file in conf/, in groups and kebab-case. Unknown keys, wrong
+types and impossible values are errors that list what is allowed.
+"""
+
+import dataclasses
+import shlex
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from autoflip_flwr.codec import ValueType
+from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.guidance import Normalization
+from autoflip_flwr.mask import Mode
+from autoflip_flwr.scores import ScoreName
+
+G = TypeVar("G")
+
+ServerStrategy = Literal["fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "krum"]
+PrunedWeights = Literal["zero", "keep"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategySettings:
+    """Who takes part in a round, and how replies are aggregated."""
+
+    name: Literal["autoflip", "fedavg"] = "autoflip"  # fedavg: dense, the baseline
+    server: ServerStrategy = "fedavg"  # the inner strategy of both
+    fraction_train: float = 1.0  # share of the connected nodes that train
+    fraction_evaluate: float = 0.0  # share that evaluates on its own held-out data
+    min_nodes: int = 2  # connected nodes to wait for before each sampling
+    timeout: float = 3600.0  # seconds to wait for the replies of a round
+    server_learning_rate: float | None = None  # fedavgm, fedadam; None: Flower's own
+    server_momentum: float | None = None  # fedavgm
+    proximal_mu: float = 0.01  # fedprox
+    malicious_nodes: int = 0  # krum: how many to defend against
+
+    def __post_init__(self) -> None:
+        _within("strategy.fraction-train", self.fraction_train, 0, 1, open_low=True)
+        _within("strategy.fraction-evaluate", self.fraction_evaluate, 0, 1)
+        _at_least("strategy.min-nodes", self.min_nodes, 1)
+        _positive("strategy.timeout", self.timeout)
+        _at_least("strategy.proximal-mu", self.proximal_mu, 0)
+        _at_least("strategy.malicious-nodes", self.malicious_nodes, 0)
+        if self.server_learning_rate is not None:
+            _positive("strategy.server-learning-rate", self.server_learning_rate)
+        if self.server_momentum is not None:
+            _within("strategy.server-momentum", self.server_momentum, 0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplorationSettings:
+    """How clients explore their loss landscapes (Alg. 1, lines 2-3)."""
+
+    epochs: int = 1  # local epochs of an explorer, at most
+    fraction: float = 1.0  # share of the nodes that explore
+    patience: int = 5  # epochs without a lower loss before an explorer stops
+    every: int = 0  # explore again every so many rounds; 0: once
+    timeout: float = 3600.0  # seconds to wait for the explorers
+
+    def __post_init__(self) -> None:
+        _at_least("exploration.epochs", self.epochs, 1)
+        _within("exploration.fraction", self.fraction, 0, 1, open_low=True)
+        _at_least("exploration.patience", self.patience, 1)
+        _at_least("exploration.every", self.every, 0)
+        _positive("exploration.timeout", self.timeout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruningSettings:
+    """From local guidance to the mask of a round (Eq. 3-4)."""
+
+    threshold: float = 0.8  # quantile: share to prune; see mask.from_scores
+    mode: Mode = "quantile"
+    score: ScoreName = "saliency"
+    normalization: Normalization = "client"
+    population_weight: float = 0.8  # weight of all explorers; 0: the paper
+    floor: float = 0.01  # least share of every tensor that is kept
+    exclude: tuple[str, ...] = ()  # name patterns that are never pruned
+    pruned_weights: PrunedWeights = "zero"  # at the server
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                _convert(kind, getattr(self, name), f"pruning.{_kebab(name)}")
+        if self.mode == "compression":
+            _at_least("pruning.threshold (a ratio all/kept)", self.threshold, 1)
+        else:
+            _within("pruning.threshold", self.threshold, 0, 1)
+        _within("pruning.population-weight", self.population_weight, 0, 1)
+        _within("pruning.floor", self.floor, 0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireSettings:
+    """What travels."""
+
+    values: ValueType = "float32"  # type of the kept values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings:
+    """Local training of one round."""
+
+    epochs: int = 2  # local epochs per round (E)
+    batch_size: int = 32
+    learning_rate: float = 0.02
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.9  # sgd
+    weight_decay: float = 0.0
+    device: str = "auto"  # auto: cuda where there is one
+
+    def __post_init__(self) -> None:
+        _at_least("training.epochs", self.epochs, 1)
+        _at_least("training.batch-size", self.batch_size, 1)
+        _positive("training.learning-rate", self.learning_rate)
+        _within("training.momentum", self.momentum, 0, 1)
+        _at_least("training.weight-decay", self.weight_decay, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """Which data, and which client holds what."""
+
+    name: str = "digits"
+    dir: str = ""  # folder or file; empty: bundled or downloaded
+    hub: str = ""  # Flower Datasets id, in place of the known one
+    partition: Literal["iid", "pathological", "dirichlet", "natural"] = "iid"
+    alpha: float = 0.5  # dirichlet
+    classes_per_client: int = 2  # pathological
+    max_samples: int | None = None  # training samples used, over all clients
+    max_test_samples: int | None = None  # held-out samples of the global model
+    holdout: float = 0.0  # share of a client's samples kept for its evaluation
+
+    def __post_init__(self) -> None:
+        _positive("data.alpha", self.alpha)
+        _at_least("data.classes-per-client", self.classes_per_client, 1)
+        _within("data.holdout", self.holdout, 0, 0.9)
+        for key in ("max_samples", "max_test_samples"):
+            if getattr(self, key) is not None:
+                _at_least(f"data.{_kebab(key)}", getattr(self, key), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Which network; None leaves a size at the model's own default."""
+
+    name: str = "cnn"
+    channels: tuple[int, ...] | None = None  # cnn
+    hidden: int | None = None  # cnn, char_lstm
+    embedding: int | None = None  # char_lstm
+    vocabulary: int | None = None  # char_lstm
+
+    def options(self) -> dict[str, Any]:
+        """Return the sizes that are set, as `models.build` takes them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values.pop("name")
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything a run depends on but the nodes themselves."""
+
+    preset: str
+    rounds: int = 20
+    seed: int = 0
+    strategy: StrategySettings = field(default_factory=StrategySettings)
+    exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
+    pruning: PruningSettings = field(default_factory=PruningSettings)
+    wire: WireSettings = field(default_factory=WireSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+
+    def __post_init__(self) -> None:
+        _at_least("rounds", self.rounds, 1)
+        _at_least("seed", self.seed, 0)
+
+    def as_yaml(self) -> str:
+        """Return all values, resolved, in a preset's form."""
+        return yaml.safe_dump(_plain(self), sort_keys=False)
+
+
+def presets() -> tuple[str, ...]:
+    """Return the names of the presets, sorted."""
+    return tuple(sorted(path.stem for path in _conf().glob("*.yaml")))
+
+
+def load(preset: str, overrides: str = "") -> Settings:
+    """Read a preset and apply overrides.
+
+    Parameters
+    ----------
+    preset : str
+        A name in conf/.
+    overrides : str
+        Dotted ``key=value`` pairs separated by spaces, applied last; values in
+        YAML, quoted where they hold spaces: ``rounds=3 data.dir="my data"``.
+
+    Raises
+    ------
+    SettingsError
+        Names the key, what was expected and what is known.
+    """
+    if preset not in presets():
+        raise SettingsError(f"unknown preset {preset!r}; known: {list(presets())}")
+    path = _conf() / f"{preset}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path.name} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path.name}: expected keys and values")
+    for key, value in _parse_overrides(overrides):
+        _set(values, key.split("."), value, key)
+    if "preset" in values:
+        raise SettingsError("preset: is the name of the file, not a key in it")
+    return _build(Settings, {**values, "preset": preset}, "")
+
+
+def _conf() -> Path:
+    """conf/ inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def _parse_overrides(overrides: str) -> list[tuple[str, Any]]:
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise SettingsError(f"overrides {overrides!r}: {error}") from error
+    pairs = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise SettingsError(
+                f"overrides: expected dotted key=value pairs, got {word!r}"
+            )
+        try:
+            pairs.append((key, yaml.safe_load(text) if text else ""))
+        except yaml.YAMLError as error:
+            raise SettingsError(f"overrides: {key}: {text!r} is not YAML") from error
+    return pairs
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"unknown key {key!r}: {part} is not a group")
+    values[path[-1]] = value
+
+
+def _build(group: type[G], values: Any, path: str) -> G:
+    where = path or "top-level"
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where}: expected a group of keys, got {values!r}")
+    hints = get_type_hints(group)
+    names = {_kebab(name): name for name in hints}
+    unknown = sorted(str(key) for key in set(values) - set(names))
+    if unknown:
+        known = sorted(set(names) - {"preset"})
+        raise SettingsError(f"unknown {where} keys {unknown}; known: {known}")
+    arguments = {}
+    for key, value in values.items():
+        dotted = f"{path}.{key}" if path else key
+        kind = hints[names[key]]
+        arguments[names[key]] = (
+            _build(kind, value, dotted)
+            if dataclasses.is_dataclass(kind) and isinstance(kind, type)
+            else _convert(kind, value, dotted)
+        )
+    return group(**arguments)
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    """Return `value` as the field's type, or say what was expected."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        (kind,) = (choice for choice in choices if choice is not type(None))
+        return _convert(kind, value, key)
+    if origin is Literal:
+        if value not in choices:
+            raise SettingsError(
+                f"{key}: expected one of {list(choices)}, got {value!r}"
+            )
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(choices[0], item, key) for item in items)
+    if kind is float and isinstance(value, str):
+        value = _number(value)  # YAML 1.1 reads 1e-3 as text
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise SettingsError(
+            f"{key}: expected {kind.__name__}, got {type(value).__name__} {value!r}"
+        )
+    return value
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            _kebab(f.name): _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        }
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _within(
+    key: str, value: float, low: float, high: float, *, open_low: bool = False
+) -> None:
+    inside = low < value <= high if open_low else low <= value <= high
+    if not inside:
+        bracket = "(" if open_low else "["
+        raise SettingsError(f"{key}: expected {bracket}{low}, {high}], got {value}")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not low <= value < float("inf"):
+        raise SettingsError(f"{key}: expected a value >= {low}, got {value}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise SettingsError(f"{key}: expected a value > 0, got {value}")

@@ -1,0 +1,382 @@
+"""The server's half of the protocol: a Flower strategy around another."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from autoflip_flwr import wire
+from autoflip_flwr.codec import ValueType
+from autoflip_flwr.errors import AutoFlipError, WireError
+from autoflip_flwr.guidance import Normalization
+from autoflip_flwr.mask import Mode
+from autoflip_flwr.rounds import Rounds
+from autoflip_flwr.scores import ScoreName
+from autoflip_flwr.settings import (
+    ExplorationSettings,
+    PrunedWeights,
+    PruningSettings,
+)
+
+_log = logging.getLogger("flwr")
+
+
+class AutoFLIP(Strategy):
+    """Federated pruning from the clients' exploration, around any strategy.
+
+    The inner strategy samples nodes, writes its messages and aggregates dense
+    replies as ever; this one lets the nodes explore first, makes the mask of each
+    round, and replaces what travels by the kept values
+    (Internò et al., arXiv:2405.10271, Alg. 1).
+
+    Parameters
+    ----------
+    strategy : Strategy, optional
+        Any strategy of Flower's Message API; ``FedAvg()`` by default.
+    threshold : float
+        With the default mode, the share of the parameters to prune, in [0, 1]. At 0
+        nothing is pruned and the result is the inner strategy's.
+    mode : {"quantile", "value", "compression"}
+        What `threshold` means, see `mask.from_scores`.
+    score : {"saliency", "guidance"}
+        ``guidance`` is the paper's.
+    normalization : {"client", "global", "layer"}
+        ``global`` is the paper's Eq. 3, see `guidance.combine`.
+    population_weight : float
+        In [0, 1]: weight of all explorers' guidance beside the sampled ones'. 0 is
+        the paper; at 1 the mask is the same in every round.
+    floor : float
+        In [0, 1]: least share of every tensor that is kept.
+    exclude : sequence of str
+        Shell patterns of parameter names that are never pruned.
+    prunable : sequence of str, optional
+        Names of the trainable parameters. By default every floating array but
+        those named like BatchNorm's buffers.
+    pruned_weights : {"zero", "keep"}
+        What the server does with pruned weights: zero (Alg. 1), or remember the
+        last value and offer it again when a later mask lets it back.
+    exploration_epochs : int
+        How often an explorer's train function is called, at most.
+    exploration_fraction : float
+        In (0, 1]: share of the nodes that explore. The others take part with the
+        guidance of all.
+    exploration_patience : int
+        An explorer stops after so many epochs without a lower loss.
+    exploration_every : int
+        Explore again, from the global model, every so many rounds; 0: once.
+    exploration_timeout : float
+        Seconds to wait for the explorers.
+    values : {"float32", "float16"}
+        Type of the kept values on the wire.
+    min_replies : int
+        With fewer valid replies the round changes nothing.
+    store : Path, optional
+        Where the local guidance lives; a temporary folder by default.
+    seed : int, optional
+        Decides who explores where `exploration_fraction` is below 1.
+
+    Attributes
+    ----------
+    rounds : Rounds
+        The state: global arrays, current mask, diagnostics.
+
+    Raises
+    ------
+    SettingsError
+        If a value is impossible.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy | None = None,
+        *,
+        threshold: float = 0.8,
+        mode: Mode = "quantile",
+        score: ScoreName = "saliency",
+        normalization: Normalization = "client",
+        population_weight: float = 0.8,
+        floor: float = 0.01,
+        exclude: Sequence[str] = (),
+        prunable: Sequence[str] | None = None,
+        pruned_weights: PrunedWeights = "zero",
+        exploration_epochs: int = 1,
+        exploration_fraction: float = 1.0,
+        exploration_patience: int = 5,
+        exploration_every: int = 0,
+        exploration_timeout: float = 3600.0,
+        values: ValueType = "float32",
+        min_replies: int = 1,
+        store: Path | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.strategy = strategy if strategy is not None else FedAvg()
+        self.min_replies = min_replies
+        self.rounds = Rounds(
+            PruningSettings(
+                threshold=threshold,
+                mode=mode,
+                score=score,
+                normalization=normalization,
+                population_weight=population_weight,
+                floor=floor,
+                exclude=tuple(exclude),
+                pruned_weights=pruned_weights,
+            ),
+            ExplorationSettings(
+                epochs=exploration_epochs,
+                fraction=exploration_fraction,
+                patience=exploration_patience,
+                every=exploration_every,
+                timeout=exploration_timeout,
+            ),
+            values=values,
+            prunable=prunable,
+            store=store,
+            seed=seed,
+        )
+        self._current: ArrayRecord | None = None  # the inner strategy's global model
+        self._returned: ArrayRecord | None = None  # what `start` knows of it
+        self._packed: dict[int, ArrayRecord] = {}
+        self._order: dict[int, int] = {}
+
+    def summary(self) -> None:
+        """Log the settings, then the inner strategy's."""
+        pruning, exploration = self.rounds.pruning, self.rounds.exploration
+        _log.info("\t├──> AutoFLIP settings:")
+        _log.info(
+            "\t│\t├── Pruning: %s %s of the %s, normalized by %s, population weight %s",
+            pruning.mode,
+            pruning.threshold,
+            pruning.score,
+            pruning.normalization,
+            pruning.population_weight,
+        )
+        _log.info(
+            "\t│\t└── Exploration: %d epochs, fraction %s, patience %d",
+            exploration.epochs,
+            exploration.fraction,
+            exploration.patience,
+        )
+        self.strategy.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let new nodes explore, make the mask, pack the inner strategy's messages."""
+        current = self._adopt(arrays)
+        messages = list(
+            self.strategy.configure_train(
+                server_round, current, ConfigRecord(dict(config)), grid
+            )
+        )
+        if not messages:
+            return []
+        sampled = [message.metadata.dst_node_id for message in messages]
+        self._explore(server_round, sampled, messages[0], grid)
+        plan = self.rounds.begin(sampled)
+        _log.info(
+            "mask: density %.4f, changed %.4f",
+            self.rounds.density,
+            self.rounds.mask_change,
+        )
+        self._order = {node_id: index for index, node_id in enumerate(sampled)}
+        self._packed = {}
+        return [self._pack(message, plan, "train") for message in messages]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Unpack the valid replies and let the inner strategy aggregate them."""
+        valid = self._valid(server_round, replies, self._unpack)
+        if len(valid) < self.min_replies or not valid:
+            _log.warning(
+                "round %d: %d valid replies, expected %d or more: "
+                "the model stays as it was",
+                server_round,
+                len(valid),
+                max(1, self.min_replies),
+            )
+            return None, None
+        aggregated, metrics = self.strategy.aggregate_train(server_round, valid)
+        if aggregated is None:
+            _log.warning(
+                "round %d: the inner strategy aggregated nothing: "
+                "the model stays as it was",
+                server_round,
+            )
+            return None, metrics
+        self.rounds.finish({key: value.numpy() for key, value in aggregated.items()})
+        # FedAvgM holds on to the very record it returned: settle it in place.
+        for name, value in self.rounds.arrays.items():
+            aggregated[name] = FlowerArray(value)
+        self._current = aggregated
+        keep = self.rounds.pruning.pruned_weights == "keep"
+        self._returned = (
+            wire.record_of(self.rounds.masked_arrays()) if keep else aggregated
+        )
+        return self._returned, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pack the inner strategy's messages with the round's mask."""
+        messages = list(
+            self.strategy.configure_evaluate(
+                server_round, arrays, ConfigRecord(dict(config)), grid
+            )
+        )
+        plan = self.rounds.plan
+        if plan is None:
+            return messages
+        self._order = {m.metadata.dst_node_id: i for i, m in enumerate(messages)}
+        self._packed = {}
+        return [self._pack(message, plan, "evaluate") for message in messages]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Let the inner strategy aggregate the valid replies."""
+        valid = self._valid(server_round, replies)
+        return self.strategy.aggregate_evaluate(server_round, valid) if valid else None
+
+    def _adopt(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return the record the inner strategy works on."""
+        if arrays is not self._returned or self._current is None:
+            # From outside (the start): never write to the caller's record.
+            self._current = ArrayRecord(dict(arrays))
+            self._returned = arrays
+            self.rounds.adopt(wire.arrays_of(self._current))
+        return self._current
+
+    def _explore(
+        self, server_round: int, sampled: Sequence[int], like: Message, grid: Grid
+    ) -> None:
+        """Send `W0` to those who are to explore and keep what they found."""
+        asked = self.rounds.explorers(
+            server_round, connected=list(grid.get_node_ids()), sampled=sampled
+        )
+        if asked:
+            exploration = self.rounds.exploration
+            config_key, config = wire.only_config(like.content)
+            array_key, _ = wire.only_array_record(like.content)
+            entries = wire.explore_entries(
+                self.rounds.manifest,
+                epochs=exploration.epochs,
+                patience=exploration.patience,
+            )
+            content = RecordDict(dict(like.content))
+            content[array_key] = wire.record_of(self.rounds.initial)
+            content[config_key] = ConfigRecord({**config, **entries})
+            _log.info("exploration: %d nodes explore", len(asked))
+            replies = grid.send_and_receive(
+                [Message(content, node_id, "train") for node_id in asked],
+                timeout=exploration.timeout,
+            )
+            frames = {r.metadata.src_node_id: _guidance_of(r) for r in replies}
+            self.rounds.explored(asked, frames)
+
+    def _pack(self, message: Message, plan: wire.Plan, phase: wire.Phase) -> Message:
+        """Replace a message's arrays by what travels; equal ones are packed once."""
+        array_key, record = wire.only_array_record(message.content)
+        config_key, config = wire.only_config(message.content)
+        packed = self._packed.get(id(record))
+        if packed is None:
+            packed = plan.pack(wire.named_arrays(record, plan.manifest))
+            self._packed[id(record)] = packed
+        content = RecordDict(dict(message.content))
+        content[array_key] = packed
+        content[config_key] = ConfigRecord({**config, **plan.entries(phase)})
+        message.content = content
+        return message
+
+    def _unpack(self, message: Message) -> None:
+        """Make a reply's arrays dense: pruned entries have not moved."""
+        plan = self.rounds.plan
+        assert plan is not None
+        key, record = wire.only_array_record(message.content)
+        arrays = plan.unpack(record, fill=self.rounds.arrays)
+        sent = next(iter(self._packed.values()))
+        self.rounds.observe(sent[wire.VALUES].data, record[wire.VALUES].data)
+        message.content[key] = wire.record_of(arrays)
+
+    def _valid(
+        self,
+        server_round: int,
+        replies: Iterable[Message],
+        unpack: Callable[[Message], None] | None = None,
+    ) -> list[Message]:
+        """Drop and name replies that cannot be used; the rest in the order of asking.
+
+        The order makes sums of floats repeatable.
+        """
+        valid: list[Message] = []
+        for reply in replies:
+            node_id = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise WireError(f"it carries the error: {reply.error.reason}")
+                _check_metrics(reply)
+                if unpack is not None:
+                    unpack(reply)
+                valid.append(reply)
+            except (AutoFlipError, ValueError, TypeError, KeyError) as error:
+                self.rounds.drop(server_round, node_id, str(error))
+        usual, odd = _by_metric_names(valid)
+        for reply in odd:
+            self.rounds.drop(
+                server_round,
+                reply.metadata.src_node_id,
+                "its metrics have other names than most replies'",
+            )
+        last = len(self._order)
+        return sorted(
+            usual, key=lambda r: self._order.get(r.metadata.src_node_id, last)
+        )
+
+
+def _guidance_of(reply: Message) -> bytes | str:
+    """Return an explorer's frame, or the reason why there is none."""
+    try:
+        if reply.has_error():
+            return f"it carries the error: {reply.error.reason}"
+        return wire.guidance_frame(wire.only_array_record(reply.content)[1])
+    except WireError as error:
+        return str(error)
+
+
+def _metrics_of(reply: Message) -> MetricRecord:
+    records = list(reply.content.metric_records.values())
+    if len(records) != 1:
+        raise WireError(f"expected exactly one MetricRecord, got {len(records)}")
+    return records[0]
+
+
+def _check_metrics(reply: Message) -> None:
+    """Refuse metrics that would poison an average."""
+    for name, value in _metrics_of(reply).items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(number) for number in numbers):
+            raise WireError(f"expected a finite metric {name!r}, got {value}")
+        if name == "num-examples" and min(numbers, default=0) < 0:
+            raise WireError(f"expected {name!r} >= 0, got {value}")
+
+
+def _by_metric_names(
+    replies: Sequence[Message],
+) -> tuple[list[Message], list[Message]]:
+    """Tell replies whose metrics are named like most replies' from the odd ones.
+
+    Flower's strategies refuse a whole round over one odd reply.
+    """
+    names = [frozenset(_metrics_of(reply)) for reply in replies]
+    most = Counter(names).most_common(1)[0][0] if names else frozenset()
+    usual = [r for r, found in zip(replies, names, strict=True) if found == most]
+    odd = [r for r, found in zip(replies, names, strict=True) if found != most]
+    return usual, odd

@@ -1,0 +1,249 @@
+"""Local training and evaluation, and the one place where a mask is enforced."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from autoflip_flwr.errors import MaskError, ModelError
+from autoflip_flwr.settings import TrainingSettings
+from autoflip_flwr.types import Array, Masks
+
+_EVALUATION_BATCH = 512
+
+
+@contextmanager
+def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
+    """Keep pruned weights at exactly zero while the model trains.
+
+    Pruned entries are zeroed on entry, after every step of any `torch.optim`
+    optimizer that holds them, and on exit: whatever momentum, weight decay or
+    second moments an optimizer carries, no step leaves a pruned weight behind.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : mapping of name -> bool array
+        True = keep. Names as in ``model.named_parameters()``, or the positions in
+        ``model.state_dict()`` as text, as Flower's older API numbers arrays.
+
+    Raises
+    ------
+    MaskError
+        If a name is not a parameter of the model, or a shape differs.
+
+    Notes
+    -----
+    The cost is one multiplication per parameter and step, and a float copy of the
+    mask. Gradients stay those of the dense model: where a norm over all gradients
+    matters (clipping), pruned entries still count in it.
+    """
+    targets = _targets(model, masks)
+    by_parameter = {id(parameter): keep for parameter, keep in targets}
+
+    def zero(parameters: list[nn.Parameter]) -> None:
+        keeps = [by_parameter[id(parameter)] for parameter in parameters]
+        with torch.no_grad():
+            for parameter, keep in zip(parameters, keeps, strict=True):
+                parameter.mul_(keep)
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        zero([parameter for parameter in held if id(parameter) in by_parameter])
+
+    everything = [parameter for parameter, _ in targets]
+    zero(everything)
+    handle = register_optimizer_step_post_hook(after_step)
+    try:
+        yield model
+    finally:
+        handle.remove()
+        zero(everything)
+
+
+def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = list(model.state_dict())
+    targets = []
+    for name, keep in masks.items():
+        known = name
+        if name not in parameters and name.isdecimal() and int(name) < len(names):
+            known = names[int(name)]
+        if known not in parameters:
+            raise MaskError(
+                f"the mask names {name!r}, which is no parameter of the model; "
+                f"known: {list(parameters)}"
+            )
+        parameter = parameters[known]
+        if tuple(parameter.shape) != keep.shape:
+            raise MaskError(
+                f"{name}: expected a mask of shape {tuple(parameter.shape)}, "
+                f"got {keep.shape}"
+            )
+        if not keep.all():
+            factor = torch.from_numpy(np.ascontiguousarray(keep)).to(parameter)
+            targets.append((parameter, factor))
+    return targets
+
+
+def train(
+    model: nn.Module,
+    x: Array,
+    y: Array,
+    settings: TrainingSettings,
+    *,
+    epochs: int,
+    seed: int,
+    proximal_mu: float = 0.0,
+) -> float:
+    """Train in place and return the mean loss of the last epoch.
+
+    Parameters
+    ----------
+    model : nn.Module
+    x, y : arrays of shape (N, ...) and (N,)
+        Inputs and int64 labels, N >= 1.
+    settings : TrainingSettings
+    epochs : int
+        Passes over the samples, >= 1.
+    seed : int
+        Decides the order of the samples and everything random in the model.
+    proximal_mu : float
+        FedProx adds ``mu / 2 * ||w - w_start||^2`` to the loss (arXiv:1812.06127,
+        Eq. 2); 0 is plain training.
+
+    Notes
+    -----
+    A last batch of one sample is left out where there are others: BatchNorm cannot
+    train on one value.
+    """
+    count = len(y)
+    if count == 0:
+        raise ModelError("expected one training sample or more, got none")
+    device = device_of(settings.device)
+    model.to(device).train()
+    optimizer = optimizer_of(model, settings)
+    start = [p.detach().clone() for p in model.parameters()] if proximal_mu else []
+    order = torch.Generator().manual_seed(seed)
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
+    loss_of_epoch = math.nan
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            total, seen = 0.0, 0
+            shuffled = torch.randperm(count, generator=order)
+            for batch in torch.split(shuffled, settings.batch_size):
+                if len(batch) == 1 and count > 1 and seen:
+                    continue
+                optimizer.zero_grad()
+                output = model(inputs[batch].to(device))
+                loss = functional.cross_entropy(output, labels[batch].to(device))
+                if start:
+                    pairs = zip(model.parameters(), start, strict=True)
+                    distance = sum((now - then).square().sum() for now, then in pairs)
+                    loss = loss + proximal_mu / 2 * distance
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += loss.item() * len(batch)
+                seen += len(batch)
+            loss_of_epoch = total / seen
+    return loss_of_epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Loss and accuracies on held-out samples; accuracy is top-1."""
+
+    loss: float
+    accuracy: float  # share in [0, 1] whose label is the likeliest class
+    accuracy_top5: float  # share whose label is among the five likeliest
+    samples: int
+
+
+def evaluate(
+    model: nn.Module, x: Array, y: Array, *, device: str = "auto"
+) -> Evaluation:
+    """Evaluate a model on N >= 1 samples; its mode is restored."""
+    count = len(y)
+    if count == 0:
+        raise ModelError("expected one sample or more to evaluate, got none")
+    target = device_of(device)
+    was_training = model.training
+    model.to(target).eval()
+    loss, top1, top5 = 0.0, 0, 0
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
+    with torch.inference_mode():
+        for start in range(0, count, _EVALUATION_BATCH):
+            batch = slice(start, start + _EVALUATION_BATCH)
+            output = model(inputs[batch].to(target))
+            label = labels[batch].to(target)
+            loss += functional.cross_entropy(output, label, reduction="sum").item()
+            best = output.topk(min(5, output.shape[1]), dim=1).indices
+            hits = best == label[:, None]
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.any(dim=1).sum())
+    model.train(was_training)
+    return Evaluation(
+        loss=loss / count,
+        accuracy=top1 / count,
+        accuracy_top5=top5 / count,
+        samples=count,
+    )
+
+
+def load_arrays(model: nn.Module, arrays: Mapping[str, Array]) -> None:
+    """Copy named arrays into a model's state.
+
+    Raises
+    ------
+    ModelError
+        If names or shapes are not the model's.
+    """
+    state = {name: torch.from_numpy(np.array(v)) for name, v in arrays.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"the arrays do not fit the model: {error}") from error
+
+
+def state_arrays(model: nn.Module) -> dict[str, Array]:
+    """Return a model's parameters and buffers by name, on the CPU."""
+    return {
+        name: value.detach().cpu().numpy() for name, value in model.state_dict().items()
+    }
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that require gradients."""
+    return [name for name, value in model.named_parameters() if value.requires_grad]
+
+
+def optimizer_of(model: nn.Module, settings: TrainingSettings) -> Optimizer:
+    """Return a new optimizer over the model's parameters."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), rate, momentum=settings.momentum, weight_decay=decay
+        )
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
+    return torch.optim.Adam(model.parameters(), rate, weight_decay=decay)
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device a setting names; ``auto`` takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {name!r}: {error}") from error

@@ -1,0 +1,441 @@
+"""Frames <-> Flower records, and every record key of the protocol.
+
+A message of AutoFLIP is one of Flower's own: a single ArrayRecord and a single
+ConfigRecord, so any strategy can sit inside and any ClientApp outside. Entries of
+ours start with ``autoflip.``. docs/wire-format.md shows them on one screen.
+"""
+
+import fnmatch
+import io
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import numpy as np
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from autoflip_flwr import codec
+from autoflip_flwr.codec import ValueType
+from autoflip_flwr.errors import SettingsError, WireError
+from autoflip_flwr.types import Array, Masks, Params
+
+Phase: TypeAlias = Literal["explore", "train", "evaluate"]
+
+PREFIX = "autoflip."
+
+# Entries of the ConfigRecord of a message to a client.
+PHASE = "autoflip.phase"
+MANIFEST = "autoflip.manifest"
+MASK = "autoflip.mask"
+VALUE_TYPE = "autoflip.value-type"
+EPOCHS = "autoflip.epochs"  # exploration: at most so many; in the reply: done
+PATIENCE = "autoflip.patience"
+EPOCH = "autoflip.epoch"  # exploration: set by the mod before each call of the app
+
+# Entries of an ArrayRecord, either way.
+VALUES = "autoflip.values"
+GUIDANCE = "autoflip.guidance"
+
+#: What BatchNorm calls its buffers; a state_dict does not tell them from weights.
+BUFFER_PATTERNS = ("*running_mean", "*running_var", "*num_batches_tracked")
+
+_RAW = "autoflip.raw"  # serialization type: the bytes of a frame, without a header
+_MAX_MANIFEST = 1 << 24
+_NUMERIC = "biufc"  # numpy kinds
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One named array of a model."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    masked: bool  # travels as kept values; else dense, by its name
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Names, shapes and types of a model's arrays, in the model's order."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(
+        cls,
+        arrays: Params,
+        *,
+        prunable: Iterable[str] | None = None,
+        exclude: Iterable[str] = (),
+    ) -> "Manifest":
+        """Describe a model's arrays.
+
+        Parameters
+        ----------
+        arrays : mapping of name -> array
+        prunable : iterable of str, optional
+            Names of the trainable parameters. By default every floating array but
+            those named like BatchNorm's buffers.
+        exclude : iterable of str
+            Shell patterns of names that are never pruned.
+
+        Raises
+        ------
+        SettingsError
+            If a name is unknown, or nothing is left to prune.
+        """
+        trainable = None if prunable is None else set(prunable)
+        if trainable is not None and not trainable <= set(arrays):
+            unknown = sorted(trainable - set(arrays))
+            raise SettingsError(
+                f"unknown prunable parameters {unknown}; known: {list(arrays)}"
+            )
+        patterns = tuple(exclude)
+
+        def masked(name: str, values: Array) -> bool:
+            if not np.issubdtype(values.dtype, np.floating) or values.size == 0:
+                return False
+            if trainable is None and _matches(name, BUFFER_PATTERNS):
+                return False
+            if trainable is not None and name not in trainable:
+                return False
+            return not _matches(name, patterns)
+
+        entries = tuple(
+            Entry(name, values.shape, values.dtype.str, masked(name, values))
+            for name, values in arrays.items()
+        )
+        if not any(entry.masked for entry in entries):
+            raise SettingsError(
+                f"nothing to prune: exclude {list(patterns)} covers every floating "
+                f"parameter of {list(arrays)}"
+            )
+        return cls(entries)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the prunable arrays, in order."""
+        return {entry.name: entry.shape for entry in self.entries if entry.masked}
+
+    def to_bytes(self) -> bytes:
+        """Return the manifest as deflated JSON."""
+        rows = [[e.name, list(e.shape), e.dtype, int(e.masked)] for e in self.entries]
+        return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9)
+
+    @classmethod
+    def from_bytes(cls, frame: bytes) -> "Manifest":
+        """Read a manifest; a bad one is a WireError."""
+        try:
+            inflate = zlib.decompressobj()
+            text = inflate.decompress(frame, _MAX_MANIFEST)
+            if not inflate.eof or inflate.unused_data:
+                raise WireError(
+                    f"manifest: expected one deflated text of at most {_MAX_MANIFEST} "
+                    f"B, got {len(text)} B and more"
+                )
+            return cls(tuple(_entry(row) for row in json.loads(text)))
+        except (zlib.error, ValueError, TypeError, RecursionError) as error:
+            raise WireError(f"manifest: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What server and client agree on for one message: model, mask, value type."""
+
+    manifest: Manifest
+    masks: Masks
+    values: ValueType = "float32"
+
+    def entries(self, phase: Phase) -> dict[str, str | bytes]:
+        """Return the ConfigRecord's entries that tell a client of this plan."""
+        return {
+            PHASE: phase,
+            MANIFEST: self.manifest.to_bytes(),
+            MASK: codec.pack_mask(self.masks),
+            VALUE_TYPE: self.values,
+        }
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Plan":
+        """Read a plan out of a config; a bad entry is a WireError."""
+        manifest = manifest_of(config)
+        values = _required(config, VALUE_TYPE, str)
+        if values not in codec.VALUE_TYPES:
+            raise WireError(
+                f"{VALUE_TYPE}: expected one of {list(codec.VALUE_TYPES)}, "
+                f"got {values!r}"
+            )
+        masks = codec.unpack_mask(_required(config, MASK, bytes), manifest.shapes)
+        return cls(manifest, masks, cast(ValueType, values))
+
+    def pack(self, arrays: Params) -> ArrayRecord:
+        """Return what travels: the kept values as one array, the rest by name."""
+        kept = {name: arrays[name] for name in self.masks}
+        frame = codec.encode(kept, self.masks, dtype=self.values)
+        record = {VALUES: _raw(frame, self.values)}
+        for entry in self.manifest.entries:
+            if not entry.masked:
+                record[entry.name] = FlowerArray(np.asarray(arrays[entry.name]))
+        return ArrayRecord(record)
+
+    def unpack(
+        self, record: ArrayRecord, *, fill: Params | None = None
+    ) -> dict[str, Array]:
+        """Return all arrays by name, in the manifest's order.
+
+        Parameters
+        ----------
+        record : ArrayRecord
+            As `pack` wrote it.
+        fill : mapping of name -> array, optional
+            What pruned entries become; zeros by default.
+
+        Raises
+        ------
+        WireError
+            Keys, length, type or shape are not the plan's, or a value is NaN or
+            infinite.
+        """
+        dense_names = [e.name for e in self.manifest.entries if not e.masked]
+        expected = {VALUES, *dense_names}
+        if set(record) != expected:
+            raise WireError(
+                f"expected the arrays {sorted(expected)}, got {sorted(record)}"
+            )
+        like = fill or {
+            entry.name: np.zeros(entry.shape, entry.dtype)
+            for entry in self.manifest.entries
+            if entry.masked
+        }
+        frame = _frame(record[VALUES], self.values)
+        kept = codec.decode(frame, self.masks, dtype=self.values, fill=like)
+        return {
+            entry.name: kept[entry.name]
+            if entry.masked
+            else read_array(record[entry.name], entry)
+            for entry in self.manifest.entries
+        }
+
+
+def explore_entries(
+    manifest: Manifest, *, epochs: int, patience: int
+) -> dict[str, str | bytes | int]:
+    """Return the ConfigRecord's entries that ask a client to explore."""
+    return {
+        PHASE: "explore",
+        MANIFEST: manifest.to_bytes(),
+        EPOCHS: epochs,
+        PATIENCE: patience,
+    }
+
+
+def exploration_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return epochs and patience of an exploration, each >= 1."""
+    epochs = _required(config, EPOCHS, int)
+    patience = _required(config, PATIENCE, int)
+    if epochs < 1 or patience < 1:
+        raise WireError(
+            f"expected {EPOCHS} and {PATIENCE} >= 1, got {epochs} and {patience}"
+        )
+    return epochs, patience
+
+
+def phase_of(config: Mapping[str, Any]) -> Phase | None:
+    """Return the phase of a message's config; None: the message is not ours."""
+    if PHASE not in config:
+        return None
+    phase = config[PHASE]
+    if phase not in ("explore", "train", "evaluate"):
+        raise WireError(f"{PHASE}: expected explore, train or evaluate, got {phase!r}")
+    return cast(Phase, phase)
+
+
+def manifest_of(config: Mapping[str, Any]) -> Manifest:
+    """Return the manifest in a message's config."""
+    return Manifest.from_bytes(_required(config, MANIFEST, bytes))
+
+
+def guidance_record(frame: bytes) -> ArrayRecord:
+    """Wrap quantised local guidance for the way to the server."""
+    return ArrayRecord({GUIDANCE: _raw(frame, "uint8")})
+
+
+def guidance_frame(record: ArrayRecord) -> bytes:
+    """Return the guidance frame of an exploration reply."""
+    if set(record) != {GUIDANCE}:
+        raise WireError(f"expected the array [{GUIDANCE!r}], got {sorted(record)}")
+    return _frame(record[GUIDANCE], "uint8")
+
+
+def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array:
+    """Read a dense array whose shape and type are known.
+
+    The header is compared before anything is allocated, and nothing is unpickled.
+    """
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise WireError(f"{entry.name}: expected npy version (1, 0), got {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+        if isinstance(error, WireError):
+            raise
+        raise WireError(f"{entry.name}: expected an npy array, {error}") from error
+    right = dtype == np.dtype(entry.dtype) if exact else dtype.kind in _NUMERIC
+    if shape != entry.shape or not right:
+        raise WireError(
+            f"{entry.name}: expected {entry.dtype}{list(entry.shape)}, "
+            f"got {dtype.str}{list(shape)}"
+        )
+    count = int(np.prod(entry.shape, dtype=np.int64))
+    expected = count * dtype.itemsize
+    body = memoryview(array.data)[stream.tell() :]
+    if len(body) != expected:
+        raise WireError(
+            f"{entry.name}: expected {expected} B ({dtype.itemsize} x {count}), "
+            f"got {len(body)} B"
+        )
+    values: NDArray[Any] = np.frombuffer(body, dtype).reshape(
+        entry.shape, order="F" if fortran else "C"
+    )
+    if np.issubdtype(dtype, np.inexact) and not np.isfinite(values).all():
+        raise WireError(f"{entry.name}: expected finite values, got NaN or Inf")
+    return values.astype(entry.dtype, copy=False)
+
+
+def arrays_of(record: ArrayRecord) -> dict[str, Array]:
+    """Return read-only views of a dense record's arrays, without copying them."""
+    return {
+        name: read_array(
+            array, Entry(name, tuple(array.shape), np.dtype(array.dtype).str, False)
+        )
+        for name, array in record.items()
+    }
+
+
+def record_of(arrays: Params) -> ArrayRecord:
+    """Return a dense record of named arrays."""
+    return ArrayRecord({n: FlowerArray(np.asarray(v)) for n, v in arrays.items()})
+
+
+def named(record: ArrayRecord, plan: Plan) -> ArrayRecord:
+    """Return a packed record with its proper keys.
+
+    Flower's older API numbers arrays and drops their types; the order tells.
+    """
+    if VALUES in record or list(record) != [str(i) for i in range(len(record))]:
+        return record
+    names = [VALUES, *(e.name for e in plan.manifest.entries if not e.masked)]
+    if len(names) != len(record):
+        raise WireError(f"expected {len(names)} arrays {names}, got {len(record)}")
+    arrays = dict(zip(names, record.values(), strict=True))
+    arrays[VALUES] = _raw(arrays[VALUES].data, plan.values)
+    return ArrayRecord(arrays)
+
+
+def named_arrays(
+    record: ArrayRecord, manifest: Manifest, *, exact: bool = True
+) -> dict[str, Array]:
+    """Read a dense record that has the manifest's names, or their number.
+
+    With ``exact=False`` other numeric types than the manifest's are converted.
+    """
+    names = [entry.name for entry in manifest.entries]
+    numbers = [str(index) for index in range(len(names))]
+    if set(record) != set(names) and list(record) != numbers:
+        raise WireError(f"expected the arrays {names}, got {list(record)}")
+    keys = names if set(record) == set(names) else numbers
+    return {
+        entry.name: read_array(record[key], entry, exact=exact)
+        for key, entry in zip(keys, manifest.entries, strict=True)
+    }
+
+
+def only_array_record(content: RecordDict) -> tuple[str, ArrayRecord]:
+    """Return key and value of a message's single ArrayRecord."""
+    if len(content.array_records) != 1:
+        raise WireError(
+            "expected exactly one ArrayRecord, got "
+            f"{sorted(content.array_records) or 'none'}"
+        )
+    return next(iter(content.array_records.items()))
+
+
+def only_config(content: RecordDict) -> tuple[str, ConfigRecord]:
+    """Return key and value of a message's single ConfigRecord."""
+    if len(content.config_records) != 1:
+        raise WireError(
+            "expected exactly one ConfigRecord, got "
+            f"{sorted(content.config_records) or 'none'}"
+        )
+    return next(iter(content.config_records.items()))
+
+
+def count_bytes(content: RecordDict) -> int:
+    """Return the bytes of all records of a message, as Flower counts them."""
+    return sum(_record_bytes(record) for record in content.values())
+
+
+def own_bytes(content: RecordDict) -> int:
+    """Return the bytes of a message that plain FedAvg would not send.
+
+    All of the arrays, which FedAvg sends dense, and our entries of the config.
+    """
+    ours = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            ours += record.count_bytes()
+        else:
+            own = {k: v for k, v in record.items() if k.startswith(PREFIX)}
+            ours += _record_bytes(ConfigRecord(cast(Any, own)))
+    return ours
+
+
+def _record_bytes(record: Any) -> int:
+    return int(record.count_bytes()) if len(record) else 0
+
+
+def _raw(frame: bytes, dtype: str) -> FlowerArray:
+    size = len(frame) // np.dtype(dtype).itemsize
+    return FlowerArray(dtype=dtype, shape=(size,), stype=_RAW, data=frame)
+
+
+def _frame(array: FlowerArray, dtype: str) -> bytes:
+    if array.stype != _RAW or array.dtype != dtype:
+        raise WireError(
+            f"expected an array of {dtype} serialized as {_RAW!r}, "
+            f"got {array.dtype!r} as {array.stype!r}"
+        )
+    return array.data
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _required(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind):
+        raise WireError(
+            f"{key}: expected {kind.__name__} in the message's config, "
+            f"got {type(value).__name__}"
+        )
+    return value
+
+
+def _entry(row: Any) -> Entry:
+    name, shape, dtype, masked = row
+    lengths = tuple(shape)
+    known = np.dtype(dtype)
+    if not isinstance(name, str) or not all(
+        type(length) is int and length >= 0 for length in lengths
+    ):
+        raise WireError(f"expected [name, shape, type, masked], got {row}")
+    if known.hasobject or known.kind not in _NUMERIC:
+        raise WireError(f"{name}: expected a numeric type, got {dtype!r}")
+    return Entry(name, lengths, known.str, bool(masked))
