@@ -25,6 +25,10 @@ class AutoFlipMod:
     guidance (arXiv:2405.10271, Eq. 2). It keeps no state. Messages that are not
     AutoFLIP's pass through untouched.
 
+    While the app trains, pruned weights stay at zero if a `torch.optim` optimizer
+    holds the model's parameters in their own order; `masked` makes sure of it for
+    any other.
+
     Parameters
     ----------
     loss_key : str, optional
@@ -59,8 +63,11 @@ class AutoFlipMod:
         key, record = wire.only_array_record(message.content)
         arrays = plan.unpack(wire.named(record, plan))
         message.content[key] = wire.record_of(arrays)
-        reply = call_next(message, context)
-        if reply.has_error() or phase == "evaluate":
+        if phase == "evaluate":
+            return call_next(message, context)
+        with training.enforce_unseen(plan.keeps()):
+            reply = call_next(message, context)
+        if reply.has_error():
             return reply
         reply_key, trained = _arrays_of_reply(reply, plan.manifest)
         reply.content[reply_key] = plan.pack(trained)

@@ -1,13 +1,16 @@
 """Local training and evaluation, and the one place where a mask is enforced."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -49,25 +52,72 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     targets = _targets(model, masks)
     by_parameter = {id(parameter): keep for parameter, keep in targets}
 
-    def zero(parameters: list[nn.Parameter]) -> None:
-        keeps = [by_parameter[id(parameter)] for parameter in parameters]
-        with torch.no_grad():
-            for parameter, keep in zip(parameters, keeps, strict=True):
-                parameter.mul_(keep)
-
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        zero([parameter for parameter in held if id(parameter) in by_parameter])
+        _zero(
+            (parameter, by_parameter[id(parameter)])
+            for parameter in _parameters_of(optimizer)
+            if id(parameter) in by_parameter
+        )
 
-    everything = [parameter for parameter, _ in targets]
-    zero(everything)
+    _zero(targets)
     handle = register_optimizer_step_post_hook(after_step)
+    token = _enforced.set(_enforced.get() | by_parameter.keys())
     try:
         yield model
     finally:
+        _enforced.reset(token)
         handle.remove()
-        zero(everything)
+        _zero(targets)
+
+
+@contextmanager
+def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
+    """Do what `enforce` does for a model that only its optimizer has shown.
+
+    Parameters
+    ----------
+    keeps : sequence of bool arrays
+        One per trainable parameter, in the model's order. An optimizer that holds
+        exactly parameters of these shapes in this order is taken to train the
+        model; any other is left alone, as are parameters under `enforce`.
+    """
+    shapes = [keep.shape for keep in keeps]
+    known: WeakKeyDictionary[Optimizer, list[tuple[nn.Parameter, torch.Tensor]]] = (
+        WeakKeyDictionary()
+    )
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        if optimizer not in known:
+            held = _parameters_of(optimizer)
+            fits = [tuple(parameter.shape) for parameter in held] == shapes
+            known[optimizer] = [
+                (parameter, torch.from_numpy(np.array(keep)).to(parameter))
+                for parameter, keep in zip(held, keeps, strict=fits)
+                if fits and id(parameter) not in _enforced.get() and not keep.all()
+            ]
+        _zero(known[optimizer])
+
+    handle = register_optimizer_step_post_hook(after_step)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+#: Parameters whose masks an open `enforce` looks after.
+_enforced: ContextVar[frozenset[int]] = ContextVar("enforced", default=frozenset())
+
+
+def _zero(targets: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for parameter, keep in targets:
+            parameter.mul_(keep)
+
+
+def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -56,6 +56,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     masked: bool  # travels as kept values; else dense, by its name
+    trainable: bool = True  # False: a buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +97,19 @@ class Manifest:
             )
         patterns = tuple(exclude)
 
-        def masked(name: str, values: Array) -> bool:
-            if not np.issubdtype(values.dtype, np.floating) or values.size == 0:
-                return False
-            if trainable is None and _matches(name, BUFFER_PATTERNS):
-                return False
-            if trainable is not None and name not in trainable:
-                return False
-            return not _matches(name, patterns)
+        def trained(name: str, values: Array) -> bool:
+            if trainable is not None:
+                return name in trainable
+            floating = np.issubdtype(values.dtype, np.floating)
+            return floating and not _matches(name, BUFFER_PATTERNS)
 
-        entries = tuple(
-            Entry(name, values.shape, values.dtype.str, masked(name, values))
-            for name, values in arrays.items()
-        )
+        def entry(name: str, values: Array) -> Entry:
+            trains = trained(name, values)
+            prunes = trains and np.issubdtype(values.dtype, np.floating)
+            masked = prunes and values.size > 0 and not _matches(name, patterns)
+            return Entry(name, values.shape, values.dtype.str, masked, trains)
+
+        entries = tuple(entry(name, values) for name, values in arrays.items())
         if not any(entry.masked for entry in entries):
             raise SettingsError(
                 f"nothing to prune: exclude {list(patterns)} covers every floating "
@@ -123,7 +124,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the manifest as deflated JSON."""
-        rows = [[e.name, list(e.shape), e.dtype, int(e.masked)] for e in self.entries]
+        rows = [
+            [e.name, list(e.shape), e.dtype, int(e.masked), int(e.trainable)]
+            for e in self.entries
+        ]
         return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9)
 
     @classmethod
@@ -171,6 +175,14 @@ class Plan:
             )
         masks = codec.unpack_mask(_required(config, MASK, bytes), manifest.shapes)
         return cls(manifest, masks, cast(ValueType, values))
+
+    def keeps(self) -> list[NDArray[np.bool_]]:
+        """Return a bool array per trainable parameter, in the model's order."""
+        return [
+            self.masks[e.name] if e.masked else np.ones(e.shape, np.bool_)
+            for e in self.manifest.entries
+            if e.trainable
+        ]
 
     def pack(self, arrays: Params) -> ArrayRecord:
         """Return what travels: the kept values as one array, the rest by name."""
@@ -429,13 +441,13 @@ def _required(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
 
 
 def _entry(row: Any) -> Entry:
-    name, shape, dtype, masked = row
+    name, shape, dtype, masked, trainable = row
     lengths = tuple(shape)
     known = np.dtype(dtype)
     if not isinstance(name, str) or not all(
         type(length) is int and length >= 0 for length in lengths
     ):
-        raise WireError(f"expected [name, shape, type, masked], got {row}")
+        raise WireError(f"expected [name, shape, type, masked, trainable], got {row}")
     if known.hasobject or known.kind not in _NUMERIC:
         raise WireError(f"{name}: expected a numeric type, got {dtype!r}")
-    return Entry(name, lengths, known.str, bool(masked))
+    return Entry(name, lengths, known.str, bool(masked), bool(trainable))
