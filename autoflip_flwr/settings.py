@@ -243,11 +243,16 @@ def _parse_overrides(overrides: str) -> list[tuple[str, Any]]:
             raise SettingsError(
                 f"overrides: expected dotted key=value pairs, got {word!r}"
             )
-        try:
-            pairs.append((key, yaml.safe_load(text) if text else ""))
-        except yaml.YAMLError as error:
-            raise SettingsError(f"overrides: {key}: {text!r} is not YAML") from error
+        pairs.append((key, _parse_value(text)))
     return pairs
+
+
+def _parse_value(text: str) -> Any:
+    """Read YAML; what is none (``*bias``) is text."""
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any, key: str) -> None:

@@ -181,11 +181,6 @@ class AutoFLIP(Strategy):
         sampled = [message.metadata.dst_node_id for message in messages]
         self._explore(server_round, sampled, messages[0], grid)
         plan = self.rounds.begin(sampled)
-        _log.info(
-            "mask: density %.4f, changed %.4f",
-            self.rounds.density,
-            self.rounds.mask_change,
-        )
         self._order = {node_id: index for index, node_id in enumerate(sampled)}
         self._packed = {}
         return [self._pack(message, plan, "train") for message in messages]

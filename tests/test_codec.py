@@ -33,7 +33,7 @@ def models(draw, elements=finite):
     return values, masks
 
 
-# --- kept values -----------------------------------------------------------------------
+# --- kept values ------------------------------------------------------------------
 
 
 def test_kept_values_follow_each_other_in_the_masks_order():
@@ -82,13 +82,15 @@ def test_float16_rounds_to_the_nearest_and_saturates():
 
 
 @pytest.mark.parametrize("dtype", codec.VALUE_TYPES)
-def test_what_is_written_from_float64_can_be_read(dtype):
+def test_float64_beyond_the_wires_type_saturates_or_is_refused(dtype):
     keep = np.ones(3, bool)
-    frame = codec.encode(np.array([1e300, -1e300, 1.5]), keep, dtype=dtype)
+    try:
+        frame = codec.encode(np.array([1e300, -1e300, 1.5]), keep, dtype=dtype)
+    except WireError:
+        return
     found = codec.decode(frame, keep, dtype=dtype)
-    assert np.isfinite(found).all()
+    assert_array_equal(found == found[2], [False, False, True])
     assert_array_equal(np.sign(found), [1, -1, 1])
-    assert found[2] == 1.5
 
 
 def test_a_single_array_needs_no_name():
@@ -192,7 +194,7 @@ def test_an_unknown_value_type_lists_the_known():
         codec.decode(b"", np.ones(1, bool), dtype="int8")
 
 
-# --- masks -----------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------
 
 
 def test_bits_run_on_over_tensors_from_the_highest():
@@ -236,7 +238,7 @@ def test_a_mask_of_the_wrong_length_says_what_fits(length):
         codec.unpack_mask(b"\0" * length, {"w": (3, 3)})
 
 
-# --- local guidance --------------------------------------------------------------------
+# --- local guidance ---------------------------------------------------------------
 
 
 def test_guidance_is_two_levels_a_tensor_then_a_logarithmic_code_a_parameter():
@@ -286,12 +288,12 @@ def test_guidance_takes_a_byte_a_parameter_and_is_off_by_half_a_step(guidance):
         # 254 steps of ratio r = (high / low)^(1/254); the nearest level on the log
         # scale is at most half a step away: a factor of r^(1/2) = (high/low)^(1/508)
         half = (high / low) ** (1 / 508)
+        if low < np.finfo(np.float32).tiny:
+            continue  # subnormal numbers have too few digits to be compared by ratio
         inside = original >= low
         ratio = values[inside].astype(np.float64) / original[inside]
-        slack = 1e-3 if low < np.finfo(np.float32).tiny else 1e-5  # float32's own
-        if low >= 1e-43:  # below it float32 itself has no tenth of a digit left
-            assert (ratio <= half * (1 + slack) + 1e-6).all()
-            assert (ratio >= 1 / half * (1 - slack) - 1e-6).all()
+        assert (ratio <= half * (1 + 1e-5)).all()
+        assert (ratio >= 1 / half * (1 - 1e-5)).all()
 
 
 @properties
@@ -368,7 +370,7 @@ def test_quantisation_moves_less_than_a_hundredth_of_the_mask(threshold):
     assert mask.change(exact, coarse) < 0.01
 
 
-# --- hostile bytes -----------------------------------------------------------------------
+# --- hostile bytes ----------------------------------------------------------------
 
 
 MASKS = {

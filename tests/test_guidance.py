@@ -43,7 +43,7 @@ def local_matrices(draw, max_explorers=4):
     ]
 
 
-# --- Eq. 2 -------------------------------------------------------------------------
+# --- Eq. 2 ------------------------------------------------------------------------
 
 
 def test_squared_deviation_is_the_square_of_the_way_gone():
@@ -89,11 +89,11 @@ def test_weights_that_do_not_fit_or_diverged_are_named(final, message):
 
 
 def test_a_deviation_too_large_for_float32_is_a_divergence():
-    with pytest.raises(GuidanceError, match="w: .*learning rate"):
+    with pytest.raises(GuidanceError, match=r"w: .*learning rate"):
         squared_deviation(matrix(w=[0.0]), matrix(w=[1e30]))  # 1e60 > 3.4e38
 
 
-# --- Eq. 3 -------------------------------------------------------------------------
+# --- Eq. 3 ------------------------------------------------------------------------
 
 
 def two_explorers():
@@ -237,7 +237,7 @@ def test_combine_leaves_its_inputs_alone(matrices, normalization):
             assert_array_equal(one[name], other[name])
 
 
-# --- errors ------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------
 
 
 def test_no_explorer_is_an_error():

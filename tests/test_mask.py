@@ -22,10 +22,11 @@ eighths = st.integers(0, 8).map(lambda k: k / 8)  # floor * size is exact in bin
 
 @st.composite
 def scores(draw, elements=None):
-    element = elements or draw(st.sampled_from([any_score, tied_score]))
+    if elements is None:
+        elements = any_score if draw(st.booleans()) else tied_score
     count = draw(st.integers(1, 4))
     return {
-        f"t{index}": draw(npst.arrays(np.float32, draw(shapes), elements=element))
+        f"t{index}": draw(npst.arrays(np.float32, draw(shapes), elements=elements))
         for index in range(count)
     }
 
@@ -38,7 +39,7 @@ def scores_of(**tensors):
     return {name: np.asarray(values, np.float32) for name, values in tensors.items()}
 
 
-# --- worked examples -----------------------------------------------------------------
+# --- worked examples --------------------------------------------------------------
 
 
 def test_value_keeps_what_reaches_the_threshold():
@@ -138,7 +139,7 @@ def test_infinite_scores_have_a_place_in_the_order():
     assert_array_equal(found["w"], [True, False, False, True, True, False])
 
 
-# --- how many ------------------------------------------------------------------------
+# --- how many ---------------------------------------------------------------------
 
 
 @properties
@@ -181,7 +182,7 @@ def test_the_floor_holds_and_the_total_stays_exact_where_it_can(
         assert int(keep.sum()) >= least[name]
 
 
-# --- which ---------------------------------------------------------------------------
+# --- which ------------------------------------------------------------------------
 
 
 @properties
@@ -274,7 +275,7 @@ def test_no_scores_make_an_empty_mask():
     assert mask.from_scores({}, threshold=0.5) == {}
 
 
-# --- what is refused -----------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------
 
 
 def test_value_that_empties_a_tensor_names_it_the_share_and_the_remedy():
@@ -320,7 +321,7 @@ def test_impossible_floors_are_refused(floor):
         mask.from_scores(scores_of(w=[1.0]), threshold=0.5, floor=floor)
 
 
-# --- what a mask does ------------------------------------------------------------------
+# --- what a mask does -------------------------------------------------------------
 
 
 def keep_some():

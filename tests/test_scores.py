@@ -48,7 +48,9 @@ def test_saliency_writes_over_the_guidance_and_not_over_the_weights():
 @settings(deadline=None, max_examples=60)
 @given(
     npst.arrays(
-        np.float32, (2, 7), elements=st.floats(0, 1e18, width=32, allow_subnormal=False)
+        np.float32,
+        (2, 7),
+        elements=st.floats(0, 2.0**60, width=32, allow_subnormal=False),
     )
 )
 def test_saliency_is_finite_and_grows_with_guidance_and_with_weight(drawn):

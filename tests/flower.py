@@ -1,0 +1,150 @@
+"""Real Flower processes on the loopback, in a home of their own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).parents[1]
+_BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Flower:
+    """A SuperLink, its SuperNodes, and `flwr run` against them.
+
+    Everything is started in one session per process and ended, by its id, on exit.
+    """
+
+    def __init__(self, home: Path, *, simulation: bool) -> None:
+        self.home = home
+        self.simulation = simulation
+        self.port = free_port()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.environment = {
+            **os.environ,
+            "FLWR_HOME": str(home),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def __enter__(self) -> "Flower":
+        self.home.mkdir(parents=True, exist_ok=True)
+        (self.home / "config.toml").write_text(
+            '[superlink]\ndefault = "test"\n\n[superlink.test]\n'
+            f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
+        )
+        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--isolation", "subprocess"]
+        command += ["--disable-runtime-dependency-installation"]
+        if self.simulation:
+            command += ["--simulation"]
+        self._start(command, "superlink")
+        self._wait_for_port(self.port)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in reversed(self.processes):
+            self.stop(process)
+
+    def supernode(self, node_config: str) -> subprocess.Popen[bytes]:
+        command = ["flower-supernode", "--insecure", "--host", "127.0.0.1"]
+        command += ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
+        command += ["--node-config", node_config]
+        return self._start(command, f"supernode-{len(self.processes)}")
+
+    def run(
+        self,
+        app: Path,
+        run_config: str = "",
+        *,
+        federation: str = "",
+        timeout: float = 600,
+    ) -> str:
+        """`flwr run --stream`; returns what it printed."""
+        command = ["flwr", "run", str(app), "--stream"]
+        if run_config:
+            command += ["--run-config", run_config]
+        if federation:
+            command += ["--federation-config", federation]
+        done = subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """End a process and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
+        with (self.home / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=self.environment,
+                cwd=self.home,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def _wait_for_port(self, port: int, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", port), timeout=1),
+            ):
+                return
+            if self.processes[0].poll() is not None:
+                break
+            time.sleep(0.2)
+        log = (self.home / "superlink.log").read_text()
+        raise RuntimeError(f"the SuperLink did not start:\n{log}")
+
+
+@contextlib.contextmanager
+def simulation(home: Path) -> Iterator[Flower]:
+    with Flower(home, simulation=True) as flower:
+        yield flower
+
+
+@contextlib.contextmanager
+def deployment(home: Path, node_configs: list[str]) -> Iterator[Flower]:
+    with Flower(home, simulation=False) as flower:
+        for node_config in node_configs:
+            flower.supernode(node_config)
+        yield flower

@@ -1,0 +1,238 @@
+"""Frames in, masks out: the same as Eq. 2-4 on dense matrices."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from autoflip_flwr import codec, mask
+from autoflip_flwr.errors import ExplorationError, MaskError, WireError
+from autoflip_flwr.guidance import NORMALIZATIONS, combine
+from autoflip_flwr.pruner import Pruner
+from autoflip_flwr.settings import PruningSettings
+
+SHAPES = {"conv": (6, 3, 3, 3), "fc": (40, 30), "bias": (40,)}
+INITIAL = {
+    name: np.random.default_rng(9).normal(size=shape).astype(np.float32)
+    for name, shape in SHAPES.items()
+}
+
+
+def frame(node_id, shapes=SHAPES):
+    """Guidance of one node; nodes differ in where and how far they move."""
+    rng = np.random.default_rng(100 + node_id)
+    return codec.quantize(
+        {
+            name: (10.0**-node_id * rng.lognormal(-6, 1.5, shape)).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+    )
+
+
+def dense(node_id):
+    return codec.dequantize(frame(node_id), SHAPES).dense()
+
+
+def pruner_of(directory, explorers=(), **settings):
+    chosen = {"threshold": 0.7, "floor": 0.0, "score": "guidance", **settings}
+    pruner = Pruner(INITIAL, PruningSettings(**chosen), directory)
+    for node_id in explorers:
+        pruner.add(node_id, frame(node_id))
+    return pruner
+
+
+def reference_scores(explorers, sampled, normalization, mu, score="guidance"):
+    """Score of each parameter in float64, as the equations have it."""
+    everyone = combine([dense(n) for n in explorers], normalization=normalization)
+    known = [n for n in sampled if n in explorers]
+    local = (
+        combine([dense(n) for n in known], normalization=normalization)
+        if known
+        else everyone
+    )
+    guidance = {}
+    for name in SHAPES:
+        population = everyone[name].astype(np.float64)
+        # the mean over the sampled, those who never explored counting as everyone
+        mean = (
+            len(known) * local[name].astype(np.float64)
+            + (len(sampled) - len(known)) * population
+        ) / len(sampled)
+        guidance[name] = (1 - mu) * mean + mu * population
+    if score == "saliency":
+        return {
+            n: np.sqrt(g) * (np.abs(INITIAL[n]) + 1e-4) for n, g in guidance.items()
+        }
+    return guidance
+
+
+def assert_keeps_the_best(masks, scores, *, pruned):
+    """Exactly `pruned` entries go, none of which clearly beats one that is kept."""
+    keep = np.concatenate([masks[name].ravel() for name in scores])
+    score = np.concatenate([values.ravel() for values in scores.values()])
+    assert int((~keep).sum()) == pruned
+    assert score[~keep].max() <= score[keep].min() * (1 + 1e-4)
+
+
+TOTAL = 6 * 27 + 1200 + 40
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(
+    "sampled", [[0, 2], [1, 7, 3, 8], [7, 8]], ids=["known", "mixed", "unknown"]
+)
+def test_masks_agree_with_dense_matrices(tmp_path, sampled, normalization, mu):
+    explorers = [0, 1, 2, 3]
+    pruner = pruner_of(
+        tmp_path, explorers, normalization=normalization, population_weight=mu
+    )
+    expected = reference_scores(explorers, sampled, normalization, mu)
+    found = pruner.masks(sampled)
+    assert {n: k.shape for n, k in found.items()} == SHAPES
+    assert_keeps_the_best(found, expected, pruned=round(0.7 * TOTAL))
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 1.0])
+def test_saliency_weighs_the_guidance_with_the_initial_weights(tmp_path, mu):
+    pruner = pruner_of(tmp_path, [0, 1], score="saliency", population_weight=mu)
+    expected = reference_scores([0, 1], [1], "client", mu, score="saliency")
+    assert_keeps_the_best(pruner.masks([1]), expected, pruned=round(0.7 * TOTAL))
+    again = pruner.masks([1])  # scores are written in place: not into what is held
+    assert_keeps_the_best(again, expected, pruned=round(0.7 * TOTAL))
+
+
+def test_value_and_floor_reach_the_mask(tmp_path):
+    pruner = pruner_of(
+        tmp_path,
+        [0],
+        normalization="layer",
+        mode="value",
+        threshold=0.999,
+        floor=0.25,
+        population_weight=0.0,
+    )
+    found = pruner.masks([0])
+    # next to nothing comes near a tensor's maximum, so the floor decides: ceil(n / 4)
+    assert {n: int(k.sum()) for n, k in found.items()} == {
+        "conv": 41,  # ceil(162 / 4)
+        "fc": 300,
+        "bias": 10,
+    }
+
+
+def test_a_different_sample_makes_a_different_mask_without_population(tmp_path):
+    pruner = pruner_of(tmp_path, [0, 1, 2], population_weight=0.0)
+    assert mask.change(pruner.masks([0]), pruner.masks([1])) > 0.05
+
+
+def test_at_population_weight_one_the_mask_is_made_once(tmp_path):
+    pruner = pruner_of(tmp_path, [0, 1], population_weight=1.0)
+    first = pruner.masks([0])
+    assert pruner.masks([1, 5]) is first
+    pruner.add(2, frame(2))
+    later = pruner.masks([0])
+    expected = reference_scores([0, 1, 2], [0], "client", 1.0)
+    assert_keeps_the_best(later, expected, pruned=round(0.7 * TOTAL))
+    assert mask.change(first, later) > 0
+
+
+def test_the_mask_of_strangers_is_not_served_to_explorers(tmp_path):
+    pruner = pruner_of(tmp_path, [0, 1], population_weight=0.3)
+    pruner.masks([7, 8])  # nobody of the sample explored: everyone's mask
+    expected = reference_scores([0, 1], [1], "client", 0.3)
+    assert_keeps_the_best(pruner.masks([1]), expected, pruned=round(0.7 * TOTAL))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_an_explorer_that_explores_again_replaces_its_guidance(
+    tmp_path, asked_before, normalization
+):
+    pruner = pruner_of(
+        tmp_path, [0, 1], normalization=normalization, population_weight=0.5
+    )
+    if asked_before:
+        pruner.masks([0])
+    pruner.add(0, frame(2))
+    pruner.add(3, frame(3))
+    fresh = pruner_of(
+        tmp_path / "fresh", normalization=normalization, population_weight=0.5
+    )
+    for node_id, explored in ((0, 2), (1, 1), (3, 3)):
+        fresh.add(node_id, frame(explored))
+    assert pruner.explorers == 3
+    assert mask.change(fresh.masks([0, 3]), pruner.masks([0, 3])) < 2 / TOTAL
+
+
+def test_a_single_explorer_may_explore_again(tmp_path):
+    pruner = pruner_of(tmp_path, [0], population_weight=1.0)
+    pruner.add(0, frame(4))
+    fresh = pruner_of(tmp_path / "fresh", population_weight=1.0)
+    fresh.add(0, frame(4))
+    for name, keep in fresh.masks([0]).items():
+        assert_array_equal(pruner.masks([0])[name], keep)
+
+
+def test_a_bad_frame_changes_nothing(tmp_path):
+    pruner = pruner_of(tmp_path, [0, 1], population_weight=0.8)
+    before = pruner.masks([0])
+    for node_id in (0, 5):
+        with pytest.raises(WireError):
+            pruner.add(node_id, frame(3)[:-1])
+    assert pruner.explorers == 2
+    assert 5 not in pruner
+    assert mask.change(before, pruner.masks([0])) == 0
+
+
+def test_without_explorers_there_is_no_mask(tmp_path):
+    with pytest.raises(ExplorationError, match="one node or more, got 0"):
+        pruner_of(tmp_path).masks([0])
+
+
+def test_a_mask_that_cuts_a_layer_off_is_refused(tmp_path):
+    pruner = pruner_of(tmp_path, [0], threshold=1.0)
+    with pytest.raises(MaskError, match=r"conv.*floor"):
+        pruner.masks([0])
+
+
+def test_restart_forgets_everyone(tmp_path):
+    pruner = pruner_of(tmp_path, [0, 1], population_weight=1.0)
+    pruner.masks([0])
+    pruner.restart(INITIAL)
+    assert pruner.explorers == 0
+    assert 0 not in pruner
+    with pytest.raises(ExplorationError):
+        pruner.masks([0])
+    pruner.add(4, frame(4))
+    fresh = pruner_of(tmp_path / "fresh", [4], population_weight=1.0)
+    assert mask.change(fresh.masks([4]), pruner.masks([4])) == 0
+
+
+def test_no_sample_is_served_everyones_mask(tmp_path):
+    pruner = pruner_of(tmp_path, [0, 1], population_weight=0.0)
+    expected = reference_scores([0, 1], [0], "client", 1.0)
+    assert_keeps_the_best(pruner.masks([]), expected, pruned=round(0.7 * TOTAL))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_memory_does_not_grow_with_the_explorers(tmp_path, normalization):
+    shapes = {"w": (300, 200)}  # 60,000 B quantised, 240,000 B dense
+    pruner = Pruner(
+        {"w": np.ones((300, 200), np.float32)},
+        PruningSettings(normalization=normalization),
+        tmp_path,
+    )
+    frames = [frame(0, shapes), frame(1, shapes)]
+    pruner.add(0, frames[0])
+    pruner.masks([0])
+    tracemalloc.start()
+    try:
+        for node_id in range(1, 51):
+            pruner.add(node_id, frames[node_id % 2])
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 120_000  # statistics, not even two of the fifty frames
+    assert peak < 2_000_000  # a few dense matrices at a time, not fifty

@@ -1,0 +1,104 @@
+"""The store keeps what it was given, or says why not and keeps what it had."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from autoflip_flwr import codec
+from autoflip_flwr.errors import WireError
+from autoflip_flwr.guidance import statistics
+from autoflip_flwr.store import GuidanceStore
+
+SHAPES = {"w": (2, 3), "b": (2,)}
+
+
+def frame(seed=0):
+    rng = np.random.default_rng(seed)
+    return codec.quantize(
+        {n: rng.lognormal(-8, 2, s).astype(np.float32) for n, s in SHAPES.items()}
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return GuidanceStore(tmp_path / "guidance", SHAPES)
+
+
+def test_what_is_put_comes_back(store):
+    given = store.put(7, frame(7))
+    store.put(-(2**62), frame(8))
+    expected = codec.dequantize(frame(7), SHAPES).dense()
+    for found in (given, store.get(7)):
+        for name, values in found.dense().items():
+            assert_array_equal(values, expected[name])
+    assert len(store) == 2
+    assert set(store) == {7, -(2**62)}
+    assert 7 in store
+    assert 8 not in store
+
+
+def test_statistics_are_those_of_the_dense_matrix(store):
+    store.put(7, frame(7))
+    expected = statistics(codec.dequantize(frame(7), SHAPES).dense())
+    found = store.statistics(7)
+    assert_allclose(found.mean, expected.mean, rtol=1e-6)
+    assert found.low == expected.low
+    assert found.high == expected.high
+
+
+@pytest.mark.parametrize(
+    "bad", [b"", frame()[:-1], frame() + b"\0", b"\xff" * len(frame())]
+)
+def test_a_bad_frame_changes_nothing(store, tmp_path, bad):
+    store.put(7, frame(7))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    mean = store.statistics(7).mean
+    for node_id in (7, 8):
+        with pytest.raises(WireError):
+            store.put(node_id, bad)
+    assert list(store) == [7]
+    assert store.statistics(7).mean == mean
+    assert files == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_later_frame_replaces_the_earlier(store, tmp_path):
+    store.put(7, frame(1))
+    store.put(7, frame(2))
+    assert len(store) == 1
+    expected = codec.dequantize(frame(2), SHAPES).dense()
+    assert_array_equal(store.get(7).dense()["w"], expected["w"])
+    assert_allclose(store.statistics(7).mean, statistics(expected).mean, rtol=1e-6)
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 1
+
+
+def test_clear_forgets_and_frees_the_disk(store, tmp_path):
+    store.put(7, frame(1))
+    store.put(8, frame(2))
+    store.clear()
+    assert len(store) == 0
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    with pytest.raises(KeyError, match="no local guidance of node 7"):
+        store.get(7)
+    store.put(7, frame(3))
+    assert list(store) == [7]
+
+
+def test_a_node_without_guidance_is_a_key_error(store):
+    with pytest.raises(KeyError, match="no local guidance of node 9"):
+        store.get(9)
+
+
+def test_memory_does_not_grow_with_the_explorers(tmp_path):
+    store = GuidanceStore(tmp_path, {"w": (1000, 100)})
+    matrix = np.ones((1000, 100), np.float32)
+    store.put(0, codec.quantize({"w": matrix}))
+    tracemalloc.start()
+    try:
+        for node_id in range(1, 21):
+            store.put(node_id, codec.quantize({"w": node_id * matrix}))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 100_000  # one frame alone has 100,008 B

@@ -1,0 +1,998 @@
+"""The server's half, in rounds with real clients in this process."""
+
+import logging
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    Krum,
+)
+from inprocess import (
+    LocalGrid,
+    arrays_of,
+    call_seed,
+    fit,
+    masks_in,
+    net,
+    nudging_app,
+    only_in,
+    plain_net,
+    run,
+    state_of,
+    toy_app,
+    values_in,
+)
+from numpy.testing import assert_allclose, assert_array_equal
+
+from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, models
+from autoflip_flwr.errors import AutoFlipError, ExplorationError, SettingsError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
+
+NODES = [11, 12, 13, 14, 15]
+
+
+def assert_same_arrays(actual, expected):
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert_array_equal(actual[name], value, err_msg=name)
+
+
+def some_of(fraction=0.4):
+    """Options of a strategy that samples two of five nodes."""
+    return {"fraction_train": fraction, "fraction_evaluate": 0.0}
+
+
+# --- it is the inner strategy where nothing is pruned -----------------------------------
+
+
+@pytest.mark.parametrize(
+    "make_inner",
+    [FedAvg, lambda: FedAvg(**some_of()), lambda: FedAvgM(server_momentum=0.9)],
+    ids=["all nodes", "some nodes", "momentum"],
+)
+def test_with_nothing_pruned_every_global_model_is_the_inner_strategys(make_inner):
+    dense, _ = run(make_inner(), LocalGrid(toy_app(mods=[]), NODES), net())
+    pruned, _ = run(
+        AutoFLIP(make_inner(), threshold=0), LocalGrid(toy_app(), NODES), net()
+    )
+    assert len(pruned) == len(dense) == 4
+    for ours, theirs in zip(pruned, dense, strict=True):
+        assert list(ours) == list(theirs)
+        for name, value in theirs.items():
+            assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_buffers_keep_their_type_and_value():
+    model = net()
+    seen, _ = run(AutoFLIP(threshold=0.5), LocalGrid(toy_app(), NODES), model, 2)
+    start, last = state_of(model), seen[-1]
+    assert {n: v.dtype for n, v in last.items()} == {
+        n: v.dtype for n, v in start.items()
+    }
+    # Nodes 11..15 make 3, 4, 4, 5 and 5 batches of eight a round.
+    counts = np.array([24, 28, 32, 36, 40])
+    batches = float(np.average(np.ceil(counts / 8), weights=counts))
+    assert abs(int(last["1.num_batches_tracked"]) - 2 * batches) <= 1
+    assert (last["1.running_var"] > 0).all()
+    assert not np.array_equal(last["1.running_mean"], start["1.running_mean"])
+
+
+def test_the_default_inner_strategy_is_fedavg():
+    assert type(AutoFLIP().strategy) is FedAvg
+
+
+# --- exploration ------------------------------------------------------------------------
+
+
+def test_all_connected_nodes_explore_once_before_the_first_round():
+    grid = LocalGrid(toy_app(), NODES)
+    run(AutoFLIP(FedAvg(**some_of())), grid, net(), 3)
+    assert grid.nodes("explore") == NODES
+    assert [sent.phase for sent in grid.down[:5]] == ["explore"] * 5
+    assert len(grid.nodes("train")) == 6
+
+
+def test_every_explorer_starts_from_the_same_initial_weights_even_a_late_one():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES[:3])
+
+    def join(server_round, arrays):
+        if server_round == 1:
+            grid.join(99, {"partition-id": 7})
+
+    run(AutoFLIP(FedAvg(fraction_evaluate=0)), grid, model, 3, after_round=join)
+    assert grid.nodes("explore") == [11, 12, 13, 99]
+    late = next(i for i, s in enumerate(grid.down) if (s.phase, s.node_id) == ("explore", 99))
+    assert [s.phase for s in grid.down[:late]].count("train") == 3
+    for sent in grid.down:
+        if sent.phase == "explore":
+            assert_same_arrays(arrays_of(sent.arrays), state_of(model))
+
+
+def test_a_node_that_joins_later_explores_only_when_it_is_sampled():
+    grid = LocalGrid(toy_app(), NODES[:2])
+
+    def join(server_round, arrays):
+        if server_round == 1:
+            for i in range(8):
+                grid.join(100 + i, {"partition-id": i})
+
+    run(AutoFLIP(FedAvg(**some_of(0.2))), grid, net(), 3, after_round=join)
+    trained = set(grid.nodes("train"))
+    explored = grid.nodes("explore")
+    assert sorted(explored) == sorted(set(explored)), "nobody explores twice"
+    assert set(explored) == trained | {11, 12}
+    assert len(trained - {11, 12}) > 0
+    assert len(trained) < 10, "else the test shows nothing"
+
+
+def test_a_share_of_the_nodes_explores_and_the_rest_takes_part():
+    grid = LocalGrid(toy_app(), range(1, 11))
+    run(AutoFLIP(exploration_fraction=0.3, seed=4), grid, net(), 2)
+    assert len(grid.nodes("explore")) == 3
+    assert sorted(grid.nodes("train")[:10]) == list(range(1, 11))
+
+
+def test_the_seed_decides_who_explores():
+    def explorers(seed):
+        grid = LocalGrid(nudging_app(), range(1, 31))
+        strategy = AutoFLIP(
+            FedAvg(fraction_evaluate=0), exploration_fraction=0.2, seed=seed
+        )
+        run(strategy, grid, net(), 1)
+        return grid.nodes("explore")
+
+    assert explores_differ(explorers)
+
+
+def explores_differ(explorers):
+    return explorers(1) == explorers(1) != explorers(2)
+
+
+def test_a_node_without_guidance_gets_the_mask_of_the_others():
+    """Sampled nodes that never explored count as the mean of those who did."""
+
+    def masks(tamper):
+        model = net()
+        grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+        run(AutoFLIP(FedAvg(), population_weight=0, threshold=0.5), grid, model, 1)
+        return masks_in(next(s for s in grid.down if s.phase == "train"), model)
+
+    lost = masks(only_in("explore", NODES[1:], lambda reply: "lost"))
+    alone = net()
+    grid = LocalGrid(toy_app(), NODES[:1])
+    strategy = AutoFLIP(
+        FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1),
+        population_weight=1,
+        threshold=0.5,
+    )
+    run(strategy, grid, alone, 1)
+    expected = masks_in(next(s for s in grid.down if s.phase == "train"), alone)
+    assert_same_arrays(lost, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: Message(Error(7, "no disk"), reply_to=r), "no disk"),
+        (lambda r: "lost", "no reply in time"),
+        (lambda r: r.content.clear(), "ArrayRecord"),
+        (
+            lambda r: r.content.update({"extra": ArrayRecord()}),
+            "exactly one ArrayRecord",
+        ),
+        (
+            lambda r: r.content["arrays"].update({"more": Array(np.zeros(1))}),
+            "autoflip.guidance",
+        ),
+        (
+            lambda r: r.content.update({"arrays": raw("autoflip.guidance", b"123")}),
+            "got 3 B",
+        ),
+    ],
+    ids=["error", "no reply", "empty", "two records", "more arrays", "too short"],
+)
+def test_an_explorer_that_fails_is_named_and_left_out(change, reason, caplog):
+    def tamper(message, reply):
+        if message.metadata.dst_node_id == 13 and "autoflip.patience" in next(
+            iter(message.content.config_records.values())
+        ):
+            answer = change(reply)
+            if answer == "lost":
+                return None
+            if isinstance(answer, Message) and answer.has_error():
+                return Message(answer.error, reply_to=message)
+        return reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        strategy = AutoFLIP(FedAvg(fraction_evaluate=0))
+        run(strategy, grid, net(), 2)
+    lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert len(lines) == 1
+    assert "node 13" in lines[0]
+    assert reason in lines[0]
+    assert grid.nodes("train").count(13) == 2, "it takes part all the same"
+    assert grid.nodes("explore").count(13) == 1
+
+
+def raw(key, data, *, dtype="uint8", stype="autoflip.raw"):
+    size = len(data) // np.dtype(dtype).itemsize
+    return ArrayRecord({key: Array(dtype=dtype, shape=(size,), stype=stype, data=data)})
+
+
+def test_without_any_explorer_the_error_names_every_reason():
+    def tamper(message, reply):
+        if message.metadata.dst_node_id == 12:
+            return None
+        return Message(Error(1, f"oops {message.metadata.dst_node_id}"), reply_to=message)
+
+    grid = LocalGrid(toy_app(), [11, 12], tamper=tamper)
+    with pytest.raises(ExplorationError) as raised:
+        run(AutoFLIP(), grid, net(), 1)
+    text = str(raised.value)
+    assert "none of 2 nodes" in text
+    assert "oops 0" in text or "oops 11" in text
+    assert "12: 'no reply in time'" in text
+    assert not grid.nodes("train")
+
+
+def test_exploration_waits_as_long_as_it_is_told():
+    grid = LocalGrid(toy_app(), NODES)
+    run(AutoFLIP(exploration_timeout=17.5), grid, net(), 1)
+    assert grid.timeouts[0] == 17.5
+
+
+def test_everyone_explores_again_from_the_current_global_model():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    seen, _ = run(
+        AutoFLIP(FedAvg(fraction_evaluate=0), exploration_every=2), grid, model, 5
+    )
+    assert grid.nodes("explore") == NODES * 3
+    order = [(s.phase, s) for s in grid.down]
+    begun = [i for i, (phase, _) in enumerate(order) if phase == "explore"][::5]
+    rounds_before = [[p for p, _ in order[:i]].count("train") // 5 for i in begun]
+    assert rounds_before == [0, 2, 4]
+    for position, server_round in zip(begun, rounds_before, strict=True):
+        assert_same_arrays(arrays_of(order[position][1].arrays), seen[server_round])
+
+
+def test_the_guidance_is_how_far_the_clients_own_training_moved_each_weight():
+    """Eq. 2, computed from the app's training alone, up to one byte's precision."""
+    model, epochs = net(), 3
+    grid = LocalGrid(toy_app(), NODES)
+    run(AutoFLIP(exploration_epochs=epochs), grid, model, 1)
+    initial = state_of(model)
+    names = [name for name, _ in model.named_parameters()]
+    shapes = {name: initial[name].shape for name in names}
+    for partition_id, node_id in enumerate(NODES):
+        alone = net()
+        for epoch in range(epochs):
+            config = {"server-round": 1, "autoflip.epoch": epoch}
+            fit(alone, partition_id, seed=call_seed(config, partition_id))
+        final = state_of(alone)
+        reply = next(
+            s for s in grid.up if (s.phase, s.node_id) == ("explore", node_id)
+        )
+        frame = reply.arrays["autoflip.guidance"].data
+        received = codec.dequantize(frame, shapes).dense()
+        for name in names:
+            exact = (initial[name].astype(float) - final[name]) ** 2
+            # 255 logarithmic steps over at most 40 octaves: half a step is 5.6 %.
+            assert_allclose(
+                received[name], exact, rtol=0.06, atol=exact.max() * 2.0**-39
+            )
+
+
+# --- what travels -----------------------------------------------------------------------
+
+
+def nbytes(content):
+    return sum(record.count_bytes() for record in content.values())
+
+
+TRAVELLING = [
+    pytest.param(net, toy_app, id="toy"),
+    pytest.param(
+        lambda: models.build("cnn", num_classes=10, input_shape=(1, 28, 28), seed=0),
+        lambda make: nudging_app(),
+        id="cnn",
+    ),
+    pytest.param(
+        lambda: models.build("char_lstm", num_classes=80, input_shape=(80,), seed=0,
+                             hidden=64),
+        lambda make: nudging_app(),
+        id="char_lstm",
+    ),
+    pytest.param(
+        lambda: models.build("resnet50", num_classes=10, input_shape=(3, 32, 32), seed=0),
+        lambda make: nudging_app(),
+        id="resnet50",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize("values", ["float32", "float16"])
+@pytest.mark.parametrize(("make", "app"), TRAVELLING)
+def test_messages_cost_the_kept_values_the_mask_and_the_buffers(make, app, values):
+    model = make()
+    grid = LocalGrid(app(make), [11, 12])
+    strategy = AutoFLIP(
+        FedAvg(fraction_evaluate=0), threshold=0.9, values=values, floor=0
+    )
+    run(strategy, grid, model, 1)
+    prunable = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    kept = prunable - round(0.9 * prunable)
+    floats = kept * np.dtype(values).itemsize
+    down = [nbytes(s.content) for s in grid.down if s.phase == "train"]
+    up = [nbytes(s.content) for s in grid.up if s.phase == "train"]
+    assert len(down) == len(up) == 2
+    assert max(down) <= 1.02 * (floats + prunable / 8 + buffers) + 4096
+    assert max(up) <= 1.02 * (floats + buffers) + 4096
+    assert min(down) >= floats + prunable // 8 + buffers
+    assert min(up) >= floats + buffers
+    explored = [nbytes(s.content) for s in grid.up if s.phase == "explore"]
+    assert max(explored) <= prunable + 4096, "a quarter of float32"
+
+
+def test_a_train_message_is_one_flat_array_the_buffers_and_the_masks_bits():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    run(AutoFLIP(threshold=0.5), grid, model, 2)
+    buffers = [name for name, _ in model.named_buffers()]
+    for sent in (*grid.down, *grid.up):
+        assert len(sent.content.array_records) == (
+            0 if (sent in grid.up and sent.phase == "evaluate") else 1
+        )
+        if sent in grid.up:
+            assert len(sent.content.metric_records) == 1
+            assert not sent.content.config_records
+        if sent.phase == "train":
+            assert list(sent.arrays) == ["autoflip.values", *buffers]
+            assert sent.arrays["autoflip.values"].shape == (round(0.5 * 179),)
+    packed = next(s for s in grid.down if s.phase == "train")
+    assert len(packed.config["autoflip.mask"]) == math.ceil(179 / 8)
+    assert sum(int(m.sum()) for m in masks_in(packed, model).values()) == 90
+
+
+def test_what_arrives_is_the_global_model_under_the_mask():
+    model = net()
+    calls = []
+    grid = LocalGrid(toy_app(calls=calls), NODES)
+    seen, _ = run(AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.6), grid, model, 2)
+    trained = [c for c in calls if c["config"]["autoflip.phase"] == "train"]
+    sent = [s for s in grid.down if s.phase == "train"]
+    for i, (call, message) in enumerate(zip(trained, sent, strict=True)):
+        masks = masks_in(message, model)
+        for name, value in seen[i // 5].items():
+            expected = np.where(masks[name], value, 0) if name in masks else value
+            assert call["arrays"][name].dtype == value.dtype
+            assert_array_equal(call["arrays"][name], expected)
+
+
+def test_excluded_parameters_travel_dense_and_are_never_pruned():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = AutoFLIP(threshold=0.9, exclude=["3.*", "*.bias"])
+    seen, _ = run(strategy, grid, model, 2)
+    sent = next(s for s in grid.down if s.phase == "train")
+    assert {"3.weight", "3.bias", "1.bias"} <= set(sent.arrays)
+    assert (seen[-1]["3.weight"] != 0).all()
+    density = (seen[-1]["0.weight"] != 0).mean()
+    assert density < 0.2
+
+
+def test_only_named_parameters_are_prunable_and_a_typo_is_an_error():
+    seen, _ = run(
+        AutoFLIP(threshold=0.5, prunable=["0.weight"]), LocalGrid(toy_app(), NODES), net(), 1
+    )
+    assert (seen[-1]["0.weight"] == 0).mean() == 0.5
+    assert (seen[-1]["3.weight"] != 0).all()
+    with pytest.raises(SettingsError, match=r"0\.weigth"):
+        run(AutoFLIP(prunable=["0.weigth"]), LocalGrid(toy_app(), NODES), net(), 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 1.5},
+        {"mode": "quantil"},
+        {"threshold": 0.5, "mode": "compression"},
+        {"score": "loss"},
+        {"normalization": "none"},
+        {"population_weight": -0.1},
+        {"floor": 2},
+        {"pruned_weights": "drop"},
+        {"exploration_epochs": 0},
+        {"exploration_fraction": 0},
+        {"exploration_patience": 0},
+        {"exploration_every": -1},
+        {"exploration_timeout": 0},
+    ],
+    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_impossible_values_are_refused_when_the_strategy_is_made(options):
+    with pytest.raises(SettingsError, match=next(iter(options)).partition("_")[0]):
+        AutoFLIP(**options)
+
+
+@pytest.mark.parametrize("values", ["float64", "bfloat16"])
+def test_an_unknown_wire_type_is_refused_when_the_strategy_is_made(values):
+    with pytest.raises(AutoFlipError, match="float32"):
+        AutoFLIP(values=values)
+
+
+# --- pruned weights ---------------------------------------------------------------------
+
+
+CHANGING = {"threshold": 0.5, "population_weight": 0.0, "score": "guidance"}
+
+
+def masks_by_round(grid, model):
+    """The mask of each round, and that it was the same for all of its nodes."""
+    by_round = {}
+    for sent in grid.down:
+        if sent.phase == "train":
+            server_round = sent.config["server-round"]
+            masks = masks_in(sent, model)
+            if server_round in by_round:
+                assert_same_arrays(masks, by_round[server_round])
+            by_round[server_round] = masks
+    return [by_round[i + 1] for i in range(len(by_round))]
+
+
+def assert_masks_change(masks):
+    """Entries leave and come back, or the test shows nothing."""
+    flat = [np.concatenate([m.ravel() for m in each.values()]) for each in masks]
+    assert all((a != b).any() for a, b in zip(flat, flat[1:], strict=False))
+    assert any(
+        (a & ~b & c).any() for a, b, c in zip(flat, flat[1:], flat[2:], strict=False)
+    )
+
+
+def test_the_global_model_is_zero_where_the_round_pruned():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    seen, _ = run(AutoFLIP(FedAvg(**some_of()), **CHANGING), grid, model, 6)
+    masks = masks_by_round(grid, model)
+    assert_masks_change(masks)
+    for arrays, mask in zip(seen[1:], masks, strict=True):
+        for name, keep in mask.items():
+            assert not arrays[name][~keep].any()
+            assert arrays[name][keep].any()
+
+
+def test_a_kept_weight_comes_back_with_the_value_it_had():
+    model = net()
+    calls = []
+    grid = LocalGrid(toy_app(calls=calls), NODES)
+    strategy = AutoFLIP(FedAvg(**some_of()), **CHANGING, pruned_weights="keep")
+    seen, _ = run(strategy, grid, model, 6)
+    masks = masks_by_round(grid, model)
+    assert_masks_change(masks)
+    remembered = {n: v.copy() for n, v in state_of(model).items()}
+    trained = [c for c in calls if c["config"]["autoflip.phase"] == "train"]
+    returned = 0
+    for i, mask in enumerate(masks):
+        for call in trained[2 * i : 2 * i + 2]:
+            for name, keep in mask.items():
+                expected = np.where(keep, remembered[name], 0)
+                assert_array_equal(call["arrays"][name], expected)
+        for name, keep in mask.items():
+            assert not seen[i + 1][name][~keep].any(), "what others see is masked"
+            if i:
+                returned += int((keep & ~masks[i - 1][name]).sum())
+            remembered[name][keep] = seen[i + 1][name][keep]
+    assert returned > 20
+
+
+def test_evaluating_clients_get_the_masked_model_too():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = AutoFLIP(
+        FedAvg(fraction_train=0.4), **CHANGING, pruned_weights="keep"
+    )
+    seen, _ = run(strategy, grid, model, 3)
+    sums = [s for s in grid.up if s.phase == "evaluate"]
+    assert len(sums) == 15
+    for i, reply in enumerate(sums):
+        total = sum(np.abs(v).sum() for v in seen[1 + i // 5].values())
+        assert reply.metrics["sum"] == pytest.approx(float(total), rel=1e-6)
+
+
+# --- inner strategies -------------------------------------------------------------------
+
+
+def private():
+    return DifferentialPrivacyClientSideFixedClipping(
+        FedAvg(), noise_multiplier=0.01, clipping_norm=1.0, num_sampled_clients=5
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:flwr")
+@pytest.mark.parametrize("pruned_weights", ["zero", "keep"])
+@pytest.mark.parametrize(
+    ("make_inner", "mods"),
+    [
+        (FedAvg, []),
+        (lambda: FedAvgM(server_momentum=0.9, server_learning_rate=0.5), []),
+        (lambda: FedAdam(eta=0.01), []),
+        (lambda: FedProx(proximal_mu=0.1), []),
+        (FedMedian, []),
+        (lambda: Krum(num_malicious_nodes=1), []),
+        (private, [fixedclipping_mod]),
+    ],
+    ids=["FedAvg", "FedAvgM", "FedAdam", "FedProx", "FedMedian", "Krum", "DP"],
+)
+def test_every_inner_strategy_trains_a_pruned_model(make_inner, mods, pruned_weights):
+    model = plain_net()
+    app = toy_app(plain_net, mods=[AutoFlipMod(), *mods])
+    grid = LocalGrid(app, NODES)
+    strategy = AutoFLIP(
+        make_inner(), threshold=0.7, population_weight=0.5, pruned_weights=pruned_weights
+    )
+    seen, result = run(strategy, grid, model, 4)
+    masks = masks_by_round(grid, model)
+    assert len(masks) == 4
+    for arrays, mask in zip(seen[1:], masks, strict=True):
+        for name, value in arrays.items():
+            assert value.dtype == np.float32
+            assert np.isfinite(value).all()
+            assert not value[~mask[name]].any()
+    losses = [m["eval-loss"] for m in result.evaluate_metrics_clientapp.values()]
+    assert len(losses) == 4
+    assert losses[-1] < 1.2, "no worse than guessing among three"
+    assert not any(np.array_equal(a["0.weight"], b["0.weight"]) for a, b in
+                   zip(seen, seen[1:], strict=False))
+
+
+def test_what_an_inner_strategy_tells_its_clients_reaches_the_app():
+    calls = []
+    app = toy_app(plain_net, calls=calls)
+    run(
+        AutoFLIP(FedProx(proximal_mu=0.25)),
+        LocalGrid(app, NODES),
+        plain_net(),
+        1,
+        config=ConfigRecord({"lr": 0.5}),
+    )
+    assert len(calls) == 10
+    assert {(c["config"]["proximal-mu"], c["config"]["lr"]) for c in calls} == {
+        (0.25, 0.5)
+    }
+
+
+def client_averages(grid, model, masks):
+    """The weighted mean of each round's kept values, read from the messages."""
+    averages = []
+    for i, mask in enumerate(masks):
+        replies = [s for s in grid.up if s.phase == "train"][2 * i : 2 * i + 2]
+        weights = [s.metrics["num-examples"] for s in replies]
+        dense = [values_in(s, mask) for s in replies]
+        averages.append(
+            {
+                name: np.average(
+                    [d[name].astype(float) for d in dense], axis=0, weights=weights
+                )
+                for name in mask
+            }
+        )
+    return averages
+
+
+def momentum_reference(initial, masks, averages, *, lr, beta):
+    """SGD with momentum on a pseudo-gradient that is zero where a round pruned."""
+    weights = {n: initial[n].astype(float) for n in masks[0]}
+    momentum = {n: np.zeros_like(v) for n, v in weights.items()}
+    for mask, average in zip(masks, averages, strict=True):
+        for name, keep in mask.items():
+            gradient = np.where(keep, weights[name] - average[name], 0.0)
+            momentum[name] = beta * momentum[name] + gradient
+            weights[name] = np.where(keep, weights[name] - lr * momentum[name], 0.0)
+        yield {n: v.copy() for n, v in weights.items()}
+
+
+def adam_reference(initial, masks, averages, *, eta, tau, beta_1=0.9, beta_2=0.99):
+    """Flower's FedAdam, with a zero difference where a round pruned."""
+    weights = {n: initial[n].astype(float) for n in masks[0]}
+    first = {n: np.zeros_like(v) for n, v in weights.items()}
+    second = {n: np.zeros_like(v) for n, v in weights.items()}
+    for t, (mask, average) in enumerate(zip(masks, averages, strict=True), start=1):
+        rate = eta * math.sqrt(1 - beta_2 ** (t + 1)) / (1 - beta_1 ** (t + 1))
+        for name, keep in mask.items():
+            delta = np.where(keep, average[name] - weights[name], 0.0)
+            first[name] = beta_1 * first[name] + (1 - beta_1) * delta
+            second[name] = beta_2 * second[name] + (1 - beta_2) * delta**2
+            step = rate * first[name] / (np.sqrt(second[name]) + tau)
+            weights[name] = np.where(keep, weights[name] + step, 0.0)
+        yield {n: v.copy() for n, v in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("inner", "reference"),
+    [
+        (
+            FedAvgM(server_learning_rate=0.7, server_momentum=0.8, **some_of()),
+            lambda *a: momentum_reference(*a, lr=0.7, beta=0.8),
+        ),
+        (
+            FedAdam(eta=0.05, tau=1e-3, **some_of()),
+            lambda *a: adam_reference(*a, eta=0.05, tau=1e-3),
+        ),
+    ],
+    ids=["FedAvgM", "FedAdam"],
+)
+def test_an_optimizer_on_the_server_sees_no_gradient_where_a_round_pruned(
+    inner, reference
+):
+    """Masks change with the sampled nodes, and nothing jumps when a weight returns."""
+    model = plain_net()
+    grid = LocalGrid(toy_app(plain_net), NODES)
+    seen, _ = run(AutoFLIP(inner, **CHANGING), grid, model, 8)
+    masks = masks_by_round(grid, model)
+    assert_masks_change(masks)
+    averages = client_averages(grid, model, masks)
+    expected = reference(state_of(model), masks, averages)
+    for arrays, weights in zip(seen[1:], expected, strict=True):
+        for name, value in weights.items():
+            assert_allclose(arrays[name], value, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:flwr")
+def test_local_differential_privacy_inside_sends_kept_values_only():
+    model = plain_net()
+    private_mod = LocalDpMod(
+        clipping_norm=1.0, sensitivity=0.01, epsilon=1.0, delta=0.01
+    )
+    app = toy_app(plain_net, mods=[AutoFlipMod(), private_mod])
+    grid = LocalGrid(app, NODES)
+    seen, _ = run(AutoFLIP(threshold=0.7), grid, model, 3)
+    mask = masks_by_round(grid, model)[-1]
+    kept = sum(int(keep.sum()) for keep in mask.values())
+    for reply in grid.up:
+        if reply.phase == "train":
+            assert list(reply.arrays) == ["autoflip.values"]
+            assert len(reply.arrays["autoflip.values"].data) == 4 * kept
+    for name, keep in mask.items():
+        assert not seen[-1][name][~keep].any()
+        assert np.isfinite(seen[-1][name]).all()
+
+
+# --- replies that cannot be used --------------------------------------------------------
+
+
+def npy(header):
+    """An npy array whose header is any text."""
+    text = header.encode("latin1")
+    text += b" " * (63 - (10 + len(text)) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+
+
+def put(key, array):
+    return lambda reply: reply.content["arrays"].update({key: array})
+
+
+def poison(value):
+    def change(reply):
+        array = reply.content["arrays"]["autoflip.values"]
+        values = np.frombuffer(array.data, np.float32).copy()
+        values[-1] = value
+        reply.content["arrays"] = with_values(reply, values.tobytes())
+
+    return change
+
+
+def with_values(reply, data, *, dtype="float32", stype="autoflip.raw", shape=None):
+    record = dict(reply.content["arrays"])
+    size = (len(data) // 4,) if shape is None else shape
+    record["autoflip.values"] = Array(dtype=dtype, shape=size, stype=stype, data=data)
+    return ArrayRecord(record)
+
+
+def values_as(**how):
+    def change(reply):
+        data = reply.content["arrays"]["autoflip.values"].data
+        data = data[: how.get("length", len(data))] + how.get("more", b"")
+        kind = {k: v for k, v in how.items() if k in ("dtype", "stype", "shape")}
+        reply.content["arrays"] = with_values(reply, data, **kind)
+
+    return change
+
+
+def renamed(old, new):
+    def change(reply):
+        reply.content[new] = reply.content.pop(old)
+
+    return change
+
+
+def metric(**values):
+    return lambda reply: reply.content["metrics"].update(
+        {name.replace("_", "-"): value for name, value in values.items()}
+    )
+
+
+BAD_REPLIES = {
+    "error": lambda r: Message(Error(9, "broken"), reply_to=request_of(r)),
+    "NaN": poison(np.nan),
+    "Inf": poison(np.inf),
+    "too short": values_as(length=40),
+    "odd length": values_as(length=41),
+    "too long": values_as(more=b"\0\0\0\0"),
+    "empty": values_as(length=0),
+    "dtype": values_as(dtype="float16"),
+    "stype": values_as(stype="numpy.ndarray"),
+    "no values": lambda r: r.content["arrays"].pop("autoflip.values"),
+    "no buffer": lambda r: r.content["arrays"].pop("1.running_mean"),
+    "another array": put("2.weight", Array(np.zeros(3, np.float32))),
+    "buffer NaN": put("1.running_var", Array(np.full(16, np.nan, np.float32))),
+    "buffer shape": put("1.running_var", Array(np.ones(15, np.float32))),
+    "buffer type": put("1.running_var", Array(np.ones(16, np.float64))),
+    "buffer objects": put(
+        "1.running_var",
+        Array("float32", (16,), "numpy.ndarray", b"\x93NUMPY\x01\x00 garbage"),
+    ),
+    "buffer header cut": put(
+        "1.running_var",
+        Array(
+            "float32",
+            (16,),
+            "numpy.ndarray",
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (16,"),
+        ),
+    ),
+    "buffer header of Python 2": put(
+        "1.running_var",
+        Array(
+            "float32",
+            (16,),
+            "numpy.ndarray",
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (16L,), }"),
+        ),
+    ),
+    "two array records": lambda r: r.content.update({"more": ArrayRecord()}),
+    "no array record": lambda r: r.content.pop("arrays"),
+    "key of the arrays": renamed("arrays", "weights"),
+    "no metrics": lambda r: r.content.pop("metrics"),
+    "two metric records": lambda r: r.content.update(
+        {"more": MetricRecord({"num-examples": 3})}
+    ),
+    "key of the metrics": renamed("metrics", "results"),
+    "metric NaN": metric(train_loss=math.nan),
+    "metric Inf": metric(train_loss=-math.inf),
+    "metric NaN in a list": metric(train_loss=[1.0, math.nan]),
+    "metric a list": metric(train_loss=[1.0, 2.0]),
+    "negative examples": metric(num_examples=-1),
+    "examples NaN": metric(num_examples=math.nan),
+    "a list of examples": metric(num_examples=[3, 4]),
+    "another metric": metric(train_time=1.0),
+    "a missing metric": lambda r: r.content["metrics"].pop("train-loss"),
+    "no examples": lambda r: r.content["metrics"].pop("num-examples"),
+    "nothing": lambda r: r.content.clear(),
+}
+
+
+def request_of(reply):
+    return Message(RecordDict(), reply.metadata.src_node_id, "train")
+
+
+@pytest.mark.parametrize("position", [0, 2], ids=["first", "third"])
+@pytest.mark.parametrize("kind", BAD_REPLIES)
+def test_a_bad_reply_is_named_and_the_round_goes_on_without_it(kind, position, caplog):
+    """The result is the one of a round that node did not answer in."""
+    bad = NODES[position]
+
+    def rounds(change):
+        grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [bad], change))
+        strategy = AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.5)
+        seen, _ = run(strategy, grid, net(), 2)
+        return seen, strategy
+
+    without, _ = rounds(lambda reply: "lost")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        seen, strategy = rounds(BAD_REPLIES[kind])
+    lines = [r.getMessage() for r in caplog.records if "dropped" in r.getMessage()]
+    assert len(lines) == 2, "one a round"
+    assert all(f"node {bad}" in line for line in lines)
+    assert list(strategy.rounds.dropped) == [bad]
+    for ours, expected in zip(seen, without, strict=True):
+        assert_same_arrays(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "kind", ["error", "metric NaN", "another metric", "key of the metrics", "nothing"]
+)
+def test_a_bad_evaluation_is_left_out(kind, caplog):
+    def metrics(change):
+        grid = LocalGrid(toy_app(), NODES, tamper=only_in("evaluate", [12], change))
+        _, result = run(AutoFLIP(threshold=0.5), grid, net(), 1)
+        return dict(result.evaluate_metrics_clientapp[1])
+
+    def change(reply):
+        if kind == "metric NaN":
+            reply.content["metrics"]["eval-loss"] = math.nan
+            return None
+        return BAD_REPLIES[kind](reply)
+
+    expected = metrics(lambda reply: "lost")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert metrics(change) == expected
+    assert any("node 12 is dropped" in r.getMessage() for r in caplog.records)
+
+
+def test_an_honest_explanation_says_what_was_expected_and_what_came(caplog):
+    tamper = only_in("train", [13], values_as(length=40))
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        run(AutoFLIP(threshold=0.5), grid, net(), 1)
+    assert any(
+        "expected 360 B (4 x 90 kept), got 40 B" in r.getMessage()
+        for r in caplog.records
+    )
+
+
+def test_when_every_reply_is_bad_the_model_stays_as_it_was(caplog):
+    broken = []
+
+    def tamper(message, reply):
+        train = message.metadata.message_type == "train"
+        config = next(iter(message.content.config_records.values()))
+        if train and config["server-round"] == 2:
+            broken.append(message.metadata.dst_node_id)
+            return Message(Error(1, "out"), reply_to=message)
+        return reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        seen, result = run(AutoFLIP(threshold=0.5), grid, net(), 3)
+    assert sorted(broken) == NODES
+    assert_same_arrays(seen[2], seen[1])
+    assert not np.array_equal(seen[3]["0.weight"], seen[2]["0.weight"])
+    assert list(result.train_metrics_clientapp) == [1, 3]
+    assert any(
+        "round 2: 0 valid replies" in r.getMessage()
+        and "stays as it was" in r.getMessage()
+        for r in caplog.records
+    )
+
+
+def test_without_valid_replies_a_round_aggregates_to_nothing():
+    strategy = AutoFLIP()
+    grid = LocalGrid(toy_app(), NODES)
+    record = ArrayRecord(net().state_dict())
+    messages = list(strategy.configure_train(1, record, ConfigRecord(), grid))
+    assert strategy.aggregate_train(1, []) == (None, None)
+    replies = [Message(Error(1, "out"), reply_to=m) for m in messages]
+    assert strategy.aggregate_train(1, replies) == (None, None)
+
+
+@pytest.mark.parametrize(("good", "changes"), [(3, True), (2, False)])
+def test_a_round_needs_as_many_valid_replies_as_it_is_told(good, changes):
+    tamper = only_in("train", NODES[good:], poison(np.nan))
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    model = net()
+    seen, _ = run(AutoFLIP(threshold=0.5, min_replies=3), grid, model, 1)
+    moved = not np.array_equal(seen[1]["1.running_mean"], seen[0]["1.running_mean"])
+    assert moved is changes
+
+
+@pytest.mark.parametrize("server_round", [1, 3], ids=["first", "last"])
+def test_after_a_round_without_replies_the_model_still_fits_the_mask(server_round):
+    """The model that is evaluated and saved is zero wherever the mask says so."""
+
+    def tamper(message, reply):
+        config = next(iter(message.content.config_records.values()))
+        lost = config["autoflip.phase"] == "train"
+        return None if lost and config["server-round"] == server_round else reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    strategy = AutoFLIP(FedAvg(**some_of()), **CHANGING)
+    seen, _ = run(strategy, grid, net(), server_round)
+    for name, keep in strategy.rounds.plan.masks.items():
+        assert not seen[-1][name][~keep].any(), name
+
+
+# --- nothing of the caller's is written to ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make_inner",
+    [FedAvg, lambda: FedAvgM(server_momentum=0.9), FedAdam, lambda: FedProx(proximal_mu=1.0)],
+    ids=["FedAvg", "FedAvgM", "FedAdam", "FedProx"],
+)
+@pytest.mark.parametrize("pruned_weights", ["zero", "keep"])
+def test_the_callers_records_are_left_alone(make_inner, pruned_weights):
+    model = net()
+    record = ArrayRecord(model.state_dict())
+    before = {name: array.data for name, array in record.items()}
+    train, evaluate = ConfigRecord({"lr": 0.1}), ConfigRecord({"batch": 3})
+    strategy = AutoFLIP(make_inner(), threshold=0.5, pruned_weights=pruned_weights)
+    strategy.start(
+        LocalGrid(toy_app(), NODES),
+        record,
+        num_rounds=3,
+        train_config=train,
+        evaluate_config=evaluate,
+    )
+    assert {name: array.data for name, array in record.items()} == before
+    assert dict(train) == {"lr": 0.1}
+    assert dict(evaluate) == {"batch": 3}
+
+
+# --- repeatability ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_inner", [FedAvg, lambda: FedAvgM(server_momentum=0.9)])
+def test_the_order_in_which_replies_arrive_does_not_matter(make_inner):
+    def weights(shuffle):
+        grid = LocalGrid(toy_app(), NODES, shuffle=shuffle)
+        strategy = AutoFLIP(make_inner(), population_weight=0.3, seed=0)
+        return run(strategy, grid, net(), 3)
+
+    first, one = weights(None)
+    for shuffle in (list.reverse, lambda replies: replies.sort(key=str)):
+        again, other = weights(shuffle)
+        for ours, theirs in zip(again, first, strict=True):
+            assert_same_arrays(ours, theirs)
+        assert str(other.train_metrics_clientapp) == str(one.train_metrics_clientapp)
+        assert str(other.evaluate_metrics_clientapp) == str(
+            one.evaluate_metrics_clientapp
+        )
+
+
+def test_the_log_names_the_inner_strategy_and_the_pruning(caplog):
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        AutoFLIP(FedAvgM(server_momentum=0.9), threshold=0.35).summary()
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "0.35" in text
+    assert "FedAvgM settings" in text
+
+
+def test_rounds_report_density_change_variance_and_drops():
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [12], poison(np.nan)))
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.5)
+    model = net()
+    run(strategy, grid, model, 1)
+    mask = masks_by_round(grid, model)[0]
+    sent = next(s for s in grid.down if s.phase == "train")
+    start = np.frombuffer(sent.arrays["autoflip.values"].data, np.float32)
+    updates = [
+        np.frombuffer(s.arrays["autoflip.values"].data, np.float32) - start
+        for s in grid.up
+        if s.phase == "train" and s.node_id != 12
+    ]
+    rounds = strategy.rounds
+    assert rounds.density == pytest.approx(90 / 179)
+    assert rounds.mask_change == 0
+    assert list(rounds.dropped) == [12]
+    assert rounds.update_variance == pytest.approx(
+        float(np.var(updates, axis=0).mean()), rel=1e-4
+    )
+    assert Counter(keep.size for keep in mask.values())
+    assert torch.get_default_dtype() == torch.float32

@@ -1,0 +1,568 @@
+"""Pruned weights stay at zero, training repeats itself, evaluation counts right."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from autoflip_flwr import training
+from autoflip_flwr.errors import MaskError, ModelError
+from autoflip_flwr.settings import TrainingSettings
+from autoflip_flwr.training import enforce, evaluate, train
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "momentum and decay": lambda p: torch.optim.SGD(
+        p, 0.1, momentum=0.9, weight_decay=0.01
+    ),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+}
+optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These networks are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)
+        )
+
+
+def masks_of(model, share=0.5, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.random(tuple(parameter.shape)) < share
+        for name, parameter in model.named_parameters()
+    }
+
+
+def samples(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, 6)).astype(np.float32)
+    return x, rng.integers(0, 3, count)
+
+
+def settings(**values):
+    return TrainingSettings(**{"device": "cpu", "batch_size": 4, **values})
+
+
+def weights(model):
+    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
+
+
+def assert_zero_where_pruned(model, masks):
+    for name, values in weights(model).items():
+        assert not values[~masks[name]].any(), name
+
+
+def step(model, optimizer, number, masks=None):
+    """One step on a batch of its own; with `masks`, on masked gradients."""
+    x, y = samples(8, seed=number)
+    optimizer.zero_grad()
+    output = model(torch.from_numpy(x))
+    nn.functional.cross_entropy(output, torch.from_numpy(y)).backward()
+    for name, parameter in model.named_parameters():
+        if masks is not None:
+            parameter.grad.mul_(torch.from_numpy(masks[name]))
+    optimizer.step()
+
+
+# --- the mask ---------------------------------------------------------------------
+
+
+@optimizers
+def test_pruned_weights_are_zero_after_every_step_and_the_rest_train_on(make):
+    model, reference = network(), network()
+    masks = masks_of(model)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter[torch.from_numpy(~masks[name])] = 0
+    expected_optimizer = make(reference.parameters())
+    with enforce(model, masks) as entered:
+        assert entered is model
+        assert_zero_where_pruned(model, masks)
+        optimizer = make(model.parameters())
+        for number in range(6):
+            step(model, optimizer, number)
+            assert_zero_where_pruned(model, masks)
+            # a pruned weight without a gradient cannot move: the kept ones must follow
+            step(reference, expected_optimizer, number, masks)
+            for name, values in weights(reference).items():
+                assert_array_equal(weights(model)[name], values)
+    assert_zero_where_pruned(model, masks)
+
+
+@optimizers
+def test_an_optimizer_with_a_past_moves_no_pruned_weight(make):
+    model = network()
+    optimizer = make(model.parameters())
+    for number in range(4):
+        step(model, optimizer, number)
+    masks = masks_of(model)
+    reference = copy.deepcopy(model)
+    expected_optimizer = make(reference.parameters())
+    expected_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():  # the reference has never seen the pruned weights
+        for name, parameter in reference.named_parameters():
+            pruned = torch.from_numpy(~masks[name])
+            parameter[pruned] = 0
+            for value in expected_optimizer.state[parameter].values():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    value[pruned] = 0
+    with enforce(model, masks):
+        for number in range(4, 8):
+            step(model, optimizer, number)
+            assert_zero_where_pruned(model, masks)
+            step(reference, expected_optimizer, number, masks)
+    for name, values in weights(reference).items():
+        assert_array_equal(weights(model)[name], values)
+
+
+def test_a_pruned_weight_that_overflowed_is_zero_again():
+    model = nn.Linear(2, 1, bias=False)
+    keep = np.array([[True, False]])
+    with torch.no_grad():
+        model.weight[0, 1] = math.inf
+    with enforce(model, {"weight": keep}):
+        assert model.weight[0, 1] == 0
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        model.weight.grad = torch.tensor([[1.0, math.inf]])
+        optimizer.step()
+        assert model.weight[0, 1] == 0
+
+
+def test_weights_written_inside_the_block_are_zero_after_it():
+    model = network()
+    masks = masks_of(model)
+    with enforce(model, masks), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    assert_zero_where_pruned(model, masks)
+    for name, values in weights(model).items():
+        assert_array_equal(values, masks[name].astype(np.float32))
+
+
+def pruned_share_that_moves(model, masks):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for number in range(3):
+        step(model, optimizer, number)
+    pruned = np.concatenate([v[~masks[n]] for n, v in weights(model).items()])
+    return (pruned != 0).mean()
+
+
+def test_after_the_block_the_mask_is_forgotten():
+    model = network()
+    masks = masks_of(model)
+    with enforce(model, masks):
+        assert pruned_share_that_moves(model, masks) == 0
+    assert pruned_share_that_moves(model, masks) > 0.5
+
+
+def test_after_an_error_inside_the_block_too():
+    model = network()
+    masks = masks_of(model)
+
+    def diverge():
+        with enforce(model, masks), torch.no_grad():
+            model[0].weight.fill_(1.0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        diverge()
+    assert_zero_where_pruned(model, masks)
+    assert pruned_share_that_moves(model, masks) > 0.5
+
+
+def test_a_refused_mask_leaves_the_model_alone():
+    model = network()
+    before = weights(model)
+    masks = {**masks_of(model), "9.weight": np.zeros(3, bool)}
+    with pytest.raises(MaskError, match=r"'9\.weight'"), enforce(model, masks):
+        pass
+    for name, values in weights(model).items():
+        assert_array_equal(values, before[name])
+
+
+@optimizers
+def test_another_model_in_the_same_process_trains_as_if_alone(make):
+    model, other, alone = network(0), network(1), network(1)
+    masks = masks_of(model)
+    alone_optimizer = make(alone.parameters())
+    with enforce(model, masks):
+        optimizer, other_optimizer = make(model.parameters()), make(other.parameters())
+        for number in range(3):
+            step(model, optimizer, number)
+            step(other, other_optimizer, number)
+            assert_zero_where_pruned(model, masks)
+    for number in range(3):
+        step(alone, alone_optimizer, number)
+    for name, values in weights(alone).items():
+        assert_array_equal(weights(other)[name], values)
+
+
+def test_two_models_keep_their_own_masks():
+    one, two = network(0), network(1)
+    masks, others = masks_of(one, seed=1), masks_of(two, seed=2)
+    with enforce(one, masks), enforce(two, others):
+        both = torch.optim.SGD([*one.parameters(), *two.parameters()], 0.1)
+        for number in range(3):
+            step(one, both, number)
+            step(two, both, number)
+            assert_zero_where_pruned(one, masks)
+            assert_zero_where_pruned(two, others)
+
+
+def test_positions_in_the_state_stand_for_names():
+    model = network()
+    names = list(model.state_dict())
+    masks = masks_of(model)
+    numbered = {str(names.index(name)): keep for name, keep in masks.items()}
+    assert list(numbered) == ["0", "1", "2", "3", "7", "8"]  # 4 to 6: the buffers
+    with enforce(model, numbered):
+        assert pruned_share_that_moves(model, masks) == 0
+
+
+def test_a_mask_may_name_some_of_the_parameters():
+    model = network()
+    before = weights(model)
+    with enforce(model, {"3.bias": np.array([True, False, True])}):
+        pass
+    assert model[3].bias[1] == 0
+    before["3.bias"][1] = 0
+    for name, values in weights(model).items():
+        assert_array_equal(values, before[name])
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"fc": np.zeros(3, bool)}, r"'fc', which is no parameter.*known: \['0\.wei"),
+        ({"99": np.zeros(3, bool)}, "'99', which is no parameter"),
+        ({"4": np.zeros(8, bool)}, "'4', which is no parameter"),  # running_mean
+        (
+            {"3.bias": np.zeros(4, bool)},
+            r"3\.bias: expected a mask of shape \(3,\), got \(4,\)",
+        ),
+        ({"8": np.zeros(4, bool)}, r"8: expected a mask of shape \(3,\)"),
+    ],
+)
+def test_masks_of_another_model_are_refused(masks, message):
+    with pytest.raises(MaskError, match=message), enforce(network(), masks):
+        pass
+
+
+# --- training ---------------------------------------------------------------------
+
+
+def steps_of(model, x, y, **values):
+    """How many steps one epoch takes."""
+    steps = []
+    handle = register_optimizer_step_post_hook(lambda *args: steps.append(1))
+    try:
+        train(model, x, y, settings(**values), epochs=1, seed=0)
+    finally:
+        handle.remove()
+    return len(steps)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_every_step_of_training_leaves_pruned_weights_at_zero(optimizer):
+    model = network()
+    masks = masks_of(model)
+    x, y = samples()
+    steps = []
+
+    def check(*args):
+        assert_zero_where_pruned(model, masks)
+        steps.append(1)
+
+    before = weights(model)
+    chosen = settings(optimizer=optimizer, weight_decay=0.01)
+    with enforce(model, masks):
+        handle = register_optimizer_step_post_hook(check)
+        try:
+            train(model, x, y, chosen, epochs=2, seed=0)
+        finally:
+            handle.remove()
+    assert len(steps) == 6  # two epochs of 12 / 4
+    assert (weights(model)["0.weight"] != before["0.weight"])[masks["0.weight"]].all()
+
+
+def dropout_network():
+    model = network()
+    model.insert(3, nn.Dropout(0.5))
+    return model
+
+
+def test_the_seed_decides_and_nothing_else():
+    x, y = samples()
+    losses, results = [], []
+    for seed, noise in ((1, 10), (1, 20), (2, 10)):
+        model = dropout_network()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(noise)
+            losses.append(train(model, x, y, settings(), epochs=2, seed=seed))
+        results.append(weights(model)["0.weight"])
+    assert losses[0] == losses[1]
+    assert_array_equal(results[0], results[1])
+    assert losses[0] != losses[2]
+
+
+def test_training_leaves_the_global_random_state_alone():
+    model = dropout_network()
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    train(model, *samples(), settings(), epochs=2, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_array_equal(np.random.get_state()[1], numpy_before[1])  # noqa: NPY002
+
+
+def test_training_lowers_the_loss_it_returns():
+    model = network()
+    x, _ = samples(60)
+    y = (x[:, 0] > 0).astype(np.int64)
+    first = train(model, x, y, settings(), epochs=1, seed=0)
+    last = train(model, x, y, settings(), epochs=15, seed=0)
+    assert last < first / 2
+
+
+def test_inputs_and_labels_are_left_alone():
+    x, y = samples()
+    copies = x.copy(), y.copy()
+    train(network(), x, y, settings(), epochs=1, seed=0)
+    assert_array_equal(x, copies[0])
+    assert_array_equal(y, copies[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "steps"),
+    [(8, 4, 2), (10, 4, 3), (9, 4, 2), (5, 8, 1), (2, 4, 1)],
+)
+def test_a_last_batch_of_one_is_left_out_so_batchnorm_can_train(
+    count, batch_size, steps
+):
+    # 10 = 4 + 4 + 2 is three steps; 9 = 4 + 4 + 1 is two
+    x, y = samples(count)
+    assert steps_of(network(), x, y, batch_size=batch_size) == steps
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_batches_of_one_reach_every_sample(count):
+    x, y = samples(count)
+    assert steps_of(nn.Linear(6, 3), x, y, batch_size=1) == count
+
+
+def test_a_single_sample_is_trained_on():
+    x, y = samples(1)
+    assert steps_of(nn.Linear(6, 3), x, y) == 1
+
+
+def test_no_sample_is_an_error():
+    with pytest.raises(ModelError, match="one training sample or more, got none"):
+        train(network(), *samples(0), settings(), epochs=1, seed=0)
+
+
+class Switch(nn.Module):
+    """One weight: the logits of an input x are (w x, 0)."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return torch.cat([x * self.w, torch.zeros_like(x)], dim=1)
+
+
+def test_training_and_the_proximal_term_by_hand():
+    x, y = np.float32([[1.0]]), np.array([0])
+    chosen = settings(learning_rate=1.0, momentum=0.0)
+    # Step 1 at w = 0: p = 1/2, gradient p - 1 = -1/2, loss log 2, w = 1/2.
+    model = Switch()
+    loss = train(model, x, y, chosen, epochs=1, seed=0, proximal_mu=2.0)
+    assert_allclose(loss, math.log(2), rtol=1e-6)
+    assert_allclose(model.w.item(), 0.5, rtol=1e-6)
+    # Step 2: p = 1 / (1 + e^-0.5) = 0.6224593; gradient p - 1 = -0.3775407, and from
+    # mu / 2 * w^2 = 0.25 another mu * w = 1; w = 0.5 - 0.6224593 = -0.1224593.
+    # The loss is -log(0.6224593) + 0.25 = 0.4740770 + 0.25.
+    model = Switch()
+    loss = train(model, x, y, chosen, epochs=2, seed=0, proximal_mu=2.0)
+    assert_allclose(loss, 0.7240770, rtol=1e-6)
+    assert_allclose(model.w.item(), -0.1224593, rtol=1e-5)
+    # Without it: w = 0.5 + 0.3775407.
+    model = Switch()
+    loss = train(model, x, y, chosen, epochs=2, seed=0)
+    assert_allclose(loss, 0.4740770, rtol=1e-6)
+    assert_allclose(model.w.item(), 0.8775407, rtol=1e-6)
+
+
+def test_a_strong_proximal_term_keeps_the_weights_near_their_start():
+    start = weights(network())["0.weight"]
+    distances = []
+    for mu in (0.0, 1.0, 10.0):
+        model = network()
+        chosen = settings(learning_rate=0.02, momentum=0.0)
+        train(model, *samples(), chosen, epochs=10, seed=0, proximal_mu=mu)
+        distances.append(np.square(weights(model)["0.weight"] - start).sum())
+    assert distances[0] > distances[1] > distances[2] > 0
+
+
+def test_optimizers_take_what_the_settings_say():
+    model = network()
+    sgd = training.optimizer_of(
+        model, settings(learning_rate=0.3, momentum=0.4, weight_decay=0.05)
+    )
+    assert type(sgd) is torch.optim.SGD
+    assert sgd.defaults["lr"] == 0.3
+    assert sgd.defaults["momentum"] == 0.4
+    assert sgd.defaults["weight_decay"] == 0.05
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        made = training.optimizer_of(model, settings(optimizer=name, weight_decay=0.05))
+        assert type(made) is kind
+        assert made.defaults["weight_decay"] == 0.05
+        assert len(made.param_groups[0]["params"]) == 6
+
+
+# --- evaluation -------------------------------------------------------------------
+
+
+def test_top_one_and_top_five_by_hand():
+    logits = np.float32([[7, 6, 5, 4, 3, 2, 1]] * 4)
+    # class 0 is the likeliest, 4 the fifth, 5 and 6 are not among the five
+    found = evaluate(nn.Identity(), logits, np.array([0, 4, 5, 6]), device="cpu")
+    assert found.accuracy == 0.25
+    assert found.accuracy_top5 == 0.5
+    assert found.samples == 4
+
+
+def test_the_loss_is_the_mean_over_the_samples():
+    logits = np.log(np.float32([[1, 1], [1, 3], [1, 3]]))
+    # -log(1/2), -log(1/4), -log(3/4)
+    expected = (math.log(2) + math.log(4) + math.log(4 / 3)) / 3
+    found = evaluate(nn.Identity(), logits, np.array([0, 0, 1]), device="cpu")
+    assert_allclose(found.loss, expected, rtol=1e-6)
+
+
+def test_with_five_classes_or_fewer_the_five_likeliest_are_all():
+    logits = np.float32([[1, 0, 0], [1, 0, 0]])
+    found = evaluate(nn.Identity(), logits, np.array([1, 0]), device="cpu")
+    assert found.accuracy == 0.5
+    assert found.accuracy_top5 == 1.0
+
+
+def test_more_samples_than_a_batch_are_all_counted():
+    labels = np.arange(1300) % 10
+    logits = np.eye(10, dtype=np.float32)[np.where(np.arange(1300) < 130, 0, labels)]
+    found = evaluate(nn.Identity(), logits, labels, device="cpu")
+    # the first 130 say class 0, right for every tenth: 1170 + 13 of 1300
+    assert found.samples == 1300
+    assert_allclose(found.accuracy, 1183 / 1300)
+    # with one hit at e : 9 of the rest, log(1 + 9/e) right and one more wrong
+    right, wrong = math.log(1 + 9 / math.e), math.log(1 + 9 / math.e) + 1
+    assert_allclose(found.loss, (1183 * right + 117 * wrong) / 1300, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluation_changes_neither_weights_nor_statistics_nor_mode(mode):
+    model = network().train(mode)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    evaluate(model, *samples(), device="cpu")
+    assert model.training is mode
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_a_layer_frozen_in_evaluation_mode_stays_frozen():
+    model = network().train()
+    model[1].eval()
+    evaluate(model, *samples(), device="cpu")
+    assert model[0].training
+    assert not model[1].training
+
+
+def test_batchnorm_uses_its_running_statistics_in_evaluation():
+    model = nn.BatchNorm1d(2, affine=False, eps=0.0)
+    model.running_mean[:] = torch.tensor([0.0, 1.0])
+    found = evaluate(model, np.float32([[0.5, 0.6]]), np.array([0]), device="cpu")
+    assert found.accuracy == 1.0  # 0.5 - 0 beats 0.6 - 1
+
+
+def test_no_sample_to_evaluate_is_an_error():
+    with pytest.raises(ModelError, match="one sample or more to evaluate, got none"):
+        evaluate(network(), *samples(0))
+
+
+# --- arrays -----------------------------------------------------------------------
+
+
+def test_state_arrays_go_into_another_model():
+    one, two = network(0), network(1)
+    train(one, *samples(), settings(), epochs=1, seed=0)
+    training.load_arrays(two, training.state_arrays(one))
+    for name, value in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], value)
+    assert two.state_dict()["1.num_batches_tracked"].dtype == torch.int64
+    assert int(two.state_dict()["1.num_batches_tracked"]) == 3
+
+
+def test_loaded_arrays_are_copied():
+    model = network()
+    arrays = {n: v.copy() for n, v in training.state_arrays(model).items()}
+    arrays["3.bias"].setflags(write=False)
+    training.load_arrays(model, arrays)
+    with torch.no_grad():
+        model[3].bias.fill_(5.0)
+    assert not (arrays["3.bias"] == 5.0).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays: arrays.pop("3.bias"), r"do not fit the model.*3\.bias"),
+        (lambda arrays: arrays.update(extra=np.zeros(1)), "do not fit .*extra"),
+        (
+            lambda arrays: arrays.update({"3.bias": np.zeros(4, np.float32)}),
+            r"do not fit the model.*3\.bias",
+        ),
+    ],
+)
+def test_arrays_of_another_model_are_refused(change, message):
+    model = network()
+    arrays = dict(training.state_arrays(model))
+    change(arrays)
+    with pytest.raises(ModelError, match=f"(?s){message}"):
+        training.load_arrays(model, arrays)
+
+
+def test_trainable_names_are_the_parameters_with_gradients():
+    model = network()
+    model[0].bias.requires_grad_(False)
+    assert training.trainable_names(model) == [
+        "0.weight",
+        "1.weight",
+        "1.bias",
+        "3.weight",
+        "3.bias",
+    ]
+
+
+def test_devices_by_name():
+    assert training.device_of("cpu") == torch.device("cpu")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert training.device_of("auto") == torch.device(expected)
+    with pytest.raises(ModelError, match="unknown device 'toaster'"):
+        training.device_of("toaster")
