@@ -46,7 +46,7 @@ def encode(
     mask : bool array or mapping of name -> bool array
         True = keep, shapes equal to those of `values`.
     dtype : {"float32", "float16"}
-        Type of the values on the wire; float16 saturates at +-65504.
+        Type of the values on the wire; larger values saturate (float16: +-65504).
 
     Returns
     -------
@@ -72,7 +72,7 @@ def encode(
                 f"{name}: expected finite values, got {bad} NaN or Inf of {kept.size} "
                 "kept; the training has diverged (lower the learning rate)"
             )
-        if wire_type.itemsize < 4:
+        if wire_type.itemsize < kept.dtype.itemsize:
             limits = np.finfo(wire_type)
             kept = kept.clip(limits.min, limits.max)
         return kept.astype(wire_type, copy=False)
@@ -146,19 +146,20 @@ def decode(
 
     def one(index: int) -> Array:
         name = names[index]
-        part = kept[offsets[index] : offsets[index + 1]]
-        if not np.isfinite(part).all():
-            bad = int(part.size - np.isfinite(part).sum())
-            raise WireError(
-                f"{name or 'values'}: expected finite values, "
-                f"got {bad} NaN or Inf of {part.size} kept"
-            )
         keep = masks[name]
         dense = (
             np.zeros(keep.shape, np.float32)
             if fills is None
             else np.array(fills[name], order="C")
         )
+        with np.errstate(over="ignore"):
+            part = kept[offsets[index] : offsets[index + 1]].astype(dense.dtype)
+        if not np.isfinite(part).all():
+            bad = int(part.size - np.isfinite(part).sum())
+            raise WireError(
+                f"{name or 'values'}: expected finite values, "
+                f"got {bad} NaN or Inf of {part.size} kept"
+            )
         dense.reshape(-1)[np.flatnonzero(keep)] = part
         return dense
 

@@ -31,7 +31,7 @@ def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.fl
     Raises
     ------
     GuidanceError
-        If names or shapes differ, or a final weight is NaN or infinite.
+        If names or shapes differ, or a deviation is not finite in float32.
     """
     if set(initial) != set(final):
         raise GuidanceError(
@@ -44,13 +44,16 @@ def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.fl
             raise GuidanceError(
                 f"{name}: expected shape {np.shape(start)}, got {end.shape}"
             )
-        if not np.isfinite(end).all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            moved = np.asarray(np.subtract(start, end, dtype=np.float32))
+            np.square(moved, out=moved)
+        if not np.isfinite(moved).all():
             raise GuidanceError(
-                f"{name}: expected finite weights after exploration, got NaN or Inf; "
-                "the exploration has diverged (lower the learning rate)"
+                f"{name}: expected finite weights after exploration, got NaN, Inf or a "
+                "deviation whose square overflows float32; the exploration has "
+                "diverged (lower the learning rate)"
             )
-        moved = np.subtract(start, end, dtype=np.float32)
-        guidance[name] = np.square(moved, out=moved)
+        guidance[name] = moved
     return guidance
 
 

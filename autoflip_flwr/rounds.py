@@ -164,9 +164,7 @@ class Rounds:
         self.dropped = {}
         self.update_variance = None
         self._spread = None
-        _log.info(
-            "mask: density %.4f, changed %.4f", self.density, self.mask_change
-        )
+        _log.info("mask: density %.4f, changed %.4f", self.density, self.mask_change)
         return self.plan
 
     def drop(self, server_round: int, node_id: int, reason: str) -> None:

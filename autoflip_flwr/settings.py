@@ -251,7 +251,7 @@ def _parse_value(text: str) -> Any:
     """Read YAML; what is none (``*bias``) is text."""
     try:
         return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
         return text
 
 

@@ -45,12 +45,14 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
 
     Notes
     -----
-    The cost is one multiplication per parameter and step, and a float copy of the
-    mask. Gradients stay those of the dense model: where a norm over all gradients
-    matters (clipping), pruned entries still count in it.
+    The cost is one pass over the parameters per step, and a copy of the mask in the
+    parameters' size. Gradients stay those of the dense model: where a norm over all
+    gradients matters (clipping), pruned entries still count in it.
     """
     targets = _targets(model, masks)
-    by_parameter = {id(parameter): keep for parameter, keep in targets}
+    by_parameter: dict[int, torch.Tensor] = {}
+    for parameter, bits in targets:  # a tied weight keeps what all its names keep
+        by_parameter[id(parameter)] = bits & by_parameter.get(id(parameter), bits)
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
@@ -93,7 +95,7 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
             held = _parameters_of(optimizer)
             fits = [tuple(parameter.shape) for parameter in held] == shapes
             known[optimizer] = [
-                (parameter, torch.from_numpy(np.array(keep)).to(parameter))
+                (parameter, _bits(keep, parameter))
                 for parameter, keep in zip(held, keeps, strict=fits)
                 if fits and id(parameter) not in _enforced.get() and not keep.all()
             ]
@@ -111,9 +113,19 @@ _enforced: ContextVar[frozenset[int]] = ContextVar("enforced", default=frozenset
 
 
 def _zero(targets: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    with torch.no_grad():
-        for parameter, keep in targets:
-            parameter.mul_(keep)
+    """Clear the bits of pruned entries: unlike a product, that clears NaN and Inf."""
+    for parameter, bits in targets:
+        parameter.data.view(bits.dtype).bitwise_and_(bits)
+
+
+def _bits(keep: NDArray[np.bool_], parameter: nn.Parameter) -> torch.Tensor:
+    """Return all ones where an entry is kept, as integers of the parameter's size."""
+    integer = _INTEGERS[parameter.element_size()]
+    return torch.from_numpy(np.array(keep)).to(parameter.device, integer).neg_()
+
+
+#: Integer types by their size in bytes.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -123,7 +135,7 @@ def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, torch.Tensor]]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = list(model.state_dict())
-    targets = []
+    targets: list[tuple[nn.Parameter, torch.Tensor]] = []
     for name, keep in masks.items():
         known = name
         if name not in parameters and name.isdecimal() and int(name) < len(names):
@@ -140,8 +152,7 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, torch.T
                 f"got {keep.shape}"
             )
         if not keep.all():
-            factor = torch.from_numpy(np.ascontiguousarray(keep)).to(parameter)
-            targets.append((parameter, factor))
+            targets.append((parameter, _bits(keep, parameter)))
     return targets
 
 
@@ -186,13 +197,13 @@ def train(
     order = torch.Generator().manual_seed(seed)
     inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
     loss_of_epoch = math.nan
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(epochs):
             total, seen = 0.0, 0
             shuffled = torch.randperm(count, generator=order)
             for batch in torch.split(shuffled, settings.batch_size):
-                if len(batch) == 1 and count > 1 and seen:
+                if len(batch) == 1 < settings.batch_size and seen:
                     continue
                 optimizer.zero_grad()
                 output = model(inputs[batch].to(device))
@@ -222,12 +233,12 @@ class Evaluation:
 def evaluate(
     model: nn.Module, x: Array, y: Array, *, device: str = "auto"
 ) -> Evaluation:
-    """Evaluate a model on N >= 1 samples; its mode is restored."""
+    """Evaluate a model on N >= 1 samples; the modules' modes are restored."""
     count = len(y)
     if count == 0:
         raise ModelError("expected one sample or more to evaluate, got none")
     target = device_of(device)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.to(target).eval()
     loss, top1, top5 = 0.0, 0, 0
     inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
@@ -241,7 +252,8 @@ def evaluate(
             hits = best == label[:, None]
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(dim=1).sum())
-    model.train(was_training)
+    for module, mode in modes.items():
+        module.training = mode
     return Evaluation(
         loss=loss / count,
         accuracy=top1 / count,

@@ -8,6 +8,8 @@ ours start with ``autoflip.``. docs/wire-format.md shows them on one screen.
 import fnmatch
 import io
 import json
+import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -44,8 +46,11 @@ GUIDANCE = "autoflip.guidance"
 BUFFER_PATTERNS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 _RAW = "autoflip.raw"  # serialization type: the bytes of a frame, without a header
-_MAX_MANIFEST = 1 << 24
-_NUMERIC = "biufc"  # numpy kinds
+_MAX_MANIFEST = 1 << 22  # bytes, inflated
+_MAX_DIMENSIONS = 32
+_MAX_LENGTH = 1 << 40
+_DTYPE = re.compile(r"[<>|=](b1|[iu][1248]|f[248]|c8|c16)")
+_REAL = "biuf"  # numpy kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,31 @@ class Entry:
     dtype: str
     masked: bool  # travels as kept values; else dense, by its name
     trainable: bool = True  # False: a buffer
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and isinstance(self.dtype, str)):
+            raise WireError(f"expected a name and a type as text, got {self}")
+        if not _DTYPE.fullmatch(self.dtype):
+            raise WireError(f"{self.name}: expected a numeric type, got {self.dtype!r}")
+        if len(self.shape) > _MAX_DIMENSIONS or not all(
+            type(length) is int and 0 <= length <= _MAX_LENGTH for length in self.shape
+        ):
+            raise WireError(
+                f"{self.name}: expected at most {_MAX_DIMENSIONS} lengths from 0 to "
+                f"{_MAX_LENGTH}, got the shape {self.shape}"
+            )
+        if math.prod(max(1, length) for length in self.shape) > _MAX_LENGTH:
+            raise WireError(
+                f"{self.name}: expected at most {_MAX_LENGTH} entries, "
+                f"got the shape {self.shape}"
+            )
+        if self.masked and self.dtype[1] != "f":
+            raise WireError(f"{self.name}: expected floats to mask, got {self.dtype!r}")
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +168,15 @@ class Manifest:
             text = inflate.decompress(frame, _MAX_MANIFEST)
             if not inflate.eof or inflate.unused_data:
                 raise WireError(
-                    f"manifest: expected one deflated text of at most {_MAX_MANIFEST} "
-                    f"B, got {len(text)} B and more"
+                    f"expected one deflated text of at most {_MAX_MANIFEST} B, "
+                    f"got {len(text)} B and more"
                 )
-            return cls(tuple(_entry(row) for row in json.loads(text)))
+            entries = tuple(_entry(row) for row in json.loads(text))
+            if len({entry.name for entry in entries}) != len(entries):
+                raise WireError("expected every name once, got one twice")
         except (zlib.error, ValueError, TypeError, RecursionError) as error:
             raise WireError(f"manifest: {error}") from error
+        return cls(entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,40 +327,63 @@ def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array
         if version != (1, 0):
             raise WireError(f"{entry.name}: expected npy version (1, 0), got {version}")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
-        if isinstance(error, WireError):
-            raise
+    except WireError:
+        raise
+    except Exception as error:  # the parser raises whatever a hostile text provokes
         raise WireError(f"{entry.name}: expected an npy array, {error}") from error
-    right = dtype == np.dtype(entry.dtype) if exact else dtype.kind in _NUMERIC
+    right = dtype == np.dtype(entry.dtype) if exact else dtype.kind in _REAL
     if shape != entry.shape or not right:
         raise WireError(
             f"{entry.name}: expected {entry.dtype}{list(entry.shape)}, "
             f"got {dtype.str}{list(shape)}"
         )
-    count = int(np.prod(entry.shape, dtype=np.int64))
-    expected = count * dtype.itemsize
     body = memoryview(array.data)[stream.tell() :]
-    if len(body) != expected:
+    if len(body) != entry.size * dtype.itemsize:
         raise WireError(
-            f"{entry.name}: expected {expected} B ({dtype.itemsize} x {count}), "
-            f"got {len(body)} B"
+            f"{entry.name}: expected {entry.size * dtype.itemsize} B "
+            f"({dtype.itemsize} x {entry.size}), got {len(body)} B"
         )
     values: NDArray[Any] = np.frombuffer(body, dtype).reshape(
         entry.shape, order="F" if fortran else "C"
     )
-    if np.issubdtype(dtype, np.inexact) and not np.isfinite(values).all():
-        raise WireError(f"{entry.name}: expected finite values, got NaN or Inf")
-    return values.astype(entry.dtype, copy=False)
+    return _converted(values, entry)
+
+
+def _converted(values: NDArray[Any], entry: Entry) -> Array:
+    """Return finite values as the entry's type, or refuse them."""
+    wanted = np.dtype(entry.dtype)
+    if wanted.kind in "iu" and values.dtype.kind == "f":
+        limits = np.iinfo(wanted)
+        inside = (values >= limits.min) & (values <= limits.max)
+        if not inside.all():
+            raise WireError(f"{entry.name}: expected values of {wanted}, got others")
+        whole: Array = np.rint(values).astype(wanted)
+        return whole
+    with np.errstate(over="ignore"):
+        converted: Array = values.astype(wanted, copy=False)
+    if wanted.kind in "fc" and not np.isfinite(converted).all():
+        raise WireError(
+            f"{entry.name}: expected finite values of {wanted}, got NaN or Inf"
+        )
+    return converted
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, Array]:
     """Return read-only views of a dense record's arrays, without copying them."""
     return {
         name: read_array(
-            array, Entry(name, tuple(array.shape), np.dtype(array.dtype).str, False)
+            array, Entry(name, tuple(array.shape), _type_text(array.dtype), False)
         )
         for name, array in record.items()
     }
+
+
+def _type_text(dtype: str) -> str:
+    """Return numpy's short text of a type that Flower names in full (``float32``)."""
+    try:
+        return np.dtype(dtype).str if dtype else ""
+    except (TypeError, SyntaxError, ValueError):
+        return dtype
 
 
 def record_of(arrays: Params) -> ArrayRecord:
@@ -442,12 +498,4 @@ def _required(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
 
 def _entry(row: Any) -> Entry:
     name, shape, dtype, masked, trainable = row
-    lengths = tuple(shape)
-    known = np.dtype(dtype)
-    if not isinstance(name, str) or not all(
-        type(length) is int and length >= 0 for length in lengths
-    ):
-        raise WireError(f"expected [name, shape, type, masked, trainable], got {row}")
-    if known.hasobject or known.kind not in _NUMERIC:
-        raise WireError(f"{name}: expected a numeric type, got {dtype!r}")
-    return Entry(name, lengths, known.str, bool(masked), bool(trainable))
+    return Entry(name, tuple(shape), dtype, bool(masked), bool(trainable))

@@ -172,8 +172,8 @@ def _phase(message: Message) -> str:
 def only_in(phase: str, node_ids: Iterable[int], change: Callable[[Message], Any]):
     """A `tamper` that changes the replies of some nodes in one phase.
 
-    `change` writes to the reply and returns None, or returns another one; the text
-    "lost" stands for no reply in time.
+    `change` writes to the reply, or returns another one; the text "lost" stands for
+    no reply in time.
     """
     chosen = set(node_ids)
 
@@ -183,7 +183,7 @@ def only_in(phase: str, node_ids: Iterable[int], change: Callable[[Message], Any
         changed = change(reply)
         if changed == "lost":
             return None
-        return reply if changed is None else changed
+        return changed if isinstance(changed, Message) else reply
 
     return tamper
 
@@ -201,7 +201,10 @@ def net() -> nn.Module:
     """Six inputs, three classes, a BatchNorm: 5 arrays that train, 3 that do not."""
     return seeded(
         lambda: nn.Sequential(
-            nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)
+            nn.Linear(6, 16, bias=False),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Linear(16, 3),
         )
     )
 
@@ -309,9 +312,7 @@ def toy_app(
             loss = functional.cross_entropy(model(x), y).item()
         total = float(sum(np.abs(v).sum() for v in arrays_of(record).values()))
         metrics = {"num-examples": len(y), "eval-loss": loss, "sum": total}
-        return Message(
-            RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message
-        )
+        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

@@ -138,11 +138,13 @@ def test_at_population_weight_one_the_mask_is_made_once(tmp_path):
     assert mask.change(first, later) > 0
 
 
-def test_the_mask_of_strangers_is_not_served_to_explorers(tmp_path):
+def test_strangers_and_explorers_are_not_served_each_others_mask(tmp_path):
     pruner = pruner_of(tmp_path, [0, 1], population_weight=0.3)
-    pruner.masks([7, 8])  # nobody of the sample explored: everyone's mask
-    expected = reference_scores([0, 1], [1], "client", 0.3)
-    assert_keeps_the_best(pruner.masks([1]), expected, pruned=round(0.7 * TOTAL))
+    for sampled in ([7, 8], [1], [7, 8], [0]):  # 7 and 8 never explored
+        expected = reference_scores([0, 1], sampled, "client", 0.3)
+        assert_keeps_the_best(
+            pruner.masks(sampled), expected, pruned=round(0.7 * TOTAL)
+        )
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

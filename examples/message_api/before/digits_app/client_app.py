@@ -22,7 +22,10 @@ def train(msg: Message, context: Context):
     )
 
     train_loss = train_fn(
-        model, trainloader, context.run_config["local-epochs"], msg.content["config"]["lr"]
+        model,
+        trainloader,
+        context.run_config["local-epochs"],
+        msg.content["config"]["lr"],
     )
 
     metrics = {"train_loss": train_loss, "num-examples": len(trainloader.dataset)}
@@ -48,6 +51,4 @@ def evaluate(msg: Message, context: Context):
         "eval_acc": accuracy,
         "num-examples": len(testloader.dataset),
     }
-    return Message(
-        content=RecordDict({"metrics": MetricRecord(metrics)}), reply_to=msg
-    )
+    return Message(content=RecordDict({"metrics": MetricRecord(metrics)}), reply_to=msg)

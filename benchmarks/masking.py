@@ -1,0 +1,88 @@
+"""Building a round's mask for 23.7 M parameters beside FedAvg's aggregation.
+
+    python benchmarks/masking.py --explorers 5 --explorers 500
+
+The mask for 5 sampled clients, at the default settings, against
+`FedAvg.aggregate_train` of 5 dense replies. Memory is the peak of what Python and
+NumPy allocate while the mask is made, above what was there before the first
+explorer, in float32 models. 500 explorers need 12 GB of disk.
+"""
+
+import argparse
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+from common import arrays_of, paired, report
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity
+
+from autoflip_flwr import codec
+from autoflip_flwr.pruner import Pruner
+from autoflip_flwr.settings import PruningSettings
+
+SAMPLED = 5
+
+
+def replies(arrays: dict[str, np.ndarray]) -> list[Message]:
+    """Return dense replies as FedAvg aggregates them."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    messages = []
+    for node_id in range(SAMPLED):
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(list(arrays.values())),
+                "metrics": MetricRecord({"num-examples": 1}),
+            }
+        )
+        messages.append(Message(content, node_id, "train"))
+    return messages
+
+
+def main() -> None:
+    """Print time and memory for each number of explorers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--explorers", type=int, action="append")
+    arguments = parser.parse_args()
+    arrays, names = arrays_of()
+    weights = {name: value for name, value in arrays.items() if name in names}
+    size = sum(value.size for value in weights.values())
+    messages = replies(weights)
+    fedavg = FedAvg()
+    rng = np.random.default_rng(0)
+    frames = [
+        codec.quantize(
+            {
+                name: np.square(1e-3 * rng.standard_normal(value.shape, np.float32))
+                for name, value in weights.items()
+            }
+        )
+        for _ in range(SAMPLED)
+    ]
+    result = {"parameters": size, "sampled": SAMPLED}
+    for explorers in arguments.explorers or [5, 500]:
+        with tempfile.TemporaryDirectory() as folder:
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+            pruner = Pruner(weights, PruningSettings(), Path(folder))
+            for node_id in range(explorers):
+                pruner.add(node_id, frames[node_id % SAMPLED])
+            tracemalloc.reset_peak()
+            pruner.masks(range(SAMPLED))
+            peak = tracemalloc.get_traced_memory()[1] - before
+            tracemalloc.stop()
+            result[f"explorers_{explorers}"] = {
+                **paired(
+                    lambda pruner=pruner: pruner.masks(range(SAMPLED)),
+                    lambda: fedavg.aggregate_train(1, messages),
+                    pairs=15,
+                ),
+                "peak_models": peak / (4 * size),
+            }
+    report(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Packing and unpacking 23.7 M parameters beside Flower's own dense path.
+
+    python benchmarks/packing.py
+
+Ours: values and mask to a Flower Array and bytes, and back to dense arrays. Dense:
+`Array(...)` and `.numpy()` of the same tensors.
+"""
+
+import numpy as np
+from common import arrays_of, paired, random_mask, report
+from flwr.app import Array
+
+from autoflip_flwr import codec
+
+DENSITY = 0.2
+
+
+def main() -> None:
+    """Print the paired timings."""
+    arrays, names = arrays_of()
+    values = {name: value for name, value in arrays.items() if name in names}
+    masks = random_mask(arrays, names, DENSITY)
+    shapes = {name: keep.shape for name, keep in masks.items()}
+
+    def dense() -> list[np.ndarray]:
+        packed = [Array(value) for value in values.values()]
+        return [array.numpy() for array in packed]
+
+    def ours() -> dict[str, np.ndarray]:
+        frame = codec.encode(values, masks)
+        array = Array(dtype="float32", shape=(1,), stype="raw", data=frame)
+        bits = codec.pack_mask(masks)
+        return codec.decode(array.data, codec.unpack_mask(bits, shapes))
+
+    report(
+        {
+            "parameters": sum(value.size for value in values.values()),
+            "density": DENSITY,
+            **paired(ours, dense, pairs=41),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
