@@ -24,7 +24,7 @@ def train(message: Message, context: Context) -> Message:
             model,
             samples.x,
             samples.y,
-            settings.training,
+            experiment.training_of_round(settings, config),
             epochs=1 if exploring(message) else settings.training.epochs,
             seed=experiment.call_seed(settings, config, context.node_config),
             proximal_mu=experiment.proximal_mu(config),

@@ -8,20 +8,19 @@ three on one screen.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import GuidanceError, MaskError, WireError
 from autoflip_flwr.parallel import parallel_map
-from autoflip_flwr.types import Array, Guidance, Masks, Params
+from autoflip_flwr.types import Array, Guidance, Masks, Params, ValueType
 
 Frame: TypeAlias = bytes | bytearray | memoryview
-ValueType: TypeAlias = Literal["float32", "float16"]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
-VALUE_TYPES: tuple[ValueType, ...] = ("float32", "float16")
+VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 
 #: Local guidance is stored over this many octaves below a tensor's largest value.
 _OCTAVES = 40
@@ -153,7 +152,9 @@ def decode(
             else np.array(fills[name], order="C")
         )
         with np.errstate(over="ignore"):
-            part = kept[offsets[index] : offsets[index + 1]].astype(dense.dtype)
+            part = kept[offsets[index] : offsets[index + 1]].astype(
+                dense.dtype, copy=False
+            )
         if not np.isfinite(part).all():
             bad = int(part.size - np.isfinite(part).sum())
             raise WireError(

@@ -1,6 +1,7 @@
 """What both of our apps make of a run's settings: the model and the data."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 from autoflip_flwr import data, models
 from autoflip_flwr.data import Federated, Samples
 from autoflip_flwr.errors import DataError
-from autoflip_flwr.settings import Settings, load
+from autoflip_flwr.settings import Settings, TrainingSettings, load
 from autoflip_flwr.wire import EPOCH
 
 
@@ -104,6 +105,16 @@ def call_seed(
         int(node_config.get("partition-id", 0)),
     )
     return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def training_of_round(
+    settings: Settings, config: Mapping[str, Any]
+) -> TrainingSettings:
+    """Return the training settings of the message's round: the learning rate decays."""
+    training = settings.training
+    past = max(0, int(config.get("server-round", 1)) - 1)
+    rate = training.learning_rate * training.learning_rate_decay**past
+    return replace(training, learning_rate=rate)
 
 
 def proximal_mu(config: Mapping[str, Any]) -> float:

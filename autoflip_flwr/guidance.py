@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import GuidanceError, SettingsError
-from autoflip_flwr.types import Guidance, Params
+from autoflip_flwr.types import Guidance, Normalization, Params
 
-Normalization: TypeAlias = Literal["client", "global", "layer"]
-
-NORMALIZATIONS: tuple[Normalization, ...] = ("client", "global", "layer")
+NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
 def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.float32]]:

@@ -31,11 +31,10 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
 from autoflip_flwr import wire
-from autoflip_flwr.codec import ValueType
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
 from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
-from autoflip_flwr.types import Array, Params
+from autoflip_flwr.types import Array, Params, ValueType
 
 _log = logging.getLogger("flwr")
 

@@ -5,18 +5,16 @@ A mask is bool, True = keep.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.parallel import parallel_map
-from autoflip_flwr.types import Array, Masks, Params, Scores
+from autoflip_flwr.types import Array, Masks, Mode, Params, Scores
 
-Mode: TypeAlias = Literal["quantile", "value", "compression"]
-
-MODES: tuple[Mode, ...] = ("quantile", "value", "compression")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 _CHUNK = 1 << 18  # entries ordered at a time: bounds the extra memory to 4 MiB
 

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr import mask as masking
-from autoflip_flwr.codec import ValueType
 from autoflip_flwr.errors import ExplorationError
 from autoflip_flwr.pruner import Pruner
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
-from autoflip_flwr.types import Array, Params
+from autoflip_flwr.types import Array, Params, ValueType
 from autoflip_flwr.wire import Manifest, Plan
 
 _log = logging.getLogger("flwr")

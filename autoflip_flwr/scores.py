@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.types import Array
-
-ScoreName: TypeAlias = Literal["guidance", "saliency"]
+from autoflip_flwr.types import Array, ScoreName
 
 #: Added to |W0|, so that parameters that start at zero (biases) can be kept.
 SALIENCY_OFFSET = 1e-4

@@ -13,11 +13,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from autoflip_flwr.codec import ValueType
 from autoflip_flwr.errors import SettingsError
-from autoflip_flwr.guidance import Normalization
-from autoflip_flwr.mask import Mode
-from autoflip_flwr.scores import ScoreName
+from autoflip_flwr.types import Mode, Normalization, ScoreName, ValueType
 
 G = TypeVar("G")
 
@@ -109,7 +106,8 @@ class TrainingSettings:
 
     epochs: int = 2  # local epochs per round (E)
     batch_size: int = 32
-    learning_rate: float = 0.02
+    learning_rate: float = 0.02  # of the first round
+    learning_rate_decay: float = 1.0  # its factor from round to round
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: float = 0.9  # sgd
     weight_decay: float = 0.0
@@ -119,6 +117,13 @@ class TrainingSettings:
         _at_least("training.epochs", self.epochs, 1)
         _at_least("training.batch-size", self.batch_size, 1)
         _positive("training.learning-rate", self.learning_rate)
+        _within(
+            "training.learning-rate-decay",
+            self.learning_rate_decay,
+            0,
+            1,
+            open_low=True,
+        )
         _within("training.momentum", self.momentum, 0, 1)
         _at_least("training.weight-decay", self.weight_decay, 0)
 

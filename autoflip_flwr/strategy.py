@@ -12,17 +12,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from autoflip_flwr import wire
-from autoflip_flwr.codec import ValueType
 from autoflip_flwr.errors import AutoFlipError, WireError
-from autoflip_flwr.guidance import Normalization
-from autoflip_flwr.mask import Mode
 from autoflip_flwr.rounds import Rounds
-from autoflip_flwr.scores import ScoreName
 from autoflip_flwr.settings import (
     ExplorationSettings,
     PrunedWeights,
     PruningSettings,
 )
+from autoflip_flwr.types import Mode, Normalization, ScoreName, ValueType
 
 _log = logging.getLogger("flwr")
 

@@ -1,7 +1,7 @@
 """The shapes of the data that moves between the layers."""
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,3 +20,15 @@ Scores: TypeAlias = Mapping[str, FloatArray]
 
 #: Parameter name -> bool, same shape as the parameter; True = keep.
 Masks: TypeAlias = Mapping[str, NDArray[np.bool_]]
+
+#: Type of the kept values on the wire.
+ValueType: TypeAlias = Literal["float32", "float16"]
+
+#: How local matrices are made comparable (Eq. 3).
+Normalization: TypeAlias = Literal["client", "global", "layer"]
+
+#: What makes a parameter worth keeping.
+ScoreName: TypeAlias = Literal["guidance", "saliency"]
+
+#: What the pruning threshold means (Eq. 4).
+Mode: TypeAlias = Literal["quantile", "value", "compression"]

@@ -21,9 +21,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from autoflip_flwr import codec
-from autoflip_flwr.codec import ValueType
 from autoflip_flwr.errors import SettingsError, WireError
-from autoflip_flwr.types import Array, Masks, Params
+from autoflip_flwr.types import Array, Masks, Params, ValueType
 
 Phase: TypeAlias = Literal["explore", "train", "evaluate"]
 

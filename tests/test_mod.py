@@ -23,7 +23,6 @@ from inprocess import (
     net,
     plain_net,
     run,
-    samples,
     state_of,
     toy_app,
 )
@@ -135,7 +134,6 @@ def test_an_explorer_stops_after_so_many_epochs_without_a_lower_loss(
     mod = AutoFlipMod(loss_key=None if losses[0] is None else "train-loss")
     app = losing_app(losses, mod=mod, calls=calls)
     reply = explore(app, epochs=6, patience=patience)
-    assert calls == pytest.approx(losses[:epochs], nan_ok=True) or calls == losses
     assert len(calls) == epochs
     (metrics,) = reply.content.metric_records.values()
     assert metrics["autoflip.epochs"] == epochs
@@ -197,7 +195,7 @@ def test_nothing_is_pruned_while_exploring():
 
     grid = LocalGrid(toy_app(plain_net, after_step=look), NODES)
     run(
-        AutoFLIP(FedAvg(**{"fraction_evaluate": 0}), threshold=0.9),
+        AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.9),
         grid,
         plain_net(),
         1,
@@ -455,12 +453,7 @@ OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.1),
     "adamw": lambda p: torch.optim.AdamW(list(p), lr=0.1, weight_decay=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
-    "two groups": lambda p: torch.optim.SGD(
-        [{"params": part} for part in np.array_split(np.array(list(p), object), 2)]
-        if False
-        else [{"params": each} for each in p],
-        lr=0.1,
-    ),
+    "groups": lambda p: torch.optim.SGD([{"params": each} for each in p], lr=0.1),
 }
 
 
@@ -507,4 +500,3 @@ def test_training_with_masked_and_with_the_mod_alone_are_the_same():
     for ours, theirs in zip(weights(True), weights(False), strict=True):
         for name, value in theirs.items():
             assert_array_equal(ours[name], value)
-    assert len(samples(0)[1]) == 24

@@ -1,0 +1,277 @@
+"""Our ServerApp and ClientApp, and the examples, composed in this process."""
+
+import difflib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from inprocess import ROOT, LocalGrid
+from safetensors.numpy import load_file
+from test_runlog import client_app, go, lines_of, server_app, summary_of
+
+from autoflip_flwr import experiment
+from autoflip_flwr.errors import AutoFlipError
+from autoflip_flwr.settings import load
+
+pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.mark.parametrize("name", ["autoflip", "fedavg"])
+@pytest.mark.parametrize(
+    "server", ["fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "krum"]
+)
+def test_every_server_strategy_runs(server, name, tmp_path):
+    go(tmp_path / "run", f"strategy.server={server} strategy.name={name}")
+    arrays = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(np.isfinite(value).all() for value in arrays.values())
+    assert len(lines_of(tmp_path / "run")) == 2
+    assert summary_of(tmp_path / "run")["strategy"] == name
+
+
+@pytest.mark.parametrize(
+    ("server", "more"),
+    [
+        ("fedavgm", "strategy.server-momentum=0.9"),
+        ("fedavgm", "strategy.server-learning-rate=0.5"),
+        ("fedadam", "strategy.server-learning-rate=0.001"),
+        ("fedprox", "strategy.proximal-mu=5.0"),
+        ("krum", "strategy.malicious-nodes=1"),
+    ],
+)
+def test_settings_of_a_server_strategy_have_an_effect(server, more, tmp_path):
+    """Krum's neighbours, the optimizers' rates, the proximal term."""
+
+    def weights(folder, extra):
+        go(folder, f"strategy.server={server} rounds=3 {extra}", nodes=range(1, 7))
+        return load_file(folder / "model.safetensors")["fc1.weight"]
+
+    plain = weights(tmp_path / "plain", "")
+    other = weights(tmp_path / "other", more)
+    if server != "krum":  # may choose the same node
+        assert not np.array_equal(plain, other)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "pruning.pruned-weights=keep pruning.population-weight=0",
+        "pruning.mode=compression pruning.threshold=10",
+        "pruning.score=guidance pruning.normalization=global",
+        "pruning.normalization=layer exploration.epochs=2 exploration.every=1",
+        "wire.values=float16 exploration.fraction=0.5",
+        "pruning.exclude=[*bias,fc2*] training.optimizer=adam",
+    ],
+)
+def test_documented_settings_run(overrides, tmp_path):
+    go(tmp_path / "run", overrides)
+    masks = np.load(tmp_path / "run" / "mask.npz", allow_pickle=False)
+    arrays = load_file(tmp_path / "run" / "model.safetensors")
+    for name in masks.files:
+        assert not arrays[name][~masks[name]].any()
+    expected = 0.1 if "compression" in overrides else 0.2
+    assert summary_of(tmp_path / "run")["density"] == pytest.approx(expected, abs=0.005)
+
+
+def test_nodes_evaluate_the_global_model_on_data_they_do_not_train_on(tmp_path):
+    grid = go(tmp_path / "run", "data.holdout=0.25 strategy.fraction-evaluate=1")
+    trained = {s.node_id: s.metrics for s in grid.up if s.phase == "train"}
+    evaluated = {s.node_id: s.metrics for s in grid.up if s.phase == "evaluate"}
+    assert set(trained) == set(evaluated) == {1, 2, 3, 4}
+    for node_id, metrics in evaluated.items():
+        total = metrics["num-examples"] + trained[node_id]["num-examples"]
+        assert metrics["num-examples"] == round(0.25 * total)
+        assert 0 <= metrics["accuracy"] <= 1
+        assert metrics["loss"] > 0
+
+
+def test_a_nodes_held_out_samples_are_none_of_its_training_samples():
+    settings = load("quickstart", "data.holdout=0.3")
+    train, held = experiment.node_samples(
+        settings, {"partition-id": 1, "num-partitions": 5}
+    )
+    whole, none = experiment.node_samples(
+        load("quickstart"), {"partition-id": 1, "num-partitions": 5}
+    )
+    assert len(train) + len(held) == len(whole)
+    assert len(none) == 0
+    rows = sorted(x.tobytes() for x in (*train.x, *held.x))
+    assert rows == sorted(x.tobytes() for x in whole.x)
+
+
+def write_node_data(path, count, label):
+    rng = np.random.default_rng(label)
+    np.savez(
+        path,
+        x_train=rng.integers(0, 17, (count, 8, 8), dtype=np.uint8),
+        y_train=np.full(count, label, np.int64),
+    )
+
+
+def test_a_node_with_data_of_its_own_trains_on_them(tmp_path):
+    configs = {}
+    for node_id, count in ((31, 40), (32, 24), (33, 33)):
+        path = tmp_path / f"{node_id}.npz"
+        write_node_data(path, count, node_id % 10)
+        configs[node_id] = {"data-path": str(path)}
+    configs[34] = {"partition-id": 0, "num-partitions": 4}
+    grid = go(tmp_path / "run", nodes=configs, node_configs=configs)
+    counts = {
+        s.node_id: s.metrics["num-examples"] for s in grid.up if s.phase == "train"
+    }
+    assert counts == {31: 40, 32: 24, 33: 33, 34: 30}
+    assert lines_of(tmp_path / "run")[-1]["dropped"] == 0
+
+
+def test_nodes_with_data_of_their_own_draw_batches_of_their_own(tmp_path):
+    """Two nodes with the same file are two clients, not one twice."""
+    path = tmp_path / "same.npz"
+    write_node_data(path, 64, 3)
+    configs = {i: {"data-path": str(path)} for i in (1, 2, 3, 4)}
+    again = go(tmp_path / "run", nodes=configs, node_configs=configs)
+    frames = {s.arrays["autoflip.values"].data for s in again.up if s.phase == "train"}
+    assert len(frames) >= 2
+
+
+@pytest.mark.parametrize("config", [{}, {"partition-id": 1}], ids=["nothing", "half"])
+def test_a_node_that_says_nothing_of_its_data_is_told_what_to_say(config):
+    with pytest.raises(AutoFlipError, match="data-path"):
+        experiment.node_samples(load("quickstart"), config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("quikstart", "", "quikstart.*quickstart"),
+        ("quickstart", "pruning.treshold=0.5", "treshold.*threshold"),
+        ("quickstart", "prunning.threshold=0.5", "prunning.*pruning"),
+        ("quickstart", "rounds=many", "rounds"),
+        ("quickstart", "pruning.threshold=2", "threshold"),
+        ("quickstart", "model.name=cnm", "cnm.*cnn"),
+        ("quickstart", "data.name=digit", "digit.*digits"),
+        ("quickstart", "data.partition=iidd", "iidd"),
+        ("quickstart", "strategy.server=fedsgd", "fedsgd.*fedavg"),
+        ("quickstart", "strategy.name=flip", "flip.*autoflip"),
+        ("quickstart", "training.device=cudo", "cudo"),
+        ("quickstart", "model.hidden=0", "hidden"),
+        ("quickstart", "model.embedding=5", "embedding"),
+        ("quickstart", "rounds", "key=value"),
+    ],
+)
+def test_a_mistake_in_the_settings_ends_the_run_before_any_client_hears_of_it(
+    preset, overrides, message, tmp_path
+):
+    config = {
+        "preset": preset,
+        "overrides": overrides,
+        "output-dir": str(tmp_path / "run"),
+    }
+    grid = LocalGrid(client_app.app, [1, 2, 3], run_config=config)
+    with pytest.raises(AutoFlipError, match=f"(?s){message}"):
+        server_app.app(grid, Context(1, 1, {}, RecordDict(), config))
+    assert not grid.sent
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_client_answers_the_roll_call():
+    for config, expected in (({"partition-id": 4, "num-partitions": 9}, 4), ({}, -1)):
+        grid = LocalGrid(client_app.app, [8], node_configs={8: config})
+        (reply,) = grid.send_and_receive([Message(RecordDict(), 8, "query")])
+        assert dict(reply.content["metrics"]) == {"partition-id": expected}
+
+
+def test_every_call_of_the_client_has_a_seed_of_its_own():
+    settings = load("quickstart")
+    calls = [
+        (ConfigRecord({"server-round": r, "autoflip.epoch": e}), {"partition-id": p})
+        for r in (1, 2, 3)
+        for e in (0, 1, 2)
+        for p in (0, 1, 2)
+    ]
+    calls += [({"server-round": r}, {"partition-id": 0}) for r in (1, 2, 3)]
+    seeds = [experiment.call_seed(settings, *call) for call in calls]
+    assert len(set(seeds)) == len(seeds) == 30
+    assert seeds == [experiment.call_seed(settings, *call) for call in calls]
+    other = load("quickstart", "seed=1")
+    assert not set(seeds) & {experiment.call_seed(other, *call) for call in calls}
+
+
+# --- the examples -----------------------------------------------------------------------
+
+
+def files_below(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def changed_lines(before: str, after: str) -> int:
+    """Lines added, removed or replaced; a replaced line is one."""
+    matcher = difflib.SequenceMatcher(
+        None, before.splitlines(), after.splitlines(), autojunk=False
+    )
+    return sum(
+        max(i2 - i1, j2 - j1)
+        for tag, i1, i2, j1, j2 in matcher.get_opcodes()
+        if tag != "equal"
+    )
+
+
+@pytest.mark.parametrize("example", ["message_api", "legacy_api"])
+def test_an_existing_app_takes_part_with_four_changed_lines_at_most(example):
+    before = files_below(EXAMPLES / example / "before")
+    after = files_below(EXAMPLES / example / "after")
+    assert set(before) == set(after)
+    assert {"pyproject.toml", "digits_app/task.py"} <= set(before)
+    changes = {name: changed_lines(before[name], after[name]) for name in before}
+    assert 2 <= sum(changes.values()) <= 4, changes
+    assert not any("autoflip" in text for text in before.values())
+
+
+@pytest.mark.parametrize("version", ["before", "after"])
+def test_the_example_runs_before_and_after(version, monkeypatch, capsys):
+    folder = EXAMPLES / "message_api" / version
+    monkeypatch.syspath_prepend(str(folder))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
+        monkeypatch.delitem(sys.modules, name)
+    from digits_app import client_app as client
+    from digits_app import server_app as server
+
+    assert str(folder) in str(client.__file__)
+    config = {
+        "num-server-rounds": 2,
+        "fraction-train": 1.0,
+        "local-epochs": 1,
+        "lr": 0.05,
+        "seed": 0,
+    }
+    grid = LocalGrid(client.app, range(1, 5), run_config=config)
+    server.app(grid, Context(1, 1, {}, RecordDict(), config))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
+        monkeypatch.delitem(sys.modules, name)
+    said = capsys.readouterr().out
+    accuracy = float(said.rpartition("final accuracy ")[2])
+    assert accuracy > 0.2, "better than guessing among ten"
+    assert len(grid.nodes("explore")) == (4 if version == "after" else 0)
+    down = [s.content["arrays"].count_bytes() for s in grid.down if s.phase == "train"]
+    dense = max(down) > 200_000
+    assert dense is (version == "before")
+
+
+def test_our_own_client_app_needs_no_more_than_the_mod_and_masked():
+    """What the examples show is what our own app does."""
+    text = (ROOT / "client_app.py").read_text()
+    assert "mods=[AutoFlipMod()]" in text
+    assert "with masked(model, message):" in text
+
+
+def test_every_preset_composes_a_strategy_for_its_model():
+    for path in sorted((ROOT / "conf").glob("*.yaml")):
+        settings = load(path.stem)
+        assert yaml.safe_load(settings.as_yaml())["preset"] == path.stem

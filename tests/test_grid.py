@@ -1,0 +1,229 @@
+"""The meter around Flower's grid: bytes counted by hand, order, repeatability."""
+
+import logging
+import random
+
+import pytest
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp.strategy import FedAvg
+from inprocess import LocalGrid, net, plain_net, run, toy_app
+
+from autoflip_flwr import AutoFLIP
+from autoflip_flwr.grid import RunGrid
+
+pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
+
+PHASES = [(p, d) for p in ("explore", "train", "evaluate") for d in ("down", "up")]
+
+
+def grid_of(inner, *, seed=0, model=net):
+    return RunGrid(
+        inner, seed=seed, dense_bytes=ArrayRecord(model().state_dict()).count_bytes()
+    )
+
+
+def parts(*partition_ids):
+    """Nodes 100, 101, ... with these partition ids."""
+    return {
+        100 + i: {"partition-id": partition_id, "num-partitions": len(partition_ids)}
+        for i, partition_id in enumerate(partition_ids)
+    }
+
+
+def by_hand(inner):
+    """Bytes of the records that crossed the wire, by phase and direction."""
+    count = dict.fromkeys(PHASES, 0)
+    for direction, sent in (("down", inner.down), ("up", inner.up)):
+        for each in sent:
+            if each.phase != "query":
+                records = [r for r in each.content.values() if len(r)]
+                count[each.phase, direction] += sum(r.count_bytes() for r in records)
+    return count
+
+
+# --- order and sampling -----------------------------------------------------------------
+
+
+def test_nodes_are_listed_by_partition_and_nodes_without_one_last():
+    configs = parts(3, 0, 2, 1)
+    configs[7] = {"data-path": "mine.npz"}
+    configs[5] = {"data-path": "mine.npz"}
+    inner = LocalGrid(toy_app(), configs, node_configs=configs)
+    assert grid_of(inner).get_node_ids() == [101, 103, 102, 100, 5, 7]
+
+
+def test_the_list_does_not_depend_on_the_order_in_which_nodes_connect():
+    configs = parts(3, 0, 2, 1)
+    for order in (list(configs), list(configs)[::-1]):
+        inner = LocalGrid(toy_app(), order, node_configs=configs)
+        assert grid_of(inner).get_node_ids() == [101, 103, 102, 100]
+
+
+def test_the_roll_is_called_once_for_every_node():
+    configs = {**parts(1, 0), 7: {"data-path": "mine.npz"}}
+    inner = LocalGrid(toy_app(), configs, node_configs=configs)
+    grid = grid_of(inner)
+    grid.get_node_ids()
+    inner.join(9, {"partition-id": 5})
+    for _ in range(3):
+        grid.get_node_ids()
+    assert inner.nodes("query") == [100, 101, 7, 9]
+
+
+def test_a_node_that_fails_in_the_roll_call_is_named_and_listed_last(caplog):
+    def tamper(message, reply):
+        if message.metadata.dst_node_id == 101:
+            return Message(Error(3, "no such function"), reply_to=delivered(message))
+        return None if message.metadata.dst_node_id == 102 else reply
+
+    configs = parts(3, 0, 1, 2)
+    inner = LocalGrid(toy_app(), configs, node_configs=configs, tamper=tamper)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert grid_of(inner).get_node_ids() == [103, 100, 101, 102]
+    assert any(
+        "node 101" in r.getMessage() and "no such function" in r.getMessage()
+        for r in caplog.records
+    )
+
+
+def delivered(message):
+    return Message(RecordDict(), message.metadata.dst_node_id, "query")
+
+
+def sampled(seed, order=1, disturb=False):
+    configs = parts(*range(8))
+    nodes = list(configs)[::order]
+    inner = LocalGrid(toy_app(), nodes, node_configs=configs)
+    grid = grid_of(inner, seed=seed)
+    strategy = FedAvg(fraction_train=0.4, fraction_evaluate=0.4)
+
+    def begin(server_round, arrays):
+        grid.begin(server_round + 1)
+        if disturb:
+            random.seed(server_round)
+
+    random.seed(17 if disturb else 4)
+    run(strategy, grid, net(), 4, after_round=begin)
+    return inner.nodes("train"), inner.nodes("evaluate")
+
+
+def test_a_seed_samples_the_same_nodes_whatever_else_draws_random_numbers():
+    assert sampled(3) == sampled(3, order=-1, disturb=True)
+
+
+def test_other_seeds_rounds_and_phases_sample_other_nodes():
+    train, evaluate = sampled(3)
+    assert train != sampled(4)[0]
+    assert len({tuple(train[i : i + 3]) for i in range(0, 12, 3)}) > 1
+    assert train != evaluate
+
+
+def test_autoflip_samples_the_nodes_that_the_inner_strategy_would():
+    def nodes(strategy):
+        inner = LocalGrid(toy_app(), range(100, 108))
+        run(strategy, grid_of(inner), net(), 1)
+        return inner.nodes("train")
+
+    dense = nodes(FedAvg(fraction_train=0.4))
+    assert nodes(AutoFLIP(FedAvg(fraction_train=0.4))) == dense
+
+
+def test_replies_come_in_the_order_of_the_messages():
+    for shuffle in (None, list.reverse, lambda replies: replies.sort(key=id)):
+        inner = LocalGrid(toy_app(), [5, 3, 9, 4], shuffle=shuffle)
+        messages = [
+            Message(
+                RecordDict(
+                    {
+                        "arrays": ArrayRecord(net().state_dict()),
+                        "config": ConfigRecord({"server-round": 1}),
+                    }
+                ),
+                node_id,
+                "train",
+            )
+            for node_id in (9, 3, 4, 5)
+        ]
+        replies = grid_of(inner).send_and_receive(messages, timeout=3.0)
+        assert [r.metadata.src_node_id for r in replies] == [9, 3, 4, 5]
+        assert inner.timeouts == [3.0]
+
+
+def test_nothing_is_sent_for_no_messages():
+    inner = LocalGrid(toy_app(), [1, 2])
+    grid = grid_of(inner)
+    assert grid.send_and_receive([]) == []
+    assert not inner.timeouts
+    assert not grid.sent
+
+
+# --- bytes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", ["float32", "float16"])
+def test_bytes_are_those_of_the_records_that_were_sent(values):
+    inner = LocalGrid(toy_app(), range(5))
+    grid = grid_of(inner)
+    strategy = AutoFLIP(FedAvg(fraction_train=0.4), threshold=0.7, values=values)
+    run(strategy, grid, net(), 3)
+    counted = by_hand(inner)
+    assert all(counted.values())
+    assert {key: grid.sent[key] for key in PHASES} == counted
+
+
+def test_the_roll_call_is_counted_apart():
+    inner = LocalGrid(toy_app(), range(5))
+    grid = grid_of(inner)
+    grid.get_node_ids()
+    reply = MetricRecord({"partition-id": 1}).count_bytes()
+    assert dict(grid.sent) == {("roll-call", "up"): 5 * reply}
+    assert not grid.dense
+
+
+def test_an_error_reply_and_a_lost_one_count_nothing():
+    def tamper(message, reply):
+        if message.metadata.message_type == "query":
+            return reply
+        if message.metadata.dst_node_id == 1:
+            return Message(Error(1, "out"), reply_to=Message(RecordDict(), 1, "train"))
+        return None if message.metadata.dst_node_id == 2 else reply
+
+    inner = LocalGrid(toy_app(), range(5), tamper=tamper)
+    grid = grid_of(inner)
+    run(AutoFLIP(), grid, net(), 1)
+    assert grid.sent["train", "up"] == by_hand(inner)["train", "up"] > 0
+    assert len([s for s in inner.up if s.phase == "train"]) == 3
+
+
+@pytest.mark.parametrize("make", [net, plain_net])
+@pytest.mark.parametrize("config", [None, {"lr": 0.1, "note": "abc"}])
+def test_the_dense_equivalent_is_what_plain_fedavg_really_sends(make, config):
+    """Same seed, same nodes: two real runs, one of them dense."""
+
+    def counts(strategy, mods):
+        inner = LocalGrid(toy_app(make, mods=mods), range(5))
+        grid = grid_of(inner, model=make)
+        given = ConfigRecord(config) if config else None
+        run(strategy, grid, make(), 3, config=given)
+        return grid, by_hand(inner)
+
+    dense, sent = counts(FedAvg(fraction_train=0.4), [])
+    pruned, _ = counts(AutoFLIP(FedAvg(fraction_train=0.4), threshold=0.8), None)
+    expected = {k: v for k, v in sent.items() if k[0] != "explore"}
+    assert {k: dense.sent[k] for k in expected} == expected
+    assert dict(dense.dense) == expected, "plain FedAvg is its own equivalent"
+    assert dict(pruned.dense) == expected
+
+
+def test_seconds_are_counted_by_phase():
+    grid = grid_of(LocalGrid(toy_app(), range(3)))
+    run(AutoFLIP(), grid, net(), 1)
+    assert all(grid.seconds[phase] > 0 for phase in ("explore", "train", "evaluate"))
+    assert set(grid.seconds) <= {"explore", "train", "evaluate"}
