@@ -29,10 +29,13 @@ def main(grid: Grid, context: Context) -> None:
         if server_round == 0:
             return None
         training.load_arrays(model, wire.arrays_of(arrays))
-        found = training.evaluate(model, test.x, test.y)
+        found = training.evaluate(
+            model, test.x, test.y, device=settings.training.device
+        )
         log.round(server_round, found)
         return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
 
+    experiment.warn_of_few_nodes(settings, len(run_grid.get_node_ids()))
     strategy.start(
         run_grid,
         initial,

@@ -1,5 +1,6 @@
 """What both of our apps make of a run's settings: the model and the data."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from autoflip_flwr.data import Federated, Samples
 from autoflip_flwr.errors import DataError
 from autoflip_flwr.settings import Settings, TrainingSettings, load
 from autoflip_flwr.wire import EPOCH
+
+_log = logging.getLogger("flwr")
 
 
 def settings_of(run_config: Mapping[str, Any]) -> Settings:
@@ -92,6 +95,19 @@ def node_samples(
         Samples(x=samples.x[rest], y=samples.y[rest]),
         Samples(x=samples.x[apart], y=samples.y[apart]),
     )
+
+
+def warn_of_few_nodes(settings: Settings, connected: int) -> None:
+    """Say what a run waits for, since in a simulation it would wait for ever."""
+    if connected < settings.strategy.min_nodes:
+        _log.warning(
+            "preset %s waits for %d nodes (strategy.min-nodes), %d are connected; "
+            'a simulation needs --federation-config "num-supernodes=%d"',
+            settings.preset,
+            settings.strategy.min_nodes,
+            connected,
+            settings.strategy.min_nodes,
+        )
 
 
 def call_seed(

@@ -29,7 +29,8 @@ def test_every_server_strategy_runs(server, name, tmp_path):
     go(tmp_path / "run", f"strategy.server={server} strategy.name={name}")
     arrays = load_file(tmp_path / "run" / "model.safetensors")
     assert all(np.isfinite(value).all() for value in arrays.values())
-    assert len(lines_of(tmp_path / "run")) == 2
+    first, second = lines_of(tmp_path / "run")
+    assert first["loss"] != second["loss"]
     assert summary_of(tmp_path / "run")["strategy"] == name
 
 
@@ -40,20 +41,16 @@ def test_every_server_strategy_runs(server, name, tmp_path):
         ("fedavgm", "strategy.server-learning-rate=0.5"),
         ("fedadam", "strategy.server-learning-rate=0.001"),
         ("fedprox", "strategy.proximal-mu=5.0"),
-        ("krum", "strategy.malicious-nodes=1"),
     ],
 )
 def test_settings_of_a_server_strategy_have_an_effect(server, more, tmp_path):
-    """Krum's neighbours, the optimizers' rates, the proximal term."""
-
     def weights(folder, extra):
-        go(folder, f"strategy.server={server} rounds=3 {extra}", nodes=range(1, 7))
+        go(folder, f"strategy.server={server} training.batch-size=8 {extra}")
         return load_file(folder / "model.safetensors")["fc1.weight"]
 
     plain = weights(tmp_path / "plain", "")
     other = weights(tmp_path / "other", more)
-    if server != "krum":  # may choose the same node
-        assert not np.array_equal(plain, other)
+    assert not np.array_equal(plain, other)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +151,8 @@ def test_a_node_that_says_nothing_of_its_data_is_told_what_to_say(config):
         ("quickstart", "model.name=cnm", "cnm.*cnn"),
         ("quickstart", "data.name=digit", "digit.*digits"),
         ("quickstart", "data.partition=iidd", "iidd"),
-        ("quickstart", "strategy.server=fedsgd", "fedsgd.*fedavg"),
-        ("quickstart", "strategy.name=flip", "flip.*autoflip"),
-        ("quickstart", "training.device=cudo", "cudo"),
+        ("quickstart", "strategy.server=fedsgd", "fedavg.*fedsgd"),
+        ("quickstart", "strategy.name=flip", "autoflip.*'flip'"),
         ("quickstart", "model.hidden=0", "hidden"),
         ("quickstart", "model.embedding=5", "embedding"),
         ("quickstart", "rounds", "key=value"),

@@ -21,7 +21,8 @@ client_app = load_script("autoflip_client_app", ROOT / "client_app.py")
 
 SMALL = (
     "rounds=2 data.max-samples=120 data.max-test-samples=50 training.epochs=1 "
-    "strategy.min-nodes=4 model.channels=[4,8] model.hidden=16"
+    "strategy.min-nodes=4 strategy.fraction-train=1 data.partition=iid "
+    "model.channels=[4,8] model.hidden=16"
 )
 
 
