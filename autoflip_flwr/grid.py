@@ -56,6 +56,7 @@ class RunGrid(Grid):
         self._dense_bytes = dense_bytes
         self._stage = "train-1"
         self._partitions: dict[int, int] = {}
+        self._called: set[int] = set()
         self.sent: Counter[tuple[str, Direction]] = Counter()
         self.dense: Counter[tuple[str, Direction]] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -67,10 +68,10 @@ class RunGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """Return the connected nodes in a stable order, the generator seeded."""
         node_ids = list(self._grid.get_node_ids())
-        self._roll_call([n for n in node_ids if n not in self._partitions])
+        self._roll_call([n for n in node_ids if n not in self._called])
         random.seed(f"{self._seed}/{self._stage}")
-        last = len(self._partitions)
-        return sorted(node_ids, key=lambda n: (self._partitions.get(n, last), n))
+        known = self._partitions
+        return sorted(node_ids, key=lambda n: (n not in known, known.get(n, 0), n))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -107,6 +108,7 @@ class RunGrid(Grid):
         """Ask nodes for their partition ids."""
         if not node_ids:
             return
+        self._called.update(node_ids)
         replies = self._grid.send_and_receive(
             [Message(RecordDict(), node_id, "query") for node_id in node_ids],
             timeout=_ROLL_CALL_TIMEOUT,

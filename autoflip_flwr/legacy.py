@@ -28,7 +28,7 @@ from flwr.common import (
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.strategy import FedAvg, Strategy
+from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
 
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
@@ -144,20 +144,20 @@ class AutoFLIP(Strategy):
                 self.rounds.drop(server_round, _id(client), str(error))
                 dropped.append((client, result))
         if not valid:
-            _log.warning(
-                "round %d: no valid reply: the model stays as it was", server_round
-            )
+            self.rounds.abandon(server_round, "no valid reply")
             return None, {}
         aggregated, metrics = self.strategy.aggregate_fit(
             server_round, valid, [*failures, *dropped]
         )
         if aggregated is None:
+            self.rounds.abandon(server_round, "the inner strategy aggregated nothing")
             return None, metrics
         self.rounds.finish(self._named(aggregated))
         settled = list(self.rounds.arrays.values())
-        # FedAvgM holds on to the object it returned, the adaptive ones to arrays.
-        aggregated.tensors[:] = ndarrays_to_parameters(settled).tensors
-        if hasattr(self.strategy, "current_weights"):
+        # What the strategies with a server optimizer take for the global model.
+        if isinstance(self.strategy, FedAvgM):
+            self.strategy.initial_parameters = ndarrays_to_parameters(settled)
+        if isinstance(self.strategy, FedOpt):
             self.strategy.current_weights = settled
         masked = _parameters_of(self.rounds.masked_arrays())
         self._returned = masked.tensors

@@ -66,6 +66,7 @@ class Pruner:
         self._initial = dict(initial)
         self._shapes = {name: np.shape(value) for name, value in initial.items()}
         self._store = GuidanceStore(self._directory, self._shapes)
+        self._store.clear()
         self._population: dict[str, NDArray[np.float32]] | None = None
         self._masks = None
 

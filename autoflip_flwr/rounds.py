@@ -4,7 +4,9 @@ The strategy and the adapter for Flower's older API are thin translators around 
 """
 
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr import mask as masking
-from autoflip_flwr.errors import ExplorationError
+from autoflip_flwr.codec import VALUE_TYPES
+from autoflip_flwr.errors import ExplorationError, SettingsError
 from autoflip_flwr.pruner import Pruner
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.types import Array, Params, ValueType
@@ -56,11 +59,18 @@ class Rounds:
         self.mask_change = 0.0
         self.update_variance: float | None = None
         self.dropped: dict[int, str] = {}
+        if values not in VALUE_TYPES:
+            raise SettingsError(
+                f"unknown value type {values!r}; known: {list(VALUE_TYPES)}"
+            )
         self._values = values
         self._prunable = prunable
         self._rng = np.random.default_rng(seed)
-        self._scratch = None if store else tempfile.TemporaryDirectory("-autoflip")
-        self._store = store or Path(self._scratch.name if self._scratch else "")
+        if store is None:
+            store = Path(tempfile.mkdtemp("-autoflip"))
+            weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
+        self._store = store
+        self._previous: Plan | None = None
         self._manifest: Manifest | None = None
         self._pruner: Pruner | None = None
         self._initial: Params = {}
@@ -159,6 +169,7 @@ class Rounds:
         if self.plan is not None:
             before = self.plan.masks
             self.mask_change = 0.0 if masks is before else masking.change(before, masks)
+        self._previous = self.plan
         self.plan = Plan(self.manifest, masks, self._values)
         self.dropped = {}
         self.update_variance = None
@@ -182,6 +193,11 @@ class Rounds:
             assert self.plan is not None
             self._spread = _Spread(sent, self.plan.values)
         self._spread.add(received)
+
+    def abandon(self, server_round: int, reason: str) -> None:
+        """End a round that changed nothing: the model keeps the mask it has."""
+        self.plan = self._previous
+        _log.warning("round %d: %s: the model stays as it was", server_round, reason)
 
     def finish(self, aggregated: Params) -> None:
         """Take what the inner strategy made of the replies as the global model.

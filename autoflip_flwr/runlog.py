@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,16 @@ class RunLog:
     def __init__(
         self, directory: str, settings: Settings, grid: RunGrid, rounds: Rounds | None
     ) -> None:
-        name = f"{settings.preset}-{settings.strategy.name}"
-        self.directory = Path(
-            directory or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        ).resolve()
+        self.directory = Path(directory or _new_name(settings)).resolve()
         self._metrics = self.directory / "metrics.jsonl"
-        if self._metrics.exists():
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with (self.directory / "settings.yaml").open("x") as file:
+                file.write(settings.as_yaml())
+        except FileExistsError as error:
             raise SettingsError(
                 f"output-dir {self.directory} holds another run; name a new folder"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "settings.yaml").write_text(settings.as_yaml())
+            ) from error
         self._settings = settings
         self._grid = grid
         self._rounds = rounds
@@ -156,6 +156,11 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         summary["seconds"]["total"],
         summary["seconds"]["explore"],
     )
+
+
+def _new_name(settings: Settings) -> str:
+    now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
+    return f"runs/{settings.preset}-{settings.strategy.name}-{now}"
 
 
 def _megabytes(count: int) -> str:

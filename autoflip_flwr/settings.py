@@ -74,7 +74,7 @@ class PruningSettings:
 
     threshold: float = 0.8  # quantile: share to prune; see mask.from_scores
     mode: Mode = "quantile"
-    score: ScoreName = "saliency"
+    score: ScoreName = "guidance"
     normalization: Normalization = "client"
     population_weight: float = 0.8  # weight of all explorers; 0: the paper
     floor: float = 0.01  # least share of every tensor that is kept

@@ -69,10 +69,10 @@ class GuidanceStore:
         return self._statistics[node_id]
 
     def clear(self) -> None:
-        """Forget all guidance, before everyone explores again."""
-        for node_id in list(self._statistics):
-            self._path(node_id).unlink(missing_ok=True)
+        """Forget all guidance, and delete what an earlier run may have left."""
         self._statistics.clear()
+        for path in self._directory.glob("*.guidance"):
+            path.unlink()
 
     def _path(self, node_id: int) -> Path:
         return self._directory / f"{node_id}.guidance"

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from autoflip_flwr import wire
-from autoflip_flwr.errors import AutoFlipError, WireError
+from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
 from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import (
     ExplorationSettings,
@@ -22,6 +22,8 @@ from autoflip_flwr.settings import (
 from autoflip_flwr.types import Mode, Normalization, ScoreName, ValueType
 
 _log = logging.getLogger("flwr")
+
+_EXAMPLES = "num-examples"  # what most apps weight their replies by
 
 
 class AutoFLIP(Strategy):
@@ -41,8 +43,8 @@ class AutoFLIP(Strategy):
         nothing is pruned and the result is the inner strategy's.
     mode : {"quantile", "value", "compression"}
         What `threshold` means, see `mask.from_scores`.
-    score : {"saliency", "guidance"}
-        ``guidance`` is the paper's.
+    score : {"guidance", "saliency"}
+        ``guidance`` is the paper's; ``saliency`` is the weight times how far it moved.
     normalization : {"client", "global", "layer"}
         ``global`` is the paper's Eq. 3, see `guidance.combine`.
     population_weight : float
@@ -95,7 +97,7 @@ class AutoFLIP(Strategy):
         *,
         threshold: float = 0.8,
         mode: Mode = "quantile",
-        score: ScoreName = "saliency",
+        score: ScoreName = "guidance",
         normalization: Normalization = "client",
         population_weight: float = 0.8,
         floor: float = 0.01,
@@ -113,6 +115,8 @@ class AutoFLIP(Strategy):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if min_replies < 1:
+            raise SettingsError(f"expected min_replies >= 1, got {min_replies}")
         self.strategy = strategy if strategy is not None else FedAvg()
         self.min_replies = min_replies
         self.rounds = Rounds(
@@ -187,22 +191,16 @@ class AutoFLIP(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Unpack the valid replies and let the inner strategy aggregate them."""
         valid = self._valid(server_round, replies, self._unpack)
-        if len(valid) < self.min_replies or not valid:
-            _log.warning(
-                "round %d: %d valid replies, expected %d or more: "
-                "the model stays as it was",
-                server_round,
-                len(valid),
-                max(1, self.min_replies),
-            )
+        if len(valid) < self.min_replies:
+            reason = f"{len(valid)} valid replies, expected {self.min_replies} or more"
+            self.rounds.abandon(server_round, reason)
+            return None, None
+        if not any(_examples_of(reply) for reply in valid):
+            self.rounds.abandon(server_round, "no valid reply trained on any example")
             return None, None
         aggregated, metrics = self.strategy.aggregate_train(server_round, valid)
         if aggregated is None:
-            _log.warning(
-                "round %d: the inner strategy aggregated nothing: "
-                "the model stays as it was",
-                server_round,
-            )
+            self.rounds.abandon(server_round, "the inner strategy aggregated nothing")
             return None, metrics
         self.rounds.finish({key: value.numpy() for key, value in aggregated.items()})
         # FedAvgM holds on to the very record it returned: settle it in place.
@@ -320,12 +318,13 @@ class AutoFLIP(Strategy):
                 valid.append(reply)
             except (AutoFlipError, ValueError, TypeError, KeyError) as error:
                 self.rounds.drop(server_round, node_id, str(error))
-        usual, odd = _by_metric_names(valid)
+        usual, odd = _by_form(valid)
         for reply in odd:
             self.rounds.drop(
                 server_round,
                 reply.metadata.src_node_id,
-                "its metrics have other names than most replies'",
+                f"expected the form of most replies, {_form_of(usual[0])}, "
+                f"got {_form_of(reply)}",
             )
         last = len(self._order)
         return sorted(
@@ -356,19 +355,33 @@ def _check_metrics(reply: Message) -> None:
         numbers = value if isinstance(value, list) else [value]
         if not all(math.isfinite(number) for number in numbers):
             raise WireError(f"expected a finite metric {name!r}, got {value}")
-        if name == "num-examples" and min(numbers, default=0) < 0:
-            raise WireError(f"expected {name!r} >= 0, got {value}")
+        if name == _EXAMPLES and (isinstance(value, list) or value < 0):
+            raise WireError(f"expected a number {name!r} >= 0, got {value}")
 
 
-def _by_metric_names(
-    replies: Sequence[Message],
-) -> tuple[list[Message], list[Message]]:
-    """Tell replies whose metrics are named like most replies' from the odd ones.
+def _examples_of(reply: Message) -> float:
+    """Return how many examples a reply stands for; 1 if it does not say."""
+    value = _metrics_of(reply).get(_EXAMPLES, 1)
+    return 1 if isinstance(value, list) else value
+
+
+def _form_of(reply: Message) -> str:
+    """Return record keys and metrics, with the length of those that are lists."""
+    metrics = {
+        name: len(value) if isinstance(value, list) else "number"
+        for name, value in sorted(_metrics_of(reply).items())
+    }
+    arrays = sorted(reply.content.array_records)
+    return f"arrays {arrays}, {next(iter(reply.content.metric_records))!r} {metrics}"
+
+
+def _by_form(replies: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """Tell replies that are formed like most replies from the odd ones.
 
     Flower's strategies refuse a whole round over one odd reply.
     """
-    names = [frozenset(_metrics_of(reply)) for reply in replies]
-    most = Counter(names).most_common(1)[0][0] if names else frozenset()
-    usual = [r for r, found in zip(replies, names, strict=True) if found == most]
-    odd = [r for r, found in zip(replies, names, strict=True) if found != most]
+    forms = [_form_of(reply) for reply in replies]
+    most = Counter(forms).most_common(1)[0][0] if forms else ""
+    usual = [r for r, form in zip(replies, forms, strict=True) if form == most]
+    odd = [r for r, form in zip(replies, forms, strict=True) if form != most]
     return usual, odd

@@ -141,9 +141,15 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, torch.T
         if name not in parameters and name.isdecimal() and int(name) < len(names):
             known = names[int(name)]
         if known not in parameters:
+            hint = (
+                "; give the strategy names=list(model.state_dict()), so that it can "
+                "tell buffers from parameters"
+                if name.isdecimal()
+                else ""
+            )
             raise MaskError(
                 f"the mask names {name!r}, which is no parameter of the model; "
-                f"known: {list(parameters)}"
+                f"known: {list(parameters)}{hint}"
             )
         parameter = parameters[known]
         if tuple(parameter.shape) != keep.shape:

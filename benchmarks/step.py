@@ -18,7 +18,7 @@ MODELS = {
     "resnet50": {"num_classes": 100, "input_shape": (3, 32, 32)},
 }
 BATCH = 32
-STEPS = 20  # of a local epoch: what `masked` sets up is paid once per round
+STEPS = 10  # of a local epoch: what `masked` sets up is paid once per round
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
             with training.enforce(model, masks):
                 steps()
 
-        result[name] = paired(masked, steps, pairs=15)
+        result[name] = paired(masked, steps, pairs=9)
     report({"batch": BATCH, "threads": torch.get_num_threads(), **result})
 
 

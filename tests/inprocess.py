@@ -1,6 +1,8 @@
 """A Grid without a server: calls a ClientApp in this process, a Context per node."""
 
 import importlib.util
+import itertools
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -188,7 +191,7 @@ def only_in(phase: str, node_ids: Iterable[int], change: Callable[[Message], Any
     return tamper
 
 
-# --- small models and apps -------------------------------------------------------------
+# --- small models and apps ------------------------------------------------------------
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
@@ -339,7 +342,7 @@ def nudging_app(*, mods: Iterable[Any] | None = None, scale: float = 0.01) -> Cl
             for name, value in arrays_of(message.content[key]).items()
         }
         content = {
-            key: ArrayRecord(moved_record(moved)),
+            key: ArrayRecord(_record(moved)),
             "metrics": MetricRecord({"num-examples": 8 + context.node_id, "loss": 1.0}),
         }
         return Message(RecordDict(content), reply_to=message)
@@ -347,9 +350,7 @@ def nudging_app(*, mods: Iterable[Any] | None = None, scale: float = 0.01) -> Cl
     return app
 
 
-def moved_record(arrays: Arrays) -> dict[str, Any]:
-    from flwr.app import Array
-
+def _record(arrays: Arrays) -> dict[str, Any]:
     return {name: Array(np.asarray(value)) for name, value in arrays.items()}
 
 
@@ -419,3 +420,53 @@ def load_script(name: str, path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+# --- what tests of both strategies expect --------------------------------------------
+
+#: Masks that differ from round to round, where few of the nodes are sampled.
+CHANGING = {"threshold": 0.5, "population_weight": 0.0, "score": "guidance"}
+
+
+def assert_masks_change(masks):
+    """Entries leave and come back, or the test shows nothing."""
+    flat = [np.concatenate([m.ravel() for m in each.values()]) for each in masks]
+    assert sum((a != b).any() for a, b in itertools.pairwise(flat)) > 1
+    assert any(
+        (a & ~b & c).any() for a, b, c in zip(flat, flat[1:], flat[2:], strict=False)
+    )
+
+
+def momentum_reference(initial, masks, averages, *, lr, beta):
+    """SGD with momentum on a pseudo-gradient that is zero where a round pruned."""
+    weights = {n: initial[n].astype(float) for n in masks[0]}
+    momentum = {n: np.zeros_like(v) for n, v in weights.items()}
+    for mask, average in zip(masks, averages, strict=True):
+        for name, keep in mask.items():
+            gradient = np.where(keep, weights[name] - average[name], 0.0)
+            momentum[name] = beta * momentum[name] + gradient
+            weights[name] = np.where(keep, weights[name] - lr * momentum[name], 0.0)
+        yield {n: v.copy() for n, v in weights.items()}
+
+
+def adam_reference(initial, masks, averages, *, eta, tau, beta_1=0.9, beta_2=0.99):
+    """Flower's FedAdam, with a zero difference where a round pruned."""
+    weights = {n: initial[n].astype(float) for n in masks[0]}
+    first = {n: np.zeros_like(v) for n, v in weights.items()}
+    second = {n: np.zeros_like(v) for n, v in weights.items()}
+    for t, (mask, average) in enumerate(zip(masks, averages, strict=True), start=1):
+        rate = eta * math.sqrt(1 - beta_2 ** (t + 1)) / (1 - beta_1 ** (t + 1))
+        for name, keep in mask.items():
+            delta = np.where(keep, average[name] - weights[name], 0.0)
+            first[name] = beta_1 * first[name] + (1 - beta_1) * delta
+            second[name] = beta_2 * second[name] + (1 - beta_2) * delta**2
+            step = rate * first[name] / (np.sqrt(second[name]) + tau)
+            weights[name] = np.where(keep, weights[name] + step, 0.0)
+        yield {n: v.copy() for n, v in weights.items()}
+
+
+def npy(header):
+    """An npy array whose header is any text."""
+    text = header.encode("latin1")
+    text += b" " * (63 - (10 + len(text)) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)

@@ -16,8 +16,6 @@ from autoflip_flwr import experiment
 from autoflip_flwr.errors import AutoFlipError
 from autoflip_flwr.settings import load
 
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
-
 EXAMPLES = ROOT / "examples"
 
 
@@ -196,7 +194,7 @@ def test_every_call_of_the_client_has_a_seed_of_its_own():
     assert not set(seeds) & {experiment.call_seed(other, *call) for call in calls}
 
 
-# --- the examples -----------------------------------------------------------------------
+# --- the examples ---------------------------------------------------------------------
 
 
 def files_below(folder: Path) -> dict[str, str]:

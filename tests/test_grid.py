@@ -18,8 +18,6 @@ from inprocess import LocalGrid, net, plain_net, run, toy_app
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.grid import RunGrid
 
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
-
 PHASES = [(p, d) for p in ("explore", "train", "evaluate") for d in ("down", "up")]
 
 
@@ -48,7 +46,7 @@ def by_hand(inner):
     return count
 
 
-# --- order and sampling -----------------------------------------------------------------
+# --- order and sampling ---------------------------------------------------------------
 
 
 def test_nodes_are_listed_by_partition_and_nodes_without_one_last():
@@ -164,7 +162,7 @@ def test_nothing_is_sent_for_no_messages():
     assert not grid.sent
 
 
-# --- bytes ------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", ["float32", "float16"])

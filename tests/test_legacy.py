@@ -21,10 +21,15 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAdam, FedAvg, FedAvgM
 from flwr.serverapp import strategy as message_api
 from inprocess import (
+    CHANGING,
     LocalGrid,
+    adam_reference,
+    assert_masks_change,
     call_seed,
     fit,
+    momentum_reference,
     net,
+    npy,
     plain_net,
     run,
     samples,
@@ -32,20 +37,12 @@ from inprocess import (
     toy_app,
 )
 from numpy.testing import assert_allclose, assert_array_equal
-from test_strategy import (
-    CHANGING,
-    adam_reference,
-    assert_masks_change,
-    momentum_reference,
-)
 
 import autoflip_flwr
 from autoflip_flwr import AutoFlipMod, masked, masks_from
 from autoflip_flwr.errors import ExplorationError, SettingsError
 from autoflip_flwr.legacy import AutoFLIP
 from autoflip_flwr.settings import ExplorationSettings
-
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
 
 CIDS = ["11", "12", "13", "14", "15"]
 
@@ -167,7 +164,7 @@ def names_of(make):
     return list(state_of(make()))
 
 
-# --- equal to the Message API -----------------------------------------------------------
+# --- equal to the Message API ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,7 +285,7 @@ def test_an_optimizer_on_the_server_sees_no_gradient_where_a_round_pruned(
             assert_allclose(value, other, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
-# --- what travels -----------------------------------------------------------------------
+# --- what travels ---------------------------------------------------------------------
 
 
 def test_the_mask_travels_as_bytes_in_the_config_and_values_as_one_tensor():
@@ -309,7 +306,7 @@ def test_the_mask_travels_as_bytes_in_the_config_and_values_as_one_tensor():
         explored, trained, _ = proxy.up
         assert len(explored.parameters.tensors) == 1
         assert len(explored.parameters.tensors[0]) < 179 + 8 * 5 + 1
-        assert [len(t) for t in trained.parameters.tensors][0] == 4 * 89
+        assert next(len(t) for t in trained.parameters.tensors) == 4 * 89
 
 
 def test_the_initial_parameters_are_explored_from_once_by_all():
@@ -338,7 +335,7 @@ def test_evaluating_clients_get_the_masked_model():
     strategy = AutoFLIP(
         inner, names=names_of(plain_net), **CHANGING, pruned_weights="keep"
     )
-    server, proxies = serve(strategy, plain_net, 1)
+    _, proxies = serve(strategy, plain_net, 1)
     content = proxies[0].call(
         compat.evaluateins_to_recorddict(proxies[0].down[-1], True), "evaluate"
     )
@@ -394,7 +391,7 @@ def test_buffers_keep_their_type():
     assert [a.dtype for a in seen[-1]] == [a.dtype for a in state_of(net()).values()]
 
 
-# --- results that cannot be used --------------------------------------------------------
+# --- results that cannot be used ------------------------------------------------------
 
 
 def broken(change, cids=("13",)):
@@ -443,7 +440,7 @@ BAD = {
     "NaN": nan_in,
     "too short": set_to(0, b"\0" * 8),
     "buffer garbage": set_to(1, b"garbage"),
-    "buffer cut": set_to(1, b"\x93NUMPY\x01\x00\x36\x00{'descr': '<f4', " + b" " * 40),
+    "buffer cut": set_to(1, npy("{'descr': '<f4', 'shape': (16,")),
     "none": clear,
     "one less": less,
     "negative examples": negative,

@@ -33,8 +33,6 @@ from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, masked, masks_from
 from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.mod import exploring
 
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
-
 NODES = [11, 12, 13]
 
 
@@ -58,7 +56,7 @@ def context(node_id=11):
     )
 
 
-# --- exploration ------------------------------------------------------------------------
+# --- exploration ----------------------------------------------------------------------
 
 
 def test_the_apps_train_is_called_once_an_epoch_and_fed_its_own_weights():
@@ -205,7 +203,7 @@ def test_nothing_is_pruned_while_exploring():
     assert not any(seen[steps:])
 
 
-# --- train and evaluate -----------------------------------------------------------------
+# --- train and evaluate ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", ["train", "evaluate"])
@@ -249,7 +247,7 @@ def test_a_reply_keeps_its_keys_and_everything_but_the_arrays():
     assert set(reply.content) == {"my-weights", "my-metrics", "note"}
     assert dict(reply.content["my-metrics"]) == {"num-examples": 3, "f1": 0.5}
     assert dict(reply.content["note"]) == {"text": "hello"}
-    assert list(reply.content["my-weights"])[0] == "autoflip.values"
+    assert next(iter(reply.content["my-weights"])) == "autoflip.values"
 
 
 def test_an_error_of_the_app_goes_back_as_it_is():
@@ -289,7 +287,7 @@ def test_arrays_of_other_types_are_converted_and_of_other_shapes_refused():
         app(copy(messages[0]), context())
 
 
-# --- messages of others -----------------------------------------------------------------
+# --- messages of others ---------------------------------------------------------------
 
 
 def test_plain_fedavg_runs_the_same_with_and_without_the_mod():
@@ -349,7 +347,7 @@ def test_a_broken_message_of_ours_is_an_error_that_names_the_entry(entry, value)
         toy_app()(messages[0], context())
 
 
-# --- the mask in the app's hands --------------------------------------------------------
+# --- the mask in the app's hands ------------------------------------------------------
 
 
 def test_masks_from_reads_the_mask_of_a_message_and_of_its_config():

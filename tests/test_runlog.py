@@ -14,8 +14,6 @@ from autoflip_flwr import experiment, training
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.settings import load
 
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
-
 server_app = load_script("autoflip_server_app", ROOT / "server_app.py")
 client_app = load_script("autoflip_client_app", ROOT / "client_app.py")
 

@@ -1,6 +1,7 @@
 """The server's half, in rounds with real clients in this process."""
 
 import gc
+import itertools
 import logging
 import math
 import tempfile
@@ -29,12 +30,17 @@ from flwr.serverapp.strategy import (
     Krum,
 )
 from inprocess import (
+    CHANGING,
     LocalGrid,
+    adam_reference,
     arrays_of,
+    assert_masks_change,
     call_seed,
     fit,
     masks_in,
+    momentum_reference,
     net,
+    npy,
     nudging_app,
     only_in,
     plain_net,
@@ -48,8 +54,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, models
 from autoflip_flwr.errors import AutoFlipError, ExplorationError, SettingsError
-
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning:ResourceWarning")
 
 NODES = [11, 12, 13, 14, 15]
 
@@ -66,7 +70,7 @@ def some_of(fraction=0.4):
     return {"fraction_train": fraction, "fraction_evaluate": 0.0}
 
 
-# --- it is the inner strategy where nothing is pruned -----------------------------------
+# --- it is the inner strategy where nothing is pruned ---------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_the_default_inner_strategy_is_fedavg():
     assert type(AutoFLIP().strategy) is FedAvg
 
 
-# --- exploration ------------------------------------------------------------------------
+# --- exploration ----------------------------------------------------------------------
 
 
 def test_all_connected_nodes_explore_once_before_the_first_round():
@@ -174,26 +178,21 @@ def test_the_seed_decides_who_explores():
     assert explorers(1) == explorers(1) != explorers(2)
 
 
-def test_a_node_without_guidance_gets_the_mask_of_the_others():
-    """Sampled nodes that never explored count as the mean of those who did."""
-
-    def masks(tamper):
-        model = net()
-        grid = LocalGrid(toy_app(), NODES, tamper=tamper)
-        run(AutoFLIP(FedAvg(), population_weight=0, threshold=0.5), grid, model, 1)
-        return masks_in(next(s for s in grid.down if s.phase == "train"), model)
-
-    lost = masks(only_in("explore", NODES[1:], lambda reply: "lost"))
-    alone = net()
+def test_a_node_without_guidance_counts_as_the_mean_of_those_who_explored():
+    """Whoever is sampled: only one node explored, so its guidance decides alone."""
+    model = net()
+    alone = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     grid = LocalGrid(toy_app(), NODES[:1])
-    strategy = AutoFLIP(
-        FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1),
-        population_weight=1,
-        threshold=0.5,
-    )
-    run(strategy, grid, alone, 1)
-    expected = masks_in(next(s for s in grid.down if s.phase == "train"), alone)
-    assert_same_arrays(lost, expected)
+    run(AutoFLIP(FedAvg(**alone), population_weight=1, threshold=0.5), grid, model, 1)
+    expected = masks_in(next(s for s in grid.down if s.phase == "train"), model)
+    lost = only_in("explore", NODES[1:], lambda reply: "lost")
+    grid = LocalGrid(toy_app(), NODES, tamper=lost)
+    strategy = AutoFLIP(FedAvg(**some_of()), population_weight=0, threshold=0.5)
+    run(strategy, grid, model, 5)
+    with_it = [11 in grid.nodes("train")[2 * i : 2 * i + 2] for i in range(5)]
+    assert set(with_it) == {True, False}, "else the test shows nothing"
+    for masks in masks_by_round(grid, model):
+        assert_same_arrays(masks, expected)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +309,7 @@ def test_the_guidance_is_how_far_the_clients_own_training_moved_each_weight():
             )
 
 
-# --- what travels -----------------------------------------------------------------------
+# --- what travels ---------------------------------------------------------------------
 
 
 def nbytes(content):
@@ -456,10 +455,7 @@ def test_an_unknown_wire_type_is_refused_when_the_strategy_is_made(values):
         AutoFLIP(values=values)
 
 
-# --- pruned weights ---------------------------------------------------------------------
-
-
-CHANGING = {"threshold": 0.5, "population_weight": 0.0, "score": "guidance"}
+# --- pruned weights -------------------------------------------------------------------
 
 
 def masks_by_round(grid, model):
@@ -473,15 +469,6 @@ def masks_by_round(grid, model):
                 assert_same_arrays(masks, by_round[server_round])
             by_round[server_round] = masks
     return [by_round[i + 1] for i in range(len(by_round))]
-
-
-def assert_masks_change(masks):
-    """Entries leave and come back, or the test shows nothing."""
-    flat = [np.concatenate([m.ravel() for m in each.values()]) for each in masks]
-    assert sum((a != b).any() for a, b in zip(flat, flat[1:], strict=False)) > 1
-    assert any(
-        (a & ~b & c).any() for a, b, c in zip(flat, flat[1:], flat[2:], strict=False)
-    )
 
 
 def test_the_global_model_is_zero_where_the_round_pruned():
@@ -532,7 +519,7 @@ def test_evaluating_clients_get_the_masked_model_too():
         assert reply.metrics["sum"] == pytest.approx(float(total), rel=1e-6)
 
 
-# --- inner strategies -------------------------------------------------------------------
+# --- inner strategies -----------------------------------------------------------------
 
 
 def mean_loss(arrays):
@@ -589,7 +576,7 @@ def test_every_inner_strategy_trains_a_pruned_model(make_inner, mods, pruned_wei
     assert mean_loss(seen[-1]) < min(mean_loss(seen[0]), math.log(3))
     assert not any(
         np.array_equal(a["0.weight"], b["0.weight"])
-        for a, b in zip(seen, seen[1:], strict=False)
+        for a, b in itertools.pairwise(seen)
     )
 
 
@@ -625,34 +612,6 @@ def client_averages(grid, model, masks):
             }
         )
     return averages
-
-
-def momentum_reference(initial, masks, averages, *, lr, beta):
-    """SGD with momentum on a pseudo-gradient that is zero where a round pruned."""
-    weights = {n: initial[n].astype(float) for n in masks[0]}
-    momentum = {n: np.zeros_like(v) for n, v in weights.items()}
-    for mask, average in zip(masks, averages, strict=True):
-        for name, keep in mask.items():
-            gradient = np.where(keep, weights[name] - average[name], 0.0)
-            momentum[name] = beta * momentum[name] + gradient
-            weights[name] = np.where(keep, weights[name] - lr * momentum[name], 0.0)
-        yield {n: v.copy() for n, v in weights.items()}
-
-
-def adam_reference(initial, masks, averages, *, eta, tau, beta_1=0.9, beta_2=0.99):
-    """Flower's FedAdam, with a zero difference where a round pruned."""
-    weights = {n: initial[n].astype(float) for n in masks[0]}
-    first = {n: np.zeros_like(v) for n, v in weights.items()}
-    second = {n: np.zeros_like(v) for n, v in weights.items()}
-    for t, (mask, average) in enumerate(zip(masks, averages, strict=True), start=1):
-        rate = eta * math.sqrt(1 - beta_2 ** (t + 1)) / (1 - beta_1 ** (t + 1))
-        for name, keep in mask.items():
-            delta = np.where(keep, average[name] - weights[name], 0.0)
-            first[name] = beta_1 * first[name] + (1 - beta_1) * delta
-            second[name] = beta_2 * second[name] + (1 - beta_2) * delta**2
-            step = rate * first[name] / (np.sqrt(second[name]) + tau)
-            weights[name] = np.where(keep, weights[name] + step, 0.0)
-        yield {n: v.copy() for n, v in weights.items()}
 
 
 @pytest.mark.parametrize(
@@ -705,14 +664,7 @@ def test_local_differential_privacy_inside_sends_kept_values_only():
         assert np.isfinite(seen[-1][name]).all()
 
 
-# --- replies that cannot be used --------------------------------------------------------
-
-
-def npy(header):
-    """An npy array whose header is any text."""
-    text = header.encode("latin1")
-    text += b" " * (63 - (10 + len(text)) % 64) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+# --- replies that cannot be used ------------------------------------------------------
 
 
 def put(key, array):
@@ -941,7 +893,7 @@ def test_after_a_round_without_replies_the_model_still_fits_the_mask(server_roun
         assert not seen[-1][name][~keep].any(), name
 
 
-# --- nothing of the caller's is written to ----------------------------------------------
+# --- nothing of the caller's is written to --------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -973,7 +925,41 @@ def test_the_callers_records_are_left_alone(make_inner, pruned_weights):
     assert dict(evaluate) == {"batch": 3}
 
 
-# --- repeatability ----------------------------------------------------------------------
+def test_an_inner_strategy_may_write_to_the_record_it_is_given():
+    class Emptying(FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            given = ArrayRecord(dict(arrays))
+            messages = super().configure_train(server_round, given, config, grid)
+            arrays.clear()
+            config["mine"] = 1
+            return messages
+
+    record = ArrayRecord(net().state_dict())
+    names = list(record)
+    AutoFLIP(Emptying()).start(LocalGrid(toy_app(), NODES), record, num_rounds=1)
+    assert list(record) == names
+
+
+#: Numbers of samples, some of whose shares do not add up to one exactly.
+COUNTS = np.random.default_rng(0).integers(1, 100, (12, 5)).tolist()
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_count_that_all_clients_agree_on_survives_the_average(counts):
+    """Flower averages integers as floats, which may end a hair below."""
+    batches = 1_000_003
+    examples = dict(zip(NODES, counts, strict=True))
+
+    def change(reply):
+        reply.content["arrays"]["1.num_batches_tracked"] = Array(np.array(batches))
+        reply.content["metrics"]["num-examples"] = examples[reply.metadata.src_node_id]
+
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", NODES, change))
+    seen, _ = run(AutoFLIP(FedAvg(fraction_evaluate=0)), grid, net(), 1)
+    assert int(seen[-1]["1.num_batches_tracked"]) == batches
+
+
+# --- repeatability --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make_inner", [FedAvg, lambda: FedAvgM(server_momentum=0.9)])
