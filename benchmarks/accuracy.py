@@ -25,9 +25,10 @@ def run(output: Path, preset: str, clients: int, overrides: str) -> dict:
     if not path.exists():
         config = f'preset="{preset}" overrides="{overrides}" output-dir="{output}"'
         federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+        command = ["flwr", "run", str(ROOT), "--stream"]
+        command += ["--run-config", config, "--federation-config", federation]
         done = subprocess.run(
-            ["flwr", "run", str(ROOT), "--stream", "--run-config", config]
-            + ["--federation-config", federation],
+            command,
             env={**os.environ, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"},
             capture_output=True,
             text=True,
