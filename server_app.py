@@ -1,6 +1,6 @@
 """The ServerApp: read settings, compose, nothing else."""
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from autoflip_flwr import costs, experiment, training, wire
@@ -41,7 +41,6 @@ def main(grid: Grid, context: Context) -> None:
         initial,
         num_rounds=settings.rounds,
         timeout=settings.strategy.timeout,
-        train_config=ConfigRecord({"seed": settings.seed}),
         evaluate_fn=evaluate,
     )
     masks = rounds.plan.masks if rounds and rounds.plan else {}

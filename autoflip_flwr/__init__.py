@@ -1,4 +1,4 @@
-"""AutoFLIP for Flower: federated learning with models that are really smaller."""
+"""AutoFLIP for Flower: federated pruning from the clients' exploration."""
 
 from autoflip_flwr import codec, guidance, mask
 from autoflip_flwr.errors import AutoFlipError

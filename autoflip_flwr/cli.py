@@ -1,6 +1,7 @@
 """The console script `autoflip`."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -32,4 +33,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _presets(chosen: argparse.Namespace) -> str:
     if chosen.name is None:
         return "\n".join(settings.presets())
-    return settings.load(chosen.name, " ".join(chosen.overrides)).as_yaml().rstrip()
+    return settings.load(chosen.name, shlex.join(chosen.overrides)).as_yaml().rstrip()

@@ -152,6 +152,7 @@ def summary(
     zeros in dense layers do not make it smaller. ``unstructured_in_theory``: what a
     machine that skips every zero would do.
     """
+    model = copy.deepcopy(model).cpu()
     sample = torch.from_numpy(example)
     dense = flops(model, sample)
     return {

@@ -1,6 +1,7 @@
 """What both of our apps make of a run's settings: the model and the data."""
 
 import logging
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -119,6 +120,7 @@ def call_seed(
         int(config.get("server-round", 0)),
         int(config.get(EPOCH, -1)) + 1,
         int(node_config.get("partition-id", 0)),
+        zlib.crc32(str(node_config.get("data-path", "")).encode()),
     )
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 

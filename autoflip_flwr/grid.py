@@ -91,10 +91,11 @@ class RunGrid(Grid):
         started = time.monotonic()
         replies = list(self._grid.send_and_receive(batch, timeout=timeout))
         self.seconds[_phase(batch[0])] += time.monotonic() - started
+        nodes = wire.nodes_by_message(batch)
         for reply in replies:
             if reply.has_content():
-                self._count(phases[reply.metadata.src_node_id], "up", reply)
-        return sorted(replies, key=lambda r: order[r.metadata.src_node_id])
+                self._count(phases[wire.node_of(reply, nodes)], "up", reply)
+        return sorted(replies, key=lambda r: order[wire.node_of(r, nodes)])
 
     def _count(self, phase: str, direction: Direction, message: Message) -> None:
         size = wire.count_bytes(message.content)
@@ -109,23 +110,19 @@ class RunGrid(Grid):
         if not node_ids:
             return
         self._called.update(node_ids)
-        replies = self._grid.send_and_receive(
-            [Message(RecordDict(), node_id, "query") for node_id in node_ids],
-            timeout=_ROLL_CALL_TIMEOUT,
-        )
+        batch = [Message(RecordDict(), node_id, "query") for node_id in node_ids]
+        replies = self._grid.send_and_receive(batch, timeout=_ROLL_CALL_TIMEOUT)
+        nodes = wire.nodes_by_message(batch)
         for reply in replies:
+            node_id = wire.node_of(reply, nodes)
             if reply.has_error():
-                _log.warning(
-                    "roll call: node %d: %s",
-                    reply.metadata.src_node_id,
-                    reply.error.reason,
-                )
+                _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
                 continue
             self.sent["roll-call", "up"] += wire.count_bytes(reply.content)
             for record in reply.content.metric_records.values():
                 partition_id = record.get(PARTITION_ID)
                 if isinstance(partition_id, int) and partition_id >= 0:
-                    self._partitions[reply.metadata.src_node_id] = partition_id
+                    self._partitions[node_id] = partition_id
 
     # --- everything else is Flower's own ---------------------------------------
 

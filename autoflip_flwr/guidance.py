@@ -12,6 +12,9 @@ from autoflip_flwr.types import Guidance, Normalization, Params
 
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
+#: A mean or spread this small is none: its inverse would not be a float32.
+_LEAST = 1e-30
+
 
 def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.float32]]:
     """Local guidance of one explorer (Eq. 2): ``G_i,m = (W0_m - W_i,m)^2``.
@@ -111,9 +114,9 @@ def rescaling(
         )
     if normalization == "client":
         means = [explorer.mean for explorer in explorers]
-        silent = sum(mean == 0.0 for mean in means)
+        silent = sum(mean <= _LEAST for mean in means)
         return Rescaling(
-            [1.0 / (count * mean) if mean > 0 else 0.0 for mean in means],
+            [1.0 / (count * mean) if mean > _LEAST else 0.0 for mean in means],
             silent / count,
         )
     if normalization == "layer":
@@ -126,7 +129,7 @@ def rescaling(
         raise SettingsError(
             f"unknown normalization {normalization!r}; known: {list(NORMALIZATIONS)}"
         )
-    if high <= low:
+    if high - low <= _LEAST:
         return Rescaling([0.0] * count, 1.0)
     return Rescaling([1.0 / (count * (high - low))] * count, -low / (high - low))
 

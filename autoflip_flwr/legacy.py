@@ -146,6 +146,9 @@ class AutoFLIP(Strategy):
         if not valid:
             self.rounds.abandon(server_round, "no valid reply")
             return None, {}
+        if not any(result.num_examples for _, result in valid):
+            self.rounds.abandon(server_round, "no valid reply trained on any example")
+            return None, {}
         aggregated, metrics = self.strategy.aggregate_fit(
             server_round, valid, [*failures, *dropped]
         )
@@ -217,10 +220,12 @@ class AutoFLIP(Strategy):
             except Exception as error:  # whatever a client's proxy raises
                 return str(error)
 
-        _log.info("exploration: %d clients explore", len(asked))
-        with ThreadPoolExecutor(max_workers=len(asked)) as pool:
-            frames = dict(zip(asked, pool.map(one, asked), strict=True))
-        self.rounds.explored(asked, frames)
+        for batch in self.rounds.batches(asked):
+            _log.info("exploration: %d clients explore", len(batch))
+            with ThreadPoolExecutor(max_workers=len(batch)) as pool:
+                frames = dict(zip(batch, pool.map(one, batch), strict=True))
+            self.rounds.explored(batch, frames)
+        self.rounds.check_explored()
 
     def _pack(self, arrays: Params) -> Parameters:
         assert self.rounds.plan is not None

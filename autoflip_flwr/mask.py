@@ -4,7 +4,7 @@ A mask is bool, True = keep.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -69,8 +69,9 @@ def from_scores(
     for name, flat in zip(scores, flats, strict=True):
         if np.isnan(flat).any():
             raise MaskError(f"{name}: expected scores without NaN, got some")
-    least = [math.ceil(floor * flat.size) for flat in flats]
-    total = sum(flat.size for flat in flats)
+    sizes = [flat.size for flat in flats]
+    check_floor(sizes, threshold=threshold, mode=mode, floor=floor)
+    least = [math.ceil(floor * size) for size in sizes]
     if mode == "value":
         keeps = [flat >= threshold for flat in flats]
         _raise_if_emptied(list(scores), keeps, threshold, least)
@@ -78,12 +79,7 @@ def from_scores(
             if int(keeps[index].sum()) < least[index]:
                 keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
     else:
-        kept = (
-            total - round(threshold * total)
-            if mode == "quantile"
-            else round(total / threshold)
-        )
-        keeps = _keep_highest(flats, kept, least)
+        keeps = _keep_highest(flats, _kept(sum(sizes), threshold, mode), least)
     return {
         name: keep.reshape(np.shape(score))
         for (name, score), keep in zip(scores.items(), keeps, strict=True)
@@ -108,22 +104,12 @@ def apply(params: Params, masks: Masks) -> dict[str, Array]:
     return applied
 
 
-def full(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.bool_]]:
-    """Return the mask that keeps everything."""
-    return {name: np.ones(shape, np.bool_) for name, shape in shapes.items()}
-
-
 def density(masks: Masks) -> float:
     """Share of kept entries, in [0, 1]; 1.0 for an empty mask."""
     total = sum(keep.size for keep in masks.values())
     if total == 0:
         return 1.0
     return sum(int(np.count_nonzero(keep)) for keep in masks.values()) / total
-
-
-def density_by_tensor(masks: Masks) -> dict[str, float]:
-    """Share of kept entries of each tensor, in [0, 1]."""
-    return {name: density({name: keep}) for name, keep in masks.items()}
 
 
 def change(before: Masks, after: Masks) -> float:
@@ -155,6 +141,39 @@ def check_layers(masks: Masks) -> None:
                 f"({share:.2%} of the model) and cuts the layer off; "
                 "set a floor above 0 or lower the threshold"
             )
+
+
+def check_floor(
+    sizes: Sequence[int], *, threshold: float, mode: Mode, floor: float
+) -> None:
+    """Refuse a floor that leaves too little to prune, before there are scores.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Number of entries of each tensor; the rest as in `from_scores`.
+
+    Raises
+    ------
+    MaskError
+        With the arithmetic.
+    """
+    if mode == "value":
+        return
+    total = sum(sizes)
+    kept = _kept(total, threshold, mode)
+    least = sum(math.ceil(floor * size) for size in sizes)
+    if least > kept:
+        raise MaskError(
+            f"the floor keeps at least {least} of {total} parameters, but only "
+            f"{kept} are to be kept; lower the floor or prune less"
+        )
+
+
+def _kept(total: int, threshold: float, mode: Mode) -> int:
+    if mode == "compression":
+        return round(total / threshold)
+    return total - round(threshold * total)
 
 
 def _check(threshold: float, mode: str, floor: float) -> None:
@@ -200,12 +219,6 @@ def _keep_highest(
     A tensor that a common cut would leave below its minimum keeps its own best
     instead and leaves the contest; the others compete for what remains.
     """
-    total = sum(flat.size for flat in flats)
-    if sum(least) > kept:
-        raise MaskError(
-            f"the floor keeps at least {sum(least)} of {total} parameters, but only "
-            f"{kept} are to be kept; lower the floor or prune less"
-        )
     keeps: dict[int, NDArray[np.bool_]] = {}
     contest = list(range(len(flats)))
     while True:

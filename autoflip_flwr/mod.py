@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr import codec, guidance, training, wire
-from autoflip_flwr.errors import WireError
+from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.types import Array, Masks
 
 
@@ -157,6 +157,8 @@ def masked(
 ) -> Iterator[nn.Module]:
     """Keep pruned weights at exactly zero inside the block, whatever the optimizer.
 
+    They are zero after each step of a `torch.optim` optimizer and when the block ends.
+
     Parameters
     ----------
     model : nn.Module
@@ -186,10 +188,15 @@ def exploring(message: Message | Mapping[str, Any]) -> bool:
 
 
 def _is_masks(value: Mapping[str, Any]) -> bool:
-    return all(
-        isinstance(keep, np.ndarray) and keep.dtype == np.bool_
-        for keep in value.values()
-    )
+    """Tell masks from a config, which holds no arrays."""
+    arrays = {name: keep for name, keep in value.items() if hasattr(keep, "shape")}
+    for name, keep in arrays.items():
+        if not (isinstance(keep, np.ndarray) and keep.dtype == np.bool_):
+            raise MaskError(
+                f"{name}: expected a NumPy array of bool (True = keep), got "
+                f"{type(keep).__name__} of {getattr(keep, 'dtype', 'no type')}"
+            )
+    return bool(arrays)
 
 
 def _config_of(message: Message) -> ConfigRecord:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr import mask as masking
-from autoflip_flwr.codec import QuantizedGuidance, Shapes
+from autoflip_flwr.codec import QuantizedGuidance
 from autoflip_flwr.errors import ExplorationError
 from autoflip_flwr.guidance import Rescaling, Statistics, rescaling
 from autoflip_flwr.parallel import parallel_map
@@ -49,20 +49,23 @@ class Pruner:
         self.restart(initial)
 
     @property
-    def shapes(self) -> Shapes:
-        """Name -> shape of the prunable parameters, in order."""
-        return self._shapes
-
-    @property
     def explorers(self) -> int:
         """How many nodes have explored."""
         return len(self._store)
 
-    def __contains__(self, node_id: int) -> bool:
-        return node_id in self._store
+    def still(self) -> list[str]:
+        """Return the names of tensors that moved for no explorer."""
+        found = [self._store.statistics(node_id) for node_id in self._store]
+        return [n for n in self._shapes if not any(each.high[n] for each in found)]
 
     def restart(self, initial: Params) -> None:
         """Forget all guidance: everyone explores again, from `initial`."""
+        masking.check_floor(
+            [np.size(value) for value in initial.values()],
+            threshold=self.settings.threshold,
+            mode=self.settings.mode,
+            floor=self.settings.floor,
+        )
         self._initial = dict(initial)
         self._shapes = {name: np.shape(value) for name, value in initial.items()}
         self._store = GuidanceStore(self._directory, self._shapes)

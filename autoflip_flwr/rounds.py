@@ -4,6 +4,7 @@ The strategy and the adapter for Flower's older API are thin translators around 
 """
 
 import logging
+import math
 import shutil
 import tempfile
 import weakref
@@ -14,14 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr import mask as masking
-from autoflip_flwr.codec import VALUE_TYPES
-from autoflip_flwr.errors import ExplorationError, SettingsError
+from autoflip_flwr.codec import VALUE_TYPES, dequantize
+from autoflip_flwr.errors import (
+    ExplorationError,
+    GuidanceError,
+    SettingsError,
+    WireError,
+)
 from autoflip_flwr.pruner import Pruner
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.types import Array, Params, ValueType
 from autoflip_flwr.wire import Manifest, Plan
 
 _log = logging.getLogger("flwr")
+
+_BATCH_BYTES = 1 << 30
+_LEAST_BATCH = 8
 
 
 class Rounds:
@@ -75,7 +84,9 @@ class Rounds:
         self._pruner: Pruner | None = None
         self._initial: Params = {}
         self._asked: set[int] = set()
+        self._restart = False
         self._spread: _Spread | None = None
+        self._reasons: dict[int, str] = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -117,7 +128,7 @@ class Rounds:
         if every and server_round > 1 and (server_round - 1) % every == 0:
             self._asked.clear()
             self._initial = dict(self.arrays)
-            self.pruner.restart(self._weights(self.arrays))
+            self._restart = True  # the old guidance stays until there is new
         first = not self._asked
         candidates = connected if first else sampled
         new = [node_id for node_id in candidates if node_id not in self._asked]
@@ -131,36 +142,55 @@ class Rounds:
             return [node_id for i, node_id in enumerate(new) if i in chosen]
         return [node_id for node_id in new if self._rng.random() < fraction]
 
-    def explored(self, asked: Sequence[int], frames: Mapping[int, bytes | str]) -> None:
-        """Take the explorers' frames; a text is the reason why there is none.
+    def batches(self, asked: Sequence[int]) -> list[Sequence[int]]:
+        """Divide explorers so that a batch's replies fit in about a gigabyte."""
+        frame = sum(math.prod(shape) for shape in self.manifest.shapes.values())
+        size = max(_LEAST_BATCH, _BATCH_BYTES // max(1, frame))
+        return [asked[start : start + size] for start in range(0, len(asked), size)]
 
-        Raises
-        ------
-        ExplorationError
-            If there is no guidance of anybody to make a mask from.
-        """
-        reasons: dict[int, str] = {}
+    def explored(self, asked: Sequence[int], frames: Mapping[int, bytes | str]) -> None:
+        """Take the explorers' frames; a text is the reason why there is none."""
+        failed = 0
         for node_id in asked:
             frame = frames.get(node_id, "no reply in time")
             try:
                 if isinstance(frame, str):
-                    reasons[node_id] = frame
-                else:
-                    self.pruner.add(node_id, frame)
+                    raise WireError(frame)
+                dequantize(frame, self.manifest.shapes)
+                if self._restart:
+                    self.pruner.restart(self._weights(self._initial))
+                    self._restart = False
+                self.pruner.add(node_id, frame)
             except ValueError as error:
-                reasons[node_id] = str(error)
-        for node_id, reason in reasons.items():
-            _log.warning("exploration: node %d is left out: %s", node_id, reason)
-        if asked:
-            _log.info(
-                "exploration: %d of %d nodes explored",
-                len(asked) - len(reasons),
-                len(asked),
-            )
+                failed += 1
+                self._reasons[node_id] = str(error)
+                _log.warning("exploration: node %d is left out: %s", node_id, error)
+        _log.info(
+            "exploration: %d of %d nodes explored", len(asked) - failed, len(asked)
+        )
+
+    def check_explored(self) -> None:
+        """Refuse to go on without guidance, or with parameters nobody trains.
+
+        Raises
+        ------
+        ExplorationError
+            If nobody's guidance came.
+        GuidanceError
+            If a tensor moved for no explorer and nobody said what is trainable: it
+            is frozen or a buffer, and would be the first to be pruned.
+        """
         if self.pruner.explorers == 0:
             raise ExplorationError(
-                f"none of {len(asked)} nodes completed its exploration, so no mask can "
-                f"be made; reasons by node: {reasons}"
+                f"none of {len(self._reasons)} nodes completed its exploration, so no "
+                f"mask can be made; reasons by node: {self._reasons}"
+            )
+        still = self.pruner.still()
+        if still and self._prunable is None:
+            raise GuidanceError(
+                f"{still} moved for none of {self.pruner.explorers} explorers: frozen "
+                "parameters or buffers, which pruning would take first; name them in "
+                "`exclude`, or the trainable parameters in `prunable`"
             )
 
     def begin(self, sampled: Sequence[int]) -> Plan:

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -70,7 +71,7 @@ class RunLog:
             "round": server_round,
             "accuracy": evaluation.accuracy,
             "accuracy_top5": evaluation.accuracy_top5,
-            "loss": evaluation.loss,
+            "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
             "density": rounds.density if rounds else 1.0,
             "bytes_down": sent["explore", "down"] + sent["train", "down"],
             "bytes_up": sent["explore", "up"] + sent["train", "up"],
@@ -120,8 +121,7 @@ class RunLog:
         if self._rounds is not None and self._rounds.plan is not None:
             np.savez_compressed(
                 self.directory / "mask.npz",
-                allow_pickle=False,
-                **dict(self._rounds.plan.masks),
+                **cast(Any, dict(self._rounds.plan.masks)),
             )
         text = json.dumps(summary, indent=2) + "\n"
         (self.directory / "summary.json").write_text(text)

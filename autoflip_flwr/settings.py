@@ -61,6 +61,7 @@ class ExplorationSettings:
     timeout: float = 3600.0  # seconds to wait for the explorers
 
     def __post_init__(self) -> None:
+        _check_types("exploration", self)
         _at_least("exploration.epochs", self.epochs, 1)
         _within("exploration.fraction", self.fraction, 0, 1, open_low=True)
         _at_least("exploration.patience", self.patience, 1)
@@ -82,9 +83,7 @@ class PruningSettings:
     pruned_weights: PrunedWeights = "zero"  # at the server
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                _convert(kind, getattr(self, name), f"pruning.{_kebab(name)}")
+        _check_types("pruning", self)
         if self.mode == "compression":
             _at_least("pruning.threshold (a ratio all/kept)", self.threshold, 1)
         else:
@@ -184,6 +183,11 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
 
     def __post_init__(self) -> None:
+        if self.strategy.fraction_evaluate > 0 and self.data.holdout == 0:
+            raise SettingsError(
+                "strategy.fraction-evaluate > 0 needs data.holdout > 0: the share of a "
+                "client's samples that it does not train on"
+            )
         _at_least("rounds", self.rounds, 1)
         _at_least("seed", self.seed, 0)
 
@@ -253,10 +257,12 @@ def _parse_overrides(overrides: str) -> list[tuple[str, Any]]:
 
 
 def _parse_value(text: str) -> Any:
-    """Read YAML; what is none (``*bias``) is text."""
+    """Read YAML; what is none (``*bias``, ``[*bias,fc*]``) is text or a list of it."""
     try:
         return yaml.safe_load(text) if text else ""
     except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
+        if text.startswith("[") and text.endswith("]"):
+            return [item.strip() for item in text[1:-1].split(",")]
         return text
 
 
@@ -288,6 +294,14 @@ def _build(group: type[G], values: Any, path: str) -> G:
             else _convert(kind, value, dotted)
         )
     return group(**arguments)
+
+
+def _check_types(group: str, values: Any) -> None:
+    """Check a group that may have been made in code, not from a preset."""
+    for name, kind in get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        given = list(value) if isinstance(value, tuple) else value
+        _convert(kind, given, f"{group}.{_kebab(name)}")
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:

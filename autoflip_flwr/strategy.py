@@ -76,7 +76,8 @@ class AutoFLIP(Strategy):
     min_replies : int
         With fewer valid replies the round changes nothing.
     store : Path, optional
-        Where the local guidance lives; a temporary folder by default.
+        A folder of this run's own for the local guidance, emptied at the start; a
+        temporary one by default.
     seed : int, optional
         Decides who explores where `exploration_fraction` is below 1.
 
@@ -127,7 +128,7 @@ class AutoFLIP(Strategy):
                 normalization=normalization,
                 population_weight=population_weight,
                 floor=floor,
-                exclude=tuple(exclude),
+                exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
                 pruned_weights=pruned_weights,
             ),
             ExplorationSettings(
@@ -145,7 +146,7 @@ class AutoFLIP(Strategy):
         self._current: ArrayRecord | None = None  # the inner strategy's global model
         self._returned: ArrayRecord | None = None  # what `start` knows of it
         self._packed: dict[int, ArrayRecord] = {}
-        self._order: dict[int, int] = {}
+        self._sent: list[Message] = []
 
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
@@ -182,8 +183,7 @@ class AutoFLIP(Strategy):
         sampled = [message.metadata.dst_node_id for message in messages]
         self._explore(server_round, sampled, messages[0], grid)
         plan = self.rounds.begin(sampled)
-        self._order = {node_id: index for index, node_id in enumerate(sampled)}
-        self._packed = {}
+        self._sent, self._packed = messages, {}
         return [self._pack(message, plan, "train") for message in messages]
 
     def aggregate_train(
@@ -222,11 +222,10 @@ class AutoFLIP(Strategy):
                 server_round, arrays, ConfigRecord(dict(config)), grid
             )
         )
+        self._sent, self._packed = messages, {}
         plan = self.rounds.plan
         if plan is None:
             return messages
-        self._order = {m.metadata.dst_node_id: i for i, m in enumerate(messages)}
-        self._packed = {}
         return [self._pack(message, plan, "evaluate") for message in messages]
 
     def aggregate_evaluate(
@@ -252,25 +251,29 @@ class AutoFLIP(Strategy):
         asked = self.rounds.explorers(
             server_round, connected=list(grid.get_node_ids()), sampled=sampled
         )
-        if asked:
-            exploration = self.rounds.exploration
-            config_key, config = wire.only_config(like.content)
-            array_key, _ = wire.only_array_record(like.content)
-            entries = wire.explore_entries(
-                self.rounds.manifest,
-                epochs=exploration.epochs,
-                patience=exploration.patience,
+        if not asked:
+            return
+        exploration = self.rounds.exploration
+        config_key, config = wire.only_config(like.content)
+        array_key, _ = wire.only_array_record(like.content)
+        entries = wire.explore_entries(
+            self.rounds.manifest,
+            epochs=exploration.epochs,
+            patience=exploration.patience,
+        )
+        content = RecordDict(dict(like.content))
+        content[array_key] = wire.record_of(self.rounds.initial)
+        content[config_key] = ConfigRecord({**config, **entries})
+        kind = like.metadata.message_type
+        for batch in self.rounds.batches(asked):
+            _log.info("exploration: %d nodes explore", len(batch))
+            messages = [Message(content, node_id, kind) for node_id in batch]
+            replies = grid.send_and_receive(messages, timeout=exploration.timeout)
+            nodes = wire.nodes_by_message(messages)
+            self.rounds.explored(
+                batch, {wire.node_of(r, nodes): _guidance_of(r) for r in replies}
             )
-            content = RecordDict(dict(like.content))
-            content[array_key] = wire.record_of(self.rounds.initial)
-            content[config_key] = ConfigRecord({**config, **entries})
-            _log.info("exploration: %d nodes explore", len(asked))
-            replies = grid.send_and_receive(
-                [Message(content, node_id, "train") for node_id in asked],
-                timeout=exploration.timeout,
-            )
-            frames = {r.metadata.src_node_id: _guidance_of(r) for r in replies}
-            self.rounds.explored(asked, frames)
+        self.rounds.check_explored()
 
     def _pack(self, message: Message, plan: wire.Plan, phase: wire.Phase) -> Message:
         """Replace a message's arrays by what travels; equal ones are packed once."""
@@ -306,9 +309,10 @@ class AutoFLIP(Strategy):
 
         The order makes sums of floats repeatable.
         """
+        nodes = wire.nodes_by_message(self._sent)
         valid: list[Message] = []
         for reply in replies:
-            node_id = reply.metadata.src_node_id
+            node_id = wire.node_of(reply, nodes)
             try:
                 if reply.has_error():
                     raise WireError(f"it carries the error: {reply.error.reason}")
@@ -326,9 +330,9 @@ class AutoFLIP(Strategy):
                 f"expected the form of most replies, {_form_of(usual[0])}, "
                 f"got {_form_of(reply)}",
             )
-        last = len(self._order)
+        order = {m.metadata.dst_node_id: i for i, m in enumerate(self._sent)}
         return sorted(
-            usual, key=lambda r: self._order.get(r.metadata.src_node_id, last)
+            usual, key=lambda r: order.get(wire.node_of(r, nodes), len(order))
         )
 
 

@@ -1,7 +1,7 @@
 """Local training and evaluation, and the one place where a mask is enforced."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -50,27 +50,26 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     gradients matters (clipping), pruned entries still count in it.
     """
     targets = _targets(model, masks)
-    by_parameter: dict[int, torch.Tensor] = {}
-    for parameter, bits in targets:  # a tied weight keeps what all its names keep
-        by_parameter[id(parameter)] = bits & by_parameter.get(id(parameter), bits)
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
-        _zero(
-            (parameter, by_parameter[id(parameter)])
-            for parameter in _parameters_of(optimizer)
-            if id(parameter) in by_parameter
-        )
+        for parameter in _parameters_of(optimizer):
+            if id(parameter) in targets:
+                targets[id(parameter)].zero()
 
-    _zero(targets)
+    def zero() -> None:
+        for target in targets.values():
+            target.zero()
+
+    zero()
     handle = register_optimizer_step_post_hook(after_step)
-    token = _enforced.set(_enforced.get() | by_parameter.keys())
+    token = _enforced.set(_enforced.get() | targets.keys())
     try:
         yield model
     finally:
         _enforced.reset(token)
         handle.remove()
-        _zero(targets)
+        zero()
 
 
 @contextmanager
@@ -85,9 +84,7 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
         model; any other is left alone, as are parameters under `enforce`.
     """
     shapes = [keep.shape for keep in keeps]
-    known: WeakKeyDictionary[Optimizer, list[tuple[nn.Parameter, torch.Tensor]]] = (
-        WeakKeyDictionary()
-    )
+    known: WeakKeyDictionary[Optimizer, list[_Pruned]] = WeakKeyDictionary()
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
@@ -95,11 +92,12 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
             held = _parameters_of(optimizer)
             fits = [tuple(parameter.shape) for parameter in held] == shapes
             known[optimizer] = [
-                (parameter, _bits(keep, parameter))
+                _Pruned(parameter, keep)
                 for parameter, keep in zip(held, keeps, strict=fits)
                 if fits and id(parameter) not in _enforced.get() and not keep.all()
             ]
-        _zero(known[optimizer])
+        for target in known[optimizer]:
+            target.zero()
 
     handle = register_optimizer_step_post_hook(after_step)
     try:
@@ -112,16 +110,24 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
 _enforced: ContextVar[frozenset[int]] = ContextVar("enforced", default=frozenset())
 
 
-def _zero(targets: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    """Clear the bits of pruned entries: unlike a product, that clears NaN and Inf."""
-    for parameter, bits in targets:
-        parameter.data.view(bits.dtype).bitwise_and_(bits)
+class _Pruned:
+    """A parameter, and which of its entries stay zero."""
 
+    def __init__(self, parameter: nn.Parameter, keep: NDArray[np.bool_]) -> None:
+        self.parameter = parameter
+        self.keep = keep
+        self._bits: torch.Tensor | None = None
 
-def _bits(keep: NDArray[np.bool_], parameter: nn.Parameter) -> torch.Tensor:
-    """Return all ones where an entry is kept, as integers of the parameter's size."""
-    integer = _INTEGERS[parameter.element_size()]
-    return torch.from_numpy(np.array(keep)).to(parameter.device, integer).neg_()
+    def zero(self) -> None:
+        """Clear the bits of pruned entries: unlike a product, that clears NaN too."""
+        data = self.parameter.data
+        kind = _INTEGERS[data.element_size()]
+        bits = self._bits
+        if bits is None or bits.dtype != kind or bits.device != data.device:
+            # Made where the parameter is now: a model may move inside the block.
+            bits = torch.from_numpy(np.array(self.keep)).to(data.device, kind).neg_()
+            self._bits = bits
+        data.view(kind).bitwise_and_(bits)
 
 
 #: Integer types by their size in bytes.
@@ -132,10 +138,10 @@ def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, torch.Tensor]]:
+def _targets(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = list(model.state_dict())
-    targets: list[tuple[nn.Parameter, torch.Tensor]] = []
+    targets: dict[int, _Pruned] = {}
     for name, keep in masks.items():
         known = name
         if name not in parameters and name.isdecimal() and int(name) < len(names):
@@ -157,9 +163,10 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, torch.T
                 f"{name}: expected a mask of shape {tuple(parameter.shape)}, "
                 f"got {keep.shape}"
             )
-        if not keep.all():
-            targets.append((parameter, _bits(keep, parameter)))
-    return targets
+        if id(parameter) in targets:  # a tied weight keeps what all its names keep
+            keep = keep & targets[id(parameter)].keep
+        targets[id(parameter)] = _Pruned(parameter, keep)
+    return {key: found for key, found in targets.items() if not found.keep.all()}
 
 
 def train(

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from autoflip_flwr import codec
@@ -124,7 +124,12 @@ class Manifest:
             raise SettingsError(
                 f"unknown prunable parameters {unknown}; known: {list(arrays)}"
             )
-        patterns = tuple(exclude)
+        patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        idle = [p for p in patterns if not any(_matches(n, [p]) for n in arrays)]
+        if idle:
+            raise SettingsError(
+                f"exclude {idle} matches no parameter; known: {list(arrays)}"
+            )
 
         def trained(name: str, values: Array) -> bool:
             if trainable is not None:
@@ -441,6 +446,24 @@ def only_config(content: RecordDict) -> tuple[str, ConfigRecord]:
             f"{sorted(content.config_records) or 'none'}"
         )
     return next(iter(content.config_records.items()))
+
+
+def nodes_by_message(sent: Iterable[Message]) -> dict[str, int]:
+    """Return message id -> node, of messages that were sent."""
+    return {
+        message.metadata.message_id: message.metadata.dst_node_id
+        for message in sent
+        if message.metadata.message_id
+    }
+
+
+def node_of(reply: Message, nodes: Mapping[str, int]) -> int:
+    """Return the node whose reply this is.
+
+    Where a node is gone the SuperLink replies in its place and under its own id.
+    """
+    metadata = reply.metadata
+    return nodes.get(metadata.reply_to_message_id, metadata.src_node_id)
 
 
 def count_bytes(content: RecordDict) -> int:

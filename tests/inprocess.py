@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ class LocalGrid(Grid):
         replies = []
         self.timeouts.append(timeout)
         for message in messages:
+            # Flower's grids, too, number the very object that is sent.
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
             self.sent.append(message)
             node_id = message.metadata.dst_node_id
             phase = _phase(message)
@@ -125,6 +128,7 @@ class LocalGrid(Grid):
                 dst_node_id=node_id,
                 message_type=message.metadata.message_type,
             )
+            delivered.metadata.__dict__["_message_id"] = message.metadata.message_id
             try:
                 reply = self.client_app(delivered, self.contexts[node_id])
                 if reply.has_content():

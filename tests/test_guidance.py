@@ -270,3 +270,11 @@ def test_statistics_are_the_mean_of_all_and_the_extremes_of_each():
     assert found.mean == 3.0  # (1 + 2 + 6 + 3) / 4
     assert found.low == {"w": 1.0, "b": 3.0}
     assert found.high == {"w": 6.0, "b": 3.0}
+
+
+def test_guidance_too_small_to_invert_states_no_preference():
+    tiny = {"w": np.array([0.0, 1e-38], np.float32)}
+    for normalization in NORMALIZATIONS:
+        found = combine([tiny], normalization=normalization)
+        assert np.isfinite(found["w"]).all()
+        assert_array_equal(found["w"], [1, 1])

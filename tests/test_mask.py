@@ -362,14 +362,7 @@ def test_apply_refuses_a_mask_of_another_model(params, message):
 
 def test_density_counts_entries_not_tensors():
     assert mask.density(keep_some()) == 3 / 5
-    assert mask.density_by_tensor(keep_some()) == {"w": 0.5, "b": 1.0}
     assert mask.density({}) == 1.0
-
-
-def test_the_full_mask_keeps_everything():
-    found = mask.full({"w": (2, 3), "b": ()})
-    assert {n: k.shape for n, k in found.items()} == {"w": (2, 3), "b": ()}
-    assert mask.density(found) == 1.0
 
 
 def test_change_is_the_share_of_entries_that_differ():

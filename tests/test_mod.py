@@ -429,7 +429,7 @@ def test_masked_refuses_the_mask_of_another_model():
 def unaware(**training):
     """Pruned weights after every step of an app that has never heard of masks."""
     left = []
-    _, messages = messages_of("train")
+    _, messages = messages_of("train", score="saliency")
     masks = masks_from(messages[0])
 
     def look(model):

@@ -59,7 +59,7 @@ def test_settings_are_written_resolved_and_are_a_preset_again(finished):
     assert written["preset"] == "quickstart"
     assert written["rounds"] == 2
     assert written["data"]["max-samples"] == 120
-    assert written["pruning"]["population-weight"] == 0.8
+    assert written["pruning"]["population-weight"] == 1.0
     assert written["training"]["optimizer"] == "sgd"
     expected = load(
         "quickstart", f"{SMALL} data.holdout=0.2 strategy.fraction-evaluate=1"

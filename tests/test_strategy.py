@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import math
+import re
 import tempfile
 import warnings
 
@@ -53,7 +54,14 @@ from inprocess import (
 from numpy.testing import assert_allclose, assert_array_equal
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, models
-from autoflip_flwr.errors import AutoFlipError, ExplorationError, SettingsError
+from autoflip_flwr.errors import (
+    AutoFlipError,
+    ExplorationError,
+    GuidanceError,
+    MaskError,
+    SettingsError,
+)
+from autoflip_flwr.grid import RunGrid
 
 NODES = [11, 12, 13, 14, 15]
 
@@ -1035,3 +1043,61 @@ def test_the_local_guidance_lives_where_it_is_told(tmp_path):
         1,
     )
     assert len(list((tmp_path / "g").iterdir())) == 5
+
+
+# --- what the SuperLink says in a node's place ---------------------------------------
+
+
+def test_a_node_that_is_gone_is_named_though_the_superlink_answers_for_it(caplog):
+    """Such a reply carries the SuperLink's id; the message it answers tells."""
+    gone = NODES[1]
+
+    def tamper(message, reply):
+        if (
+            message.metadata.dst_node_id != gone
+            or reply.metadata.message_type != "train"
+        ):
+            return reply
+        answer = Message(Error(14, "Node unavailable"), reply_to=message)
+        answer.metadata.__dict__["_src_node_id"] = 1
+        return answer
+
+    grid = RunGrid(LocalGrid(toy_app(), NODES, tamper=tamper), seed=0, dense_bytes=0)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        run(AutoFLIP(), grid, net(), 1)
+    assert f"exploration: node {gone} is left out" in caplog.text
+    assert f"the reply of node {gone} is dropped" in caplog.text
+    assert "node 1 " not in caplog.text
+
+
+def test_frozen_parameters_are_refused_before_they_are_pruned():
+    def frozen():
+        model = net()
+        next(model.parameters()).requires_grad_(False)
+        return model
+
+    name = next(iter(dict(net().named_parameters())))
+    with pytest.raises(GuidanceError, match=rf"{re.escape(name)}.*exclude.*prunable"):
+        run(AutoFLIP(), LocalGrid(toy_app(frozen), NODES), frozen(), 1)
+    run(AutoFLIP(exclude=[name]), LocalGrid(toy_app(frozen), NODES), frozen(), 1)
+
+
+def test_a_floor_that_leaves_too_little_is_refused_before_anyone_explores():
+    grid = LocalGrid(toy_app(), NODES)
+    with pytest.raises(MaskError, match="lower the floor or prune less"):
+        run(AutoFLIP(threshold=0.9, floor=0.5), grid, net(), 1)
+    assert not grid.down
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"threshold": "x"}, r"pruning.threshold: expected float"),
+        ({"exploration_epochs": 1.5}, r"exploration.epochs: expected int"),
+        ({"score": "magnitude"}, r"pruning.score: expected one of"),
+        ({"min_replies": 0}, r"min_replies >= 1"),
+    ],
+)
+def test_an_impossible_argument_is_refused_when_the_strategy_is_made(bad, message):
+    with pytest.raises(SettingsError, match=message):
+        AutoFLIP(**bad)

@@ -566,3 +566,18 @@ def test_devices_by_name():
     assert training.device_of("auto") == torch.device(expected)
     with pytest.raises(ModelError, match="unknown device 'toaster'"):
         training.device_of("toaster")
+
+
+def test_a_model_that_moves_inside_the_block_stays_masked():
+    """`train` may move the model after `enforce` has begun (to a GPU, to float64)."""
+    model = nn.Linear(4, 3)
+    keep = np.zeros((3, 4), np.bool_)
+    keep[0] = True
+    with enforce(model, {"weight": keep}):
+        model.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        weight = model.weight.detach().numpy()
+        assert not weight[~keep].any()
+        assert weight[keep].all()

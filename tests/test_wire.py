@@ -95,7 +95,6 @@ def test_prunable_names_decide_whatever_they_look_like():
         (["bn.*"], ["conv.weight", "fc.weight"]),
         (["*.weight"], ["bn.bias"]),
         (["fc.weight", "conv*"], ["bn.weight", "bn.bias"]),
-        (["FC.*", "weight"], MASKED),
     ],
 )
 def test_excluded_patterns_are_never_masked(exclude, masked):
@@ -139,6 +138,12 @@ def test_what_cannot_be_pruned_is_an_error():
         Manifest.of(model(), exclude=["*"])
     with pytest.raises(SettingsError, match="nothing to prune"):
         Manifest.of({"steps": np.arange(3)})
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    for exclude in (["FC.*"], ["fc.*", "weight"], "weight"):
+        with pytest.raises(SettingsError, match=r"matches no parameter; known"):
+            Manifest.of(model(), exclude=exclude)
 
 
 def test_a_manifest_comes_back():
