@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torchvision
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from autoflip_flwr.data.base import Spec, Split, checked_split
 from autoflip_flwr.errors import DataError
@@ -27,6 +24,11 @@ MNIST_FILES = {
 
 def read_digits(spec: Spec, split: SplitName) -> Split:
     """Return scikit-learn's digits: a fixed, stratified 80 % / 20 % division."""
+    # Here and below, imports of seconds wait until somebody needs them: on a real
+    # node every message starts a process.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     x, y = load_digits(return_X_y=True)
     rows = np.arange(len(y))
     train, test = train_test_split(rows, test_size=0.2, stratify=y, random_state=0)
@@ -170,14 +172,20 @@ def _read_mnist(spec: Spec, folder: Path, split: SplitName) -> Split:
     return checked_split(_channels_first(x, spec), y, spec=spec, where=where)
 
 
-_CIFAR = {
-    "cifar10": torchvision.datasets.CIFAR10,
-    "cifar100": torchvision.datasets.CIFAR100,
-}
+#: The folders of torchvision's layout.
+_CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+def _torchvision(spec: Spec) -> Any:
+    """Return torchvision's class of a dataset."""
+    from torchvision import datasets
+
+    known = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    return known.get(spec.name, datasets.MNIST)
 
 
 def _cifar_root(spec: Spec, path: Path) -> Path | None:
-    base = _CIFAR[spec.name].base_folder
+    base = _CIFAR[spec.name]
     if (path / base).is_dir():
         return path
     return path.parent if path.name == base and path.is_dir() else None
@@ -185,7 +193,7 @@ def _cifar_root(spec: Spec, path: Path) -> Path | None:
 
 def _read_cifar(spec: Spec, root: Path, split: SplitName) -> Split:
     """Read torchvision's layout; it checks every file's md5 before unpickling."""
-    kind = _CIFAR[spec.name]
+    kind = _torchvision(spec)
     try:
         data = kind(root=root, train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
@@ -214,7 +222,7 @@ def download(spec: Spec) -> Path:
     folder = cache / spec.name
     if folder.is_dir():
         return folder
-    kind = _CIFAR.get(spec.name, torchvision.datasets.MNIST)
+    kind = _torchvision(spec)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{spec.name}-", dir=cache))
@@ -242,5 +250,5 @@ def _expected(spec: Spec) -> str:
     if spec.name == "mnist":
         return f"{npz}, or one with MNIST/raw/{MNIST_FILES['train'][0]}[.gz] and so on"
     if spec.name in _CIFAR:
-        return f"{npz}, or one with {_CIFAR[spec.name].base_folder}/"
+        return f"{npz}, or one with {_CIFAR[spec.name]}/"
     return npz

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
 import numpy as np
-from flwr_datasets import FederatedDataset  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from autoflip_flwr.data.base import Dataset, Spec, Split, checked_split
@@ -160,6 +158,10 @@ def read_hub(spec: Spec, hub: str | None) -> Dataset:
     """
     default, columns = HUB[spec.name]
     source = hub or default
+    # Imported here for the sake of nodes that need neither: it takes seconds.
+    import datasets  # type: ignore[import-untyped]
+    from flwr_datasets import FederatedDataset  # type: ignore[import-untyped]
+
     try:
         table = FederatedDataset(
             dataset=source, partitioners={"train": 1}, shuffle=False

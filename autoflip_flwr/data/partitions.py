@@ -10,20 +10,23 @@ import math
 import warnings
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
 import numpy as np
-from flwr_datasets.partitioner import (  # type: ignore[import-untyped]
-    DirichletPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import SettingsError
 
 PARTITIONS = ("iid", "pathological", "dirichlet", "natural")
+
+
+def _partitioners() -> Any:
+    """Import Flower Datasets when a partition is asked for.
+
+    On a real node every message starts a process, and the import takes seconds that
+    a node with data of its own need not spend.
+    """
+    from flwr_datasets import partitioner  # type: ignore[import-untyped]
+
+    return partitioner
 
 
 def check_partition(
@@ -117,7 +120,9 @@ def divide(
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled = labels[order]
     if partition == "iid":
-        places = _places(IidPartitioner(num_partitions), num_partitions, shuffled)
+        places = _places(
+            _partitioners().IidPartitioner(num_partitions), num_partitions, shuffled
+        )
     elif partition == "pathological":
         places = _pathological(shuffled, num_partitions, classes_per_client, seed)
     elif partition == "dirichlet":
@@ -134,9 +139,11 @@ def divide(
 
 
 def _places(
-    partitioner: Partitioner, num_partitions: int, keys: NDArray[np.int64]
+    partitioner: Any, num_partitions: int, keys: NDArray[np.int64]
 ) -> list[NDArray[np.int64]]:
     """Run a partitioner on a table that holds nothing but places and keys."""
+    import datasets  # type: ignore[import-untyped]
+
     table = datasets.Dataset.from_dict({"place": np.arange(len(keys)), "key": keys})
     partitioner.dataset = table
     return [
@@ -163,7 +170,7 @@ def _pathological(
         )
     if num_partitions < num_classes:
         return _pathological_few(labels, num_partitions, classes_per_client, seed)
-    partitioner = PathologicalPartitioner(
+    partitioner = _partitioners().PathologicalPartitioner(
         num_partitions=num_partitions,
         partition_by="key",
         num_classes_per_partition=classes_per_client,
@@ -206,7 +213,7 @@ def _pathological_few(
 def _dirichlet(
     labels: NDArray[np.int64], num_partitions: int, alpha: float, seed: int
 ) -> list[NDArray[np.int64]]:
-    partitioner = DirichletPartitioner(
+    partitioner = _partitioners().DirichletPartitioner(
         num_partitions=num_partitions,
         partition_by="key",
         alpha=float(alpha),
@@ -244,4 +251,6 @@ def _natural(
         )
     clients = ranks.astype(np.int64) % num_partitions
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        return _places(NaturalIdPartitioner("key"), num_partitions, clients)
+        return _places(
+            _partitioners().NaturalIdPartitioner("key"), num_partitions, clients
+        )
