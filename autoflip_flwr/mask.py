@@ -16,7 +16,7 @@ from autoflip_flwr.types import Array, Masks, Mode, Params, Scores
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-_CHUNK = 1 << 18  # entries ordered at a time: bounds the extra memory to 4 MiB
+_SAMPLE = 1 << 16  # entries that bracket the cut
 
 
 def from_scores(
@@ -249,7 +249,7 @@ def _lowest(flats: Sequence[Array], count: int) -> list[NDArray[np.bool_]]:
     cut = _smallest(values, count)
     marks = parallel_map(lambda flat: flat < cut, values)
     missing = count - sum(int(np.count_nonzero(mark)) for mark in marks)
-    ties = [np.flatnonzero(flat == cut) for flat in values]
+    ties = parallel_map(lambda flat: np.flatnonzero(flat == cut), values)
     equal = sum(tie.size for tie in ties)
     position = 0
     for mark, tie in zip(marks, ties, strict=True):
@@ -260,30 +260,27 @@ def _lowest(flats: Sequence[Array], count: int) -> list[NDArray[np.bool_]]:
 
 
 def _smallest(values: Sequence[NDArray[np.float32]], rank: int) -> np.float32:
-    """Return the `rank`-th smallest entry (from 1) without copying the arrays.
+    """Return the `rank`-th smallest entry (from 1), as a rule without copying all.
 
-    One radix pass over the upper half of the bits finds the bucket, and only the
-    bucket's entries (under a hundredth of them, as a rule) are sorted out.
+    An even sample brackets the entry; only what lies in the bracket is sorted out.
     """
-    chunks = [
-        flat[start : start + _CHUNK]
-        for flat in values
-        for start in range(0, flat.size, _CHUNK)
-    ]
-    counts = sum(
-        parallel_map(
-            lambda chunk: np.bincount(_bucket(chunk), minlength=1 << 16), chunks
+    total = sum(flat.size for flat in values)
+    stride = max(1, total // _SAMPLE)
+    sample = np.sort(np.concatenate([flat[::stride] for flat in values]))
+    place, margin = rank * sample.size // total, 8 * math.isqrt(sample.size)
+    if stride > 1 and margin <= place < sample.size - margin:
+        low, high = sample[place - margin], sample[place + margin]
+        below = sum(
+            parallel_map(lambda flat: int(np.count_nonzero(flat < low)), values)
         )
-    )
-    ends = np.cumsum(counts)
-    bucket = int(np.searchsorted(ends, rank))
-    inside = parallel_map(lambda chunk: chunk[_bucket(chunk) == bucket], chunks)
-    candidates = np.concatenate(inside)
-    index = rank - int(ends[bucket]) + candidates.size - 1
-    return np.float32(np.partition(candidates, index)[index])
+        inside = np.concatenate(
+            parallel_map(lambda flat: flat[(flat >= low) & (flat <= high)], values)
+        )
+        if below < rank <= below + inside.size:
+            return _partitioned(inside, rank - below)
+    return _partitioned(np.concatenate(values), rank)
 
 
-def _bucket(chunk: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Upper 16 bits of each float, as integers in the floats' order."""
-    upper = ((chunk + np.float32(0.0)).view(np.uint32) >> 16).astype(np.intp)
-    return np.where(upper >= 1 << 15, (1 << 16) - 1 - upper, upper + (1 << 15))
+def _partitioned(values: NDArray[np.float32], rank: int) -> np.float32:
+    values.partition(rank - 1)
+    return np.float32(values[rank - 1])

@@ -191,7 +191,7 @@ def _accumulate(
     weight: float,
 ) -> None:
     """Add ``weight * (sum_k scale_k * G_k + offset)`` to `total`, flat, in place."""
-    block = 1 << 15  # stays in the cache
+    block = 1 << 17  # in the cache, and long enough for threads not to wait in turn
     tables = [
         (matrix.tables[name] * np.float32(scale * weight), matrix.codes[name])
         for scale, matrix in zip(rescale.scales, matrices, strict=True)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from autoflip_flwr.codec import QuantizedGuidance, Shapes, dequantize
 from autoflip_flwr.guidance import Statistics, statistics
 
@@ -53,7 +55,7 @@ class GuidanceStore:
         return guidance
 
     def get(self, node_id: int) -> QuantizedGuidance:
-        """Read a node's guidance.
+        """Return a node's guidance, read from disk as it is used.
 
         Raises
         ------
@@ -62,7 +64,8 @@ class GuidanceStore:
         """
         if node_id not in self._statistics:
             raise KeyError(f"no local guidance of node {node_id}")
-        return dequantize(self._path(node_id).read_bytes(), self._shapes)
+        frame = np.memmap(self._path(node_id), np.uint8, mode="r")
+        return dequantize(frame.data, self._shapes)
 
     def statistics(self, node_id: int) -> Statistics:
         """Mean and extremes of a node's guidance, without reading it."""

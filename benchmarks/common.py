@@ -48,6 +48,7 @@ def paired(
         "ms": 1e3 * statistics.median(a for a, _ in times),
         "baseline_ms": 1e3 * statistics.median(b for _, b in times),
         "ratio": statistics.median(ratios),
+        "ratio_of_best": min(a for a, _ in times) / min(b for _, b in times),
         "ratio_least": min(ratios),
         "ratio_largest": max(ratios),
         "pairs": pairs,

@@ -2,11 +2,17 @@
 
     python benchmarks/step.py
 
-SGD with momentum, batch 32, 80 % pruned; forward, backward and optimizer step.
+SGD with momentum, 80 % pruned: forward, backward and optimizer step of two equal
+models in turn, one of them masked. Each step of the masked one reads and writes every
+parameter once more (12 B each), so the share falls with the batch. `setup` is what
+`masked` costs once per round, in steps.
 """
+
+import time
 
 import torch
 from common import paired, random_mask, report
+from torch import nn
 from torch.nn import functional
 
 from autoflip_flwr import models, training
@@ -17,33 +23,53 @@ MODELS = {
     "femnist_cnn": {"num_classes": 62, "input_shape": (1, 28, 28)},
     "resnet50": {"num_classes": 100, "input_shape": (3, 32, 32)},
 }
-BATCH = 32
-STEPS = 10  # of a local epoch: what `masked` sets up is paid once per round
+BATCHES = (32, 128)
+STEPS = 5  # timed together
+
+
+class Trainer:
+    """A model that takes steps on one batch."""
+
+    def __init__(self, name: str, batch: int) -> None:
+        settings = MODELS[name]
+        self.model: nn.Module = models.build(name, **settings, seed=0).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
+        self.x = torch.randn(batch, *settings["input_shape"])
+        self.y = torch.randint(settings["num_classes"], (batch,))
+
+    def steps(self) -> None:
+        """Take the steps that are timed."""
+        for _ in range(STEPS):
+            self.optimizer.zero_grad()
+            functional.cross_entropy(self.model(self.x), self.y).backward()
+            self.optimizer.step()
+
+
+def measure(name: str, batch: int) -> dict[str, float]:
+    """Return the paired timing of one model."""
+    dense, pruned = Trainer(name, batch), Trainer(name, batch)
+    arrays = training.state_arrays(pruned.model)
+    masks = random_mask(arrays, set(training.trainable_names(pruned.model)), 0.2)
+    start = time.perf_counter()
+    with training.enforce(pruned.model, masks):
+        pass
+    setup = time.perf_counter() - start
+    with training.enforce(pruned.model, masks):
+        result = paired(pruned.steps, dense.steps, pairs=15)
+    steps = setup * 1e3 / (result["baseline_ms"] / STEPS)
+    return {**result, "setup": steps}
 
 
 def main() -> None:
-    """Print a paired timing per model."""
-    result = {}
-    for name, settings in MODELS.items():
-        model = models.build(name, **settings, seed=0).train()
-        arrays = training.state_arrays(model)
-        masks = random_mask(arrays, set(training.trainable_names(model)), 0.2)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        x = torch.randn(BATCH, *settings["input_shape"])
-        y = torch.randint(settings["num_classes"], (BATCH,))
-
-        def steps(model=model, optimizer=optimizer, x=x, y=y) -> None:
-            for _ in range(STEPS):
-                optimizer.zero_grad()
-                functional.cross_entropy(model(x), y).backward()
-                optimizer.step()
-
-        def masked(steps=steps, model=model, masks=masks) -> None:
-            with training.enforce(model, masks):
-                steps()
-
-        result[name] = paired(masked, steps, pairs=9)
-    report({"batch": BATCH, "threads": torch.get_num_threads(), **result})
+    """Print a paired timing per model and batch."""
+    report(
+        {"threads": torch.get_num_threads()}
+        | {
+            f"{name}, batch {batch}": measure(name, batch)
+            for name in MODELS
+            for batch in BATCHES
+        }
+    )
 
 
 if __name__ == "__main__":

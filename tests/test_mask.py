@@ -385,3 +385,21 @@ def test_a_mask_that_cuts_a_layer_off_is_refused_with_its_share():
 
 def test_a_bias_may_be_pruned_whole():
     mask.check_layers({"w": np.eye(2, dtype=bool), "b": np.zeros(2, bool)})
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("threshold", [0.0001, 0.3, 0.8, 0.9999])
+def test_the_cut_of_a_large_model_is_exact(threshold, ties):
+    """Large models are bracketed by a sample first; sorting all of them agrees."""
+    rng = np.random.default_rng(0)
+    scores = {
+        "a": rng.lognormal(sigma=3, size=(1000, 900)).astype(np.float32),
+        "b": np.sort(rng.random(70_001, np.float32)),
+    }
+    if ties:
+        scores["a"] = np.round(np.log(scores["a"])).astype(np.float32)
+    masks = mask.from_scores(scores, threshold=threshold)
+    everything = np.concatenate([score.ravel() for score in scores.values()])
+    kept = np.concatenate([keep.ravel() for keep in masks.values()])
+    assert kept.size - kept.sum() == round(threshold * kept.size)
+    assert everything[kept].min() >= everything[~kept].max()
