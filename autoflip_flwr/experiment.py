@@ -115,13 +115,14 @@ def call_seed(
     settings: Settings, config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> int:
     """Return the seed of one call: by run, round, exploration epoch and node."""
-    words = (
+    words = [
         settings.seed,
         int(config.get("server-round", 0)),
         int(config.get(EPOCH, -1)) + 1,
         int(node_config.get("partition-id", 0)),
-        zlib.crc32(str(node_config.get("data-path", "")).encode()),
-    )
+    ]
+    if "data-path" in node_config:
+        words.append(zlib.crc32(str(node_config["data-path"]).encode()))
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
