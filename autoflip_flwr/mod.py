@@ -13,6 +13,7 @@ from torch import nn
 
 from autoflip_flwr import codec, guidance, training, wire
 from autoflip_flwr.errors import MaskError, WireError
+from autoflip_flwr.manifest import Manifest
 from autoflip_flwr.types import Array, Masks
 
 
@@ -209,7 +210,7 @@ def _config_of(message: Message) -> ConfigRecord:
 
 
 def _arrays_of_reply(
-    reply: Message, manifest: wire.Manifest
+    reply: Message, manifest: Manifest
 ) -> tuple[str, dict[str, Array]]:
     """Return the key and the named arrays the app replied with."""
     key, record = wire.only_array_record(reply.content)

@@ -22,10 +22,11 @@ from autoflip_flwr.errors import (
     SettingsError,
     WireError,
 )
+from autoflip_flwr.manifest import Manifest
 from autoflip_flwr.pruner import Pruner
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.types import Array, Params, ValueType
-from autoflip_flwr.wire import Manifest, Plan
+from autoflip_flwr.wire import Plan
 
 _log = logging.getLogger("flwr")
 

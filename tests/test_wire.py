@@ -16,7 +16,8 @@ from numpy.testing import assert_array_equal
 
 from autoflip_flwr import codec, wire
 from autoflip_flwr.errors import SettingsError, WireError
-from autoflip_flwr.wire import Entry, Manifest, Plan
+from autoflip_flwr.manifest import Entry, Manifest
+from autoflip_flwr.wire import Plan
 
 fuzzing = settings(deadline=None, max_examples=200)
 

@@ -1,0 +1,163 @@
+"""Names, shapes and types of a model's arrays: what frames leave out."""
+
+import fnmatch
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autoflip_flwr.errors import SettingsError, WireError
+from autoflip_flwr.types import Array, Params
+
+#: What BatchNorm calls its buffers; a state_dict does not tell them from weights.
+BUFFER_PATTERNS = ("*running_mean", "*running_var", "*num_batches_tracked")
+
+_MAX_MANIFEST = 1 << 22  # bytes, inflated
+_MAX_DIMENSIONS = 32
+_MAX_LENGTH = 1 << 40
+_DTYPE = re.compile(r"[<>|=](b1|[iu][1248]|f[248]|c8|c16)")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One named array of a model."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    masked: bool  # travels as kept values; else dense, by its name
+    trainable: bool = True  # False: a buffer
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and isinstance(self.dtype, str)):
+            raise WireError(f"expected a name and a type as text, got {self}")
+        if not _DTYPE.fullmatch(self.dtype):
+            raise WireError(f"{self.name}: expected a numeric type, got {self.dtype!r}")
+        if len(self.shape) > _MAX_DIMENSIONS or not all(
+            type(length) is int and 0 <= length <= _MAX_LENGTH for length in self.shape
+        ):
+            raise WireError(
+                f"{self.name}: expected at most {_MAX_DIMENSIONS} lengths from 0 to "
+                f"{_MAX_LENGTH}, got the shape {self.shape}"
+            )
+        if math.prod(max(1, length) for length in self.shape) > _MAX_LENGTH:
+            raise WireError(
+                f"{self.name}: expected at most {_MAX_LENGTH} entries, "
+                f"got the shape {self.shape}"
+            )
+        if self.masked and self.dtype[1] != "f":
+            raise WireError(f"{self.name}: expected floats to mask, got {self.dtype!r}")
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Names, shapes and types of a model's arrays, in the model's order."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(
+        cls,
+        arrays: Params,
+        *,
+        prunable: Iterable[str] | None = None,
+        exclude: Iterable[str] = (),
+    ) -> "Manifest":
+        """Describe a model's arrays.
+
+        Parameters
+        ----------
+        arrays : mapping of name -> array
+        prunable : iterable of str, optional
+            Names of the trainable parameters. By default every floating array but
+            those named like BatchNorm's buffers.
+        exclude : iterable of str
+            Shell patterns of names that are never pruned.
+
+        Raises
+        ------
+        SettingsError
+            If a name is unknown, or nothing is left to prune.
+        """
+        trainable = None if prunable is None else set(prunable)
+        if trainable is not None and not trainable <= set(arrays):
+            unknown = sorted(trainable - set(arrays))
+            raise SettingsError(
+                f"unknown prunable parameters {unknown}; known: {list(arrays)}"
+            )
+        patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        idle = [p for p in patterns if not any(_matches(n, [p]) for n in arrays)]
+        if idle:
+            raise SettingsError(
+                f"exclude {idle} matches no parameter; known: {list(arrays)}"
+            )
+
+        def trained(name: str, values: Array) -> bool:
+            if trainable is not None:
+                return name in trainable
+            floating = np.issubdtype(values.dtype, np.floating)
+            return floating and not _matches(name, BUFFER_PATTERNS)
+
+        def entry(name: str, values: Array) -> Entry:
+            trains = trained(name, values)
+            prunes = trains and np.issubdtype(values.dtype, np.floating)
+            masked = prunes and values.size > 0 and not _matches(name, patterns)
+            return Entry(name, values.shape, values.dtype.str, masked, trains)
+
+        entries = tuple(entry(name, values) for name, values in arrays.items())
+        if not any(entry.masked for entry in entries):
+            raise SettingsError(
+                f"nothing to prune: exclude {list(patterns)} covers every floating "
+                f"parameter of {list(arrays)}"
+            )
+        return cls(entries)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the prunable arrays, in order."""
+        return {entry.name: entry.shape for entry in self.entries if entry.masked}
+
+    def to_bytes(self) -> bytes:
+        """Return the manifest as deflated JSON."""
+        rows = [
+            [e.name, list(e.shape), e.dtype, int(e.masked), int(e.trainable)]
+            for e in self.entries
+        ]
+        return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9)
+
+    @classmethod
+    def from_bytes(cls, frame: bytes) -> "Manifest":
+        """Read a manifest; a bad one is a WireError."""
+        try:
+            inflate = zlib.decompressobj()
+            text = inflate.decompress(frame, _MAX_MANIFEST)
+            if not inflate.eof or inflate.unused_data:
+                raise WireError(
+                    f"expected one deflated text of at most {_MAX_MANIFEST} B, "
+                    f"got {len(text)} B and more"
+                )
+            entries = tuple(_entry(row) for row in json.loads(text))
+            if len({entry.name for entry in entries}) != len(entries):
+                raise WireError("expected every name once, got one twice")
+        except (zlib.error, ValueError, TypeError, RecursionError) as error:
+            raise WireError(f"manifest: {error}") from error
+        return cls(entries)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _entry(row: Any) -> Entry:
+    name, shape, dtype, masked, trainable = row
+    return Entry(name, tuple(shape), dtype, bool(masked), bool(trainable))
