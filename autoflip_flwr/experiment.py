@@ -89,7 +89,7 @@ def node_samples(
             f"node config, got {sorted(node_config)}; start the SuperNode with "
             "--node-config 'data-path=\"...\"'"
         )
-    count = round(settings.data.holdout * len(samples))
+    count = round((settings.data.holdout or 0) * len(samples))
     order = np.random.default_rng(settings.seed).permutation(len(samples))
     apart, rest = order[:count], order[count:]
     return (

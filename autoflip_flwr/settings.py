@@ -139,12 +139,14 @@ class DataSettings:
     classes_per_client: int = 2  # pathological
     max_samples: int | None = None  # training samples used, over all clients
     max_test_samples: int | None = None  # held-out samples of the global model
-    holdout: float = 0.0  # share of a client's samples kept for its evaluation
+    # Share of a client's samples kept for its evaluation; None: 0.2 where nodes
+    # evaluate (strategy.fraction-evaluate), else 0.
+    holdout: float | None = None
 
     def __post_init__(self) -> None:
         _positive("data.alpha", self.alpha)
         _at_least("data.classes-per-client", self.classes_per_client, 1)
-        _within("data.holdout", self.holdout, 0, 0.9)
+        _within("data.holdout", self.holdout or 0, 0, 0.9)
         for key in ("max_samples", "max_test_samples"):
             if getattr(self, key) is not None:
                 _at_least(f"data.{_kebab(key)}", getattr(self, key), 1)
@@ -183,7 +185,11 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
 
     def __post_init__(self) -> None:
-        if self.strategy.fraction_evaluate > 0 and self.data.holdout == 0:
+        evaluates = self.strategy.fraction_evaluate > 0
+        if self.data.holdout is None:
+            data = dataclasses.replace(self.data, holdout=0.2 if evaluates else 0.0)
+            object.__setattr__(self, "data", data)  # frozen, but not made yet
+        elif evaluates and self.data.holdout == 0:
             raise SettingsError(
                 "strategy.fraction-evaluate > 0 needs data.holdout > 0: the share of a "
                 "client's samples that it does not train on"

@@ -287,3 +287,12 @@ def test_any_folder_survives_as_yaml_and_as_an_override(text):
     found = load("quickstart", "data.dir=" + quoted(written.strip()))
     assert found.data.dir == text
     assert yaml.safe_load(found.as_yaml())["data"]["dir"] == text
+
+
+def test_nodes_that_evaluate_hold_samples_out():
+    assert load("quickstart").data.holdout == 0
+    assert load("quickstart", "strategy.fraction-evaluate=0.5").data.holdout == 0.2
+    chosen = "strategy.fraction-evaluate=0.5 data.holdout=0.1"
+    assert load("quickstart", chosen).data.holdout == 0.1
+    with pytest.raises(SettingsError, match=r"needs data\.holdout > 0"):
+        load("quickstart", "strategy.fraction-evaluate=0.5 data.holdout=0")
