@@ -155,6 +155,8 @@ class LocalGrid(Grid):
     @property
     def run(self) -> Any: ...
 
+    # What a strategy never calls on its grid.
+
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError
 
