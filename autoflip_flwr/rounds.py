@@ -249,6 +249,7 @@ class Rounds:
                 value[pruned] = self.arrays[entry.name][pruned] if keep_values else 0
             settled[entry.name] = value
         self.arrays = settled
+        self._previous = self.plan  # from now on the mask this model has
         if self._spread is not None:
             self.update_variance = self._spread.variance()
 

@@ -145,7 +145,8 @@ class AutoFLIP(Strategy):
         )
         self._current: ArrayRecord | None = None  # the inner strategy's global model
         self._returned: ArrayRecord | None = None  # what `start` knows of it
-        self._packed: dict[int, ArrayRecord] = {}
+        # By id of the inner strategy's record, which is held so that no other gets it.
+        self._packed: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
         self._sent: list[Message] = []
 
     def summary(self) -> None:
@@ -279,10 +280,10 @@ class AutoFLIP(Strategy):
         """Replace a message's arrays by what travels; equal ones are packed once."""
         array_key, record = wire.only_array_record(message.content)
         config_key, config = wire.only_config(message.content)
-        packed = self._packed.get(id(record))
-        if packed is None:
+        if id(record) not in self._packed:
             packed = plan.pack(wire.named_arrays(record, plan.manifest))
-            self._packed[id(record)] = packed
+            self._packed[id(record)] = (record, packed)
+        _, packed = self._packed[id(record)]
         content = RecordDict(dict(message.content))
         content[array_key] = packed
         content[config_key] = ConfigRecord({**config, **plan.entries(phase)})
@@ -295,7 +296,7 @@ class AutoFLIP(Strategy):
         assert plan is not None
         key, record = wire.only_array_record(message.content)
         arrays = plan.unpack(record, fill=self.rounds.arrays)
-        sent = next(iter(self._packed.values()))
+        _, sent = next(iter(self._packed.values()))
         self.rounds.observe(sent[wire.VALUES].data, record[wire.VALUES].data)
         message.content[key] = wire.record_of(arrays)
 

@@ -1101,3 +1101,52 @@ def test_a_floor_that_leaves_too_little_is_refused_before_anyone_explores():
 def test_an_impossible_argument_is_refused_when_the_strategy_is_made(bad, message):
     with pytest.raises(SettingsError, match=message):
         AutoFLIP(**bad)
+
+
+class Idle(FedAvg):
+    """Samples nobody in round 3."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        if server_round == 3:
+            return []
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+def test_a_round_without_messages_leaves_model_and_mask_together():
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = AutoFLIP(Idle(**some_of()), **CHANGING)
+    seen, _ = run(strategy, grid, net(), 3)
+    for name, keep in strategy.rounds.plan.masks.items():
+        assert not seen[-1][name][~keep].any(), name
+
+
+class Personal(FedAvg):
+    """Sends every node a model of its own, in a record that only its message holds."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        for position, message in enumerate(messages):
+            shifted = {
+                name: value + position if value.dtype.kind == "f" else value
+                for name, value in arrays_of(message.content["arrays"]).items()
+            }
+            record = ArrayRecord({name: Array(v) for name, v in shifted.items()})
+            message.content = RecordDict(
+                {"arrays": record, "config": message.content["config"]}
+            )
+            del record, shifted
+        return messages
+
+
+def test_a_model_of_ones_own_reaches_each_node():
+    grid = LocalGrid(toy_app(plain_net), NODES)
+    strategy = AutoFLIP(Personal(fraction_evaluate=0.0), threshold=0.5)
+    run(strategy, grid, plain_net(), 1)
+    sent = [
+        np.frombuffer(s.arrays["autoflip.values"].data, "<f4")
+        for s in grid.down
+        if s.phase == "train"
+    ]
+    assert len(sent) == len(NODES)
+    for position, values in enumerate(sent):
+        assert_allclose(values, sent[0] + position, rtol=1e-4, atol=1e-5)
