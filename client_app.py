@@ -19,9 +19,9 @@ def train(message: Message, context: Context) -> Message:
     _, arrays = wire.only_array_record(message.content)
     _, config = wire.only_config(message.content)
     training.load_arrays(model, wire.arrays_of(arrays))
-    with masked(model, message):
+    with masked(model, message, experiment.example_inputs(settings)) as net:
         loss = training.train(
-            model,
+            net,
             samples.x,
             samples.y,
             experiment.training_of_round(settings, config),
@@ -47,9 +47,10 @@ def evaluate(message: Message, context: Context) -> Message:
     model = experiment.build_model(settings)
     _, arrays = wire.only_array_record(message.content)
     training.load_arrays(model, wire.arrays_of(arrays))
-    found = training.evaluate(
-        model, samples.x, samples.y, device=settings.training.device
-    )
+    with masked(model, message, experiment.example_inputs(settings)) as net:
+        found = training.evaluate(
+            net, samples.x, samples.y, device=settings.training.device
+        )
     metrics = MetricRecord(
         {
             "num-examples": found.samples,

@@ -20,7 +20,7 @@ def main(grid: Grid, context: Context) -> None:
     test = experiment.held_out(settings)
     initial = wire.record_of(training.state_arrays(model))
     run_grid = RunGrid(grid, seed=settings.seed, dense_bytes=initial.count_bytes())
-    strategy = build_strategy(settings, training.trainable_names(model))
+    strategy = build_strategy(settings, model, experiment.example_inputs(settings))
     rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
     log = RunLog(str(context.run_config["output-dir"]), settings, run_grid, rounds)
 
@@ -47,6 +47,6 @@ def main(grid: Grid, context: Context) -> None:
     summary = log.finish(
         training.state_arrays(model),
         parameters=costs.parameters(model),
-        flops=costs.summary(model, test.x[:1], masks),
+        costs=costs.summary(model, test.x, test.y, masks, settings.training),
     )
     log_summary(summary, log.directory)

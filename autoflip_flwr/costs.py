@@ -1,20 +1,28 @@
-"""What a model costs: parameters and floating point operations.
+"""What a model costs: parameters, operations, and measured time and memory.
 
 thop counts multiply-accumulates (one multiplication and one addition are one
 operation). Layers it has no rule for, embeddings among them, count zero.
 """
 
 import copy
+import statistics
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
+from autoflip_flwr import training, units
 from autoflip_flwr.errors import MaskError, ModelError
+from autoflip_flwr.settings import TrainingSettings
+from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
 
 with warnings.catch_warnings():
     # thop compares versions with distutils, which is deprecated.
@@ -23,6 +31,11 @@ with warnings.catch_warnings():
 
 #: thop's description of a module: operations, parameters, children by name.
 _Info: TypeAlias = tuple[float, float, Mapping[str, Any]]
+
+#: thop's rule for normalization, for the layers that stand in for it.
+_RULES = dict.fromkeys(
+    (PartialLayerNorm, PartialGroupNorm), thop.vision.basic_hooks.count_normalization
+)
 
 
 def parameters(model: nn.Module) -> int:
@@ -110,7 +123,11 @@ def _profile(model: nn.Module, example: torch.Tensor) -> _Info:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # a copy's weights lie scattered on a GPU
     info: _Info = thop.profile(
-        copied, inputs=(example[:1],), verbose=False, ret_layer_info=True
+        copied,
+        inputs=(example[:1],),
+        custom_ops=_RULES,
+        verbose=False,
+        ret_layer_info=True,
     )
     return info
 
@@ -143,20 +160,166 @@ def _kept(model: nn.Module, masks: Mapping[str, NDArray[np.bool_]]) -> dict[int,
     return kept
 
 
-def summary(
-    model: nn.Module, example: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]
-) -> dict[str, int]:
-    """Return the counts of one forward pass that a run reports.
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What training and inference of a network take, measured on this machine."""
 
-    ``dense``: the whole model. ``pruned``: the network that clients really train;
-    zeros in dense layers do not make it smaller. ``unstructured_in_theory``: what a
-    machine that skips every zero would do.
+    parameters: int
+    bytes: int  # of its parameters and buffers
+    peak_bytes: int  # of tensors while one batch is trained, see `footprint`
+    step_seconds: float  # forward, backward and optimizer step of a batch; median
+    inference_seconds: float  # forward pass of a batch in evaluation mode; median
+
+
+def footprint(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    settings: TrainingSettings,
+    *,
+    steps: int = 3,
+) -> Footprint:
+    """Train and evaluate a copy of a model for a few batches, and measure it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    x, y : tensors of shape (N, ...) and (N,)
+        One batch.
+    settings : TrainingSettings
+        Says the optimizer and the device.
+    steps : int
+        Timed steps, after one that is not.
+
+    Notes
+    -----
+    On a GPU `peak_bytes` is what the allocator had given out at most. On the CPU it is
+    the sum of parameters, buffers, gradients, the optimizer's state and what the
+    forward pass keeps for the backward pass; workspaces of kernels come on top.
+    """
+    device = training.device_of(settings.device)
+    net = copy.deepcopy(model).to(device).train()
+    x, y = x.to(device), y.to(device)
+    optimizer = training.optimizer_of(net, settings)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(net(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    held = _size(chain(net.parameters(), net.buffers()))
+    saved = _Saved(net)
+    with saved:
+        step()
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(device) - before + held
+    else:
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        state = [
+            value
+            for values in optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        peak = held + saved.bytes + _size(gradients) + _size(state)
+    step_seconds = _median_seconds(step, steps, device)
+    net.eval()
+    with torch.inference_mode():
+        net(x)
+        inference_seconds = _median_seconds(lambda: net(x), steps, device)
+    return Footprint(
+        parameters=parameters(net),
+        bytes=held,
+        peak_bytes=peak,
+        step_seconds=step_seconds,
+        inference_seconds=inference_seconds,
+    )
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Sums the bytes that a forward pass keeps for the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
+        self._found = found
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all different storages kept so far."""
+        return sum(self._found.values())
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _median_seconds(
+    function: Callable[[], object], times: int, device: torch.device
+) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def summary(
+    model: nn.Module,
+    x: NDArray[Any],
+    y: NDArray[np.int64],
+    masks: Mapping[str, NDArray[np.bool_]],
+    settings: TrainingSettings,
+) -> dict[str, dict[str, Any]]:
+    """Return the costs that a run reports, of the dense model and of the clients'.
+
+    ``flops``: thop's counts of one sample: ``dense``, the whole model; ``pruned``, the
+    network that clients really train, smaller by the empty units of the mask;
+    ``unstructured_in_theory``, what a machine that skips every zero would do.
+
+    ``networks``: the `Footprint` of ``dense`` and ``pruned``, on this machine, with a
+    batch of `x` and `y`. A client that trains a smaller network holds the whole one's
+    parameters beside it: they are in the pruned ``peak_bytes``.
+
+    Parameters
+    ----------
+    model : nn.Module
+    x, y : arrays of shape (N, ...) and (N,)
+        Samples; as many as a batch are used.
+    masks : mapping of name -> bool array
+        Empty: nothing is pruned.
+    settings : TrainingSettings
     """
     model = copy.deepcopy(model).cpu()
-    sample = torch.from_numpy(example)
-    dense = flops(model, sample)
+    inputs = torch.from_numpy(x[: settings.batch_size])
+    labels = torch.from_numpy(y[: settings.batch_size])
+    small = units.compact_if_it_pays(model, masks, inputs[:1])
+    dense = pruned = asdict(footprint(model, inputs, labels, settings))
+    if small is not None:
+        pruned = asdict(footprint(small, inputs, labels, settings))
+        pruned["peak_bytes"] += dense["bytes"]
     return {
-        "dense": dense,
-        "pruned": dense,
-        "unstructured_in_theory": theoretical_flops(model, sample, masks),
+        "flops": {
+            "dense": flops(model, inputs),
+            "pruned": flops(model if small is None else small, inputs),
+            "unstructured_in_theory": theoretical_flops(model, inputs, masks),
+        },
+        "networks": {"dense": dense, "pruned": pruned},
     }

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from autoflip_flwr import data, models
@@ -33,6 +34,13 @@ def build_model(settings: Settings) -> nn.Module:
         seed=settings.seed,
         **settings.model.options(),
     )
+
+
+def example_inputs(settings: Settings) -> torch.Tensor:
+    """Return one blank sample that the model runs on."""
+    spec = data.spec(settings.data.name)
+    kind = torch.int64 if spec.is_text else torch.float32
+    return torch.zeros(1, *spec.input_shape, dtype=kind)
 
 
 def federated(settings: Settings, num_partitions: int) -> Federated:

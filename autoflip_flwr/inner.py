@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from flwr.serverapp.strategy import (
     FedAdam,
     FedAvg,
@@ -11,6 +12,7 @@ from flwr.serverapp.strategy import (
     Krum,
     Strategy,
 )
+from torch import nn
 
 from autoflip_flwr.settings import ServerStrategy, Settings
 from autoflip_flwr.strategy import AutoFLIP
@@ -25,14 +27,18 @@ _KINDS: dict[ServerStrategy, type[FedAvg]] = {
 }
 
 
-def build_strategy(settings: Settings, prunable: list[str]) -> Strategy:
+def build_strategy(
+    settings: Settings, model: nn.Module, example_inputs: torch.Tensor
+) -> Strategy:
     """Return the strategy that a run's settings ask for.
 
     Parameters
     ----------
     settings : Settings
-    prunable : list of str
-        Names of the model's trainable parameters.
+    model : nn.Module
+        Says what is trainable, and what its units are.
+    example_inputs : torch.Tensor
+        One sample that it runs on.
     """
     inner = _inner(settings)
     if settings.strategy.name == "fedavg":
@@ -47,8 +53,12 @@ def build_strategy(settings: Settings, prunable: list[str]) -> Strategy:
         population_weight=pruning.population_weight,
         floor=pruning.floor,
         exclude=pruning.exclude,
-        prunable=prunable,
         pruned_weights=pruning.pruned_weights,
+        units=pruning.units,
+        min_units=pruning.min_units,
+        unit_multiple=pruning.unit_multiple,
+        model=model,
+        example_inputs=example_inputs,
         exploration_epochs=exploration.epochs,
         exploration_fraction=exploration.fraction,
         exploration_patience=exploration.patience,

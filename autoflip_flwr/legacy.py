@@ -29,12 +29,15 @@ from flwr.common import (
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
+from torch import nn
 
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
 from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
+from autoflip_flwr.strategy import prunable_of, units_of
 from autoflip_flwr.types import Array, Params, ValueType
+from autoflip_flwr.units import ExampleInputs
 
 _log = logging.getLogger("flwr")
 
@@ -60,9 +63,14 @@ class AutoFLIP(Strategy):
     store : Path, optional
         Where the local guidance lives; a temporary folder by default.
     seed : int, optional
+    model : nn.Module, optional
+        Tells `names` and `prunable`, and, with `example_inputs`, the units.
+    example_inputs : torch.Tensor or tuple, optional
+        One sample that the model runs on.
     **pruning
         ``threshold``, ``mode``, ``score``, ``normalization``, ``population_weight``,
-        ``floor``, ``exclude``, ``pruned_weights``: see `autoflip_flwr.AutoFLIP`.
+        ``floor``, ``exclude``, ``pruned_weights``, ``units``, ``min_units``,
+        ``unit_multiple``: see `autoflip_flwr.AutoFLIP`.
 
     Attributes
     ----------
@@ -80,17 +88,22 @@ class AutoFLIP(Strategy):
         exploration: ExplorationSettings | None = None,
         store: Path | None = None,
         seed: int | None = None,
+        model: nn.Module | None = None,
+        example_inputs: ExampleInputs | None = None,
         **pruning: Any,
     ) -> None:
         super().__init__()
         self.strategy = strategy if strategy is not None else FedAvg()
+        if names is None and model is not None:
+            names = list(model.state_dict())
         self.rounds = Rounds(
             PruningSettings(**pruning),
             exploration or ExplorationSettings(),
             values=values,
-            prunable=prunable,
+            prunable=prunable_of(prunable, model),
             store=store,
             seed=seed,
+            units=units_of(pruning.get("units", 0.0), model, example_inputs),
         )
         self._names = None if names is None else list(names)
         self._returned: list[bytes] | None = None

@@ -25,6 +25,7 @@ def from_scores(
     threshold: float,
     mode: Mode = "quantile",
     floor: float = 0.0,
+    units: Masks | None = None,
 ) -> dict[str, NDArray[np.bool_]]:
     """Keep the parameters with the largest scores (Eq. 4).
 
@@ -42,6 +43,10 @@ def from_scores(
         In [0, 1]. Of every tensor at least ``ceil(floor * size)`` entries are kept,
         its best ones; where the number of pruned entries is fixed, the other
         tensors give up as many.
+    units : mapping of name -> bool array, optional
+        A mask that prunes whole units (`groups.Units`): what it prunes goes first,
+        then single weights until as many are pruned as without it. Of a tensor that
+        it leaves less than the floor of, that is kept.
 
     Returns
     -------
@@ -72,18 +77,32 @@ def from_scores(
     sizes = [flat.size for flat in flats]
     check_floor(sizes, threshold=threshold, mode=mode, floor=floor)
     least = [math.ceil(floor * size) for size in sizes]
-    if mode == "value":
+    kept = sum(sizes) - pruned_count(scores, threshold=threshold, mode=mode)
+    if units is not None:
+        alive = [units[name].reshape(-1) for name in scores]
+        flats = [np.where(a, f, -np.inf) for a, f in zip(alive, flats, strict=True)]
+        counts = [int(np.count_nonzero(entries)) for entries in alive]
+        least = [min(pair) for pair in zip(least, counts, strict=True)]
+    if mode == "value" and units is None:
         keeps = [flat >= threshold for flat in flats]
         _raise_if_emptied(list(scores), keeps, threshold, least)
         for index, flat in enumerate(flats):
             if int(keeps[index].sum()) < least[index]:
                 keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
     else:
-        keeps = _keep_highest(flats, _kept(sum(sizes), threshold, mode), least)
+        keeps = _keep_highest(flats, kept, least)
     return {
         name: keep.reshape(np.shape(score))
         for (name, score), keep in zip(scores.items(), keeps, strict=True)
     }
+
+
+def pruned_count(scores: Scores, *, threshold: float, mode: Mode) -> int:
+    """Count the entries that a threshold prunes, before any floor."""
+    if mode == "value":
+        return sum(int((np.asarray(s) < threshold).sum()) for s in scores.values())
+    total = sum(np.size(score) for score in scores.values())
+    return total - _kept(total, threshold, mode)
 
 
 def apply(params: Params, masks: Masks) -> dict[str, Array]:

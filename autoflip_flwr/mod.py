@@ -11,10 +11,11 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 from torch import nn
 
-from autoflip_flwr import codec, guidance, training, wire
+from autoflip_flwr import codec, guidance, training, units, wire
 from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.manifest import Manifest
 from autoflip_flwr.types import Array, Masks
+from autoflip_flwr.units import ExampleInputs
 
 
 class AutoFlipMod:
@@ -154,7 +155,9 @@ def masks_from(
 
 @contextmanager
 def masked(
-    model: nn.Module, masks_or_message: Masks | Message | Mapping[str, Any]
+    model: nn.Module,
+    masks_or_message: Masks | Message | Mapping[str, Any],
+    example_inputs: ExampleInputs | None = None,
 ) -> Iterator[nn.Module]:
     """Keep pruned weights at exactly zero inside the block, whatever the optimizer.
 
@@ -163,23 +166,39 @@ def masked(
     Parameters
     ----------
     model : nn.Module
-        The model that is trained inside the block.
+        The model whose weights are wanted when the block ends.
     masks_or_message : masks, Message, or config of the older API's ``fit``
         Where there is no mask in it (exploration, plain FedAvg) nothing is pruned.
+    example_inputs : torch.Tensor, or tuple of arguments of the model, optional
+        One sample that the model runs on. With it the block gets a physically smaller
+        model where that pays (`units.pays`), and `model` gets back what it learned.
+
+    Yields
+    ------
+    nn.Module
+        The model to train or evaluate inside the block, and to give to the optimizer.
 
     Examples
     --------
     ::
 
-        with masked(model, message):
-            train(model, loader)
+        with masked(model, message, example_inputs) as net:
+            train(net, loader)
     """
     if isinstance(masks_or_message, Message) or not _is_masks(masks_or_message):
         masks = masks_from(masks_or_message)
     else:
         masks = dict(masks_or_message)
     with training.enforce(model, masks):
-        yield model
+        small = None
+        if example_inputs is not None:
+            small = units.compact_if_it_pays(model, masks, example_inputs)
+        if small is None:
+            yield model
+            return
+        with training.enforce(small, units.small_masks(small, masks)):
+            yield small
+        units.expand(small, model)
 
 
 def exploring(message: Message | Mapping[str, Any]) -> bool:

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from autoflip_flwr import mask as masking
 from autoflip_flwr.codec import QuantizedGuidance
-from autoflip_flwr.errors import ExplorationError
+from autoflip_flwr.errors import ExplorationError, SettingsError
+from autoflip_flwr.groups import Limits, Units
 from autoflip_flwr.guidance import Rescaling, Statistics, rescaling
 from autoflip_flwr.parallel import parallel_map
 from autoflip_flwr.scores import SCORES
 from autoflip_flwr.settings import PruningSettings
 from autoflip_flwr.store import GuidanceStore
-from autoflip_flwr.types import Masks, Params
+from autoflip_flwr.types import Masks, Params, Scores
 
 
 class Pruner:
@@ -30,6 +31,8 @@ class Pruner:
     settings : PruningSettings
     directory : Path
         Where the local guidance lives.
+    units : Units, optional
+        The model's units, where whole ones are to be pruned.
 
     Notes
     -----
@@ -39,9 +42,14 @@ class Pruner:
     """
 
     def __init__(
-        self, initial: Params, settings: PruningSettings, directory: Path
+        self,
+        initial: Params,
+        settings: PruningSettings,
+        directory: Path,
+        units: Units | None = None,
     ) -> None:
         self.settings = settings
+        self._units = units
         self._initial: dict[str, NDArray[np.generic]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._directory = directory
@@ -66,6 +74,7 @@ class Pruner:
             mode=self.settings.mode,
             floor=self.settings.floor,
         )
+        self._check_units(initial)
         self._initial = dict(initial)
         self._shapes = {name: np.shape(value) for name, value in initial.items()}
         self._store = GuidanceStore(self._directory, self._shapes)
@@ -110,15 +119,49 @@ class Pruner:
         share = mu + (1 - mu) * missing
         if share == 1.0 and self._masks is not None:
             return self._masks  # one mask for all rounds until somebody explores
+        scores = self._scores(sampled, share)
         masks = masking.from_scores(
-            self._scores(sampled, share),
+            scores,
             threshold=self.settings.threshold,
             mode=self.settings.mode,
             floor=self.settings.floor,
+            units=self._unit_masks(scores),
         )
         masking.check_layers(masks)
         self._masks = masks if share == 1.0 else None
         return masks
+
+    def _unit_masks(self, scores: Scores) -> Masks | None:
+        """Spend the units' share of what is pruned; None without units."""
+        if self._units is None:
+            return None
+        settings = self.settings
+        count = masking.pruned_count(
+            scores, threshold=settings.threshold, mode=settings.mode
+        )
+        keep = self._units.choose(
+            scores, budget=int(settings.units * count), limits=_limits(settings)
+        )
+        return self._units.masks(keep, scores)
+
+    def _check_units(self, initial: Params) -> None:
+        """Refuse units that are unknown, or too many, before there are scores."""
+        settings, units = self.settings, self._units
+        if settings.units == 0:
+            self._units = None
+            return
+        if units is None:
+            raise SettingsError(
+                f"pruning.units {settings.units} prunes whole units, for which the "
+                "strategy needs the model: AutoFLIP(..., model=Net(), "
+                "example_inputs=one_batch)"
+            )
+        if settings.mode != "value":  # there the scores say how many
+            count = masking.pruned_count(
+                initial, threshold=settings.threshold, mode=settings.mode
+            )
+            budget = int(settings.units * count)
+            units.check_budget(initial, budget=budget, limits=_limits(settings))
 
     def _scores(
         self, sampled: Sequence[int], population_share: float
@@ -181,6 +224,14 @@ class Pruner:
 
     def _size(self, name: str) -> int:
         return int(np.prod(self._shapes[name], dtype=np.int64))
+
+
+def _limits(settings: PruningSettings) -> Limits:
+    return Limits(
+        floor=settings.floor,
+        min_units=settings.min_units,
+        multiple=settings.unit_multiple,
+    )
 
 
 def _accumulate(

@@ -22,6 +22,7 @@ from autoflip_flwr.errors import (
     SettingsError,
     WireError,
 )
+from autoflip_flwr.groups import Units
 from autoflip_flwr.manifest import Manifest
 from autoflip_flwr.pruner import Pruner
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
@@ -61,6 +62,7 @@ class Rounds:
         prunable: Sequence[str] | None = None,
         store: Path | None = None,
         seed: int | None = None,
+        units: Units | None = None,
     ) -> None:
         self.pruning = pruning
         self.exploration = exploration
@@ -75,6 +77,7 @@ class Rounds:
             )
         self._values = values
         self._prunable = prunable
+        self._units = units
         self._rng = np.random.default_rng(seed)
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))
@@ -109,11 +112,14 @@ class Rounds:
     def adopt(self, arrays: Params) -> None:
         """Take a global model from outside; the first one is `W0`."""
         if self._manifest is None:
+            self._check_units(arrays)
             self._manifest = Manifest.of(
                 arrays, prunable=self._prunable, exclude=self.pruning.exclude
             )
             self._initial = dict(arrays)
-            self._pruner = Pruner(self._weights(arrays), self.pruning, self._store)
+            self._pruner = Pruner(
+                self._weights(arrays), self.pruning, self._store, self._units
+            )
         self.arrays = dict(arrays)
 
     def explorers(
@@ -263,6 +269,17 @@ class Rounds:
     def density(self) -> float:
         """Share of the prunable parameters that the current mask keeps."""
         return 1.0 if self.plan is None else masking.density(self.plan.masks)
+
+    def _check_units(self, arrays: Params) -> None:
+        """Refuse units of another model than the one that travels."""
+        shapes = {name: np.shape(value) for name, value in arrays.items()}
+        for name, shape in (self._units.shapes if self._units else {}).items():
+            if shapes.get(name) != shape:
+                raise SettingsError(
+                    f"{name}: expected the shape {shape} of the model that was handed "
+                    f"over, got {shapes.get(name, 'no such array')} in the initial "
+                    f"arrays; known: {list(shapes)}"
+                )
 
     def _weights(self, arrays: Params) -> Params:
         return {name: arrays[name] for name in self.manifest.shapes}

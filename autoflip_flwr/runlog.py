@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -87,9 +88,12 @@ class RunLog:
             lines.write(json.dumps(self._row) + "\n")
 
     def finish(
-        self, arrays: Params, *, parameters: int, flops: dict[str, int]
+        self, arrays: Params, *, parameters: int, costs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write summary, model and mask; return the summary."""
+        """Write summary, model and mask; return the summary.
+
+        `costs` is what `costs.summary` returns.
+        """
         sent, grid = self._grid.sent, self._grid
         phases = ("explore", "train", "evaluate")
         summary = {
@@ -107,7 +111,7 @@ class RunLog:
                 "total": sum(sent.values()),
                 "dense_equivalent": sum(grid.dense.values()),
             },
-            "flops": flops,
+            **costs,
             "seconds": {
                 "explore": round(grid.seconds["explore"], 3),
                 "train": round(grid.seconds["train"], 3),
@@ -150,6 +154,26 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         _megabytes(sent["explore_down"] + sent["explore_up"]),
         _megabytes(sent["dense_equivalent"]),
         sent["total"] / max(1, sent["dense_equivalent"]),
+    )
+    dense, pruned = summary["networks"]["dense"], summary["networks"]["pruned"]
+    flops = summary["flops"]
+    _log.info(
+        "  clients train   %d of %d parameters, %.3f of the FLOPs "
+        "(skipping every zero would be %.3f, in theory)",
+        pruned["parameters"],
+        dense["parameters"],
+        flops["pruned"] / max(1, flops["dense"]),
+        flops["unstructured_in_theory"] / max(1, flops["dense"]),
+    )
+    _log.info(
+        "  measured here   training step %.2f ms, dense %.2f ms; inference %.2f ms, "
+        "dense %.2f ms; peak memory %s, dense %s",
+        1e3 * pruned["step_seconds"],
+        1e3 * dense["step_seconds"],
+        1e3 * pruned["inference_seconds"],
+        1e3 * dense["inference_seconds"],
+        _megabytes(pruned["peak_bytes"]),
+        _megabytes(dense["peak_bytes"]),
     )
     _log.info(
         "  seconds         %.1f (exploration %.1f)",

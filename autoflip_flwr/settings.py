@@ -81,6 +81,9 @@ class PruningSettings:
     floor: float = 0.01  # least share of every tensor that is kept
     exclude: tuple[str, ...] = ()  # name patterns that are never pruned
     pruned_weights: PrunedWeights = "zero"  # at the server
+    units: float = 0.0  # share of what is pruned that falls on whole units
+    min_units: int = 1  # least units of every group that are kept
+    unit_multiple: int = 1  # groups are cut to multiples of this; 8 or 16 is faster
 
     def __post_init__(self) -> None:
         _check_types("pruning", self)
@@ -90,6 +93,9 @@ class PruningSettings:
             _within("pruning.threshold", self.threshold, 0, 1)
         _within("pruning.population-weight", self.population_weight, 0, 1)
         _within("pruning.floor", self.floor, 0, 1)
+        _within("pruning.units", self.units, 0, 1)
+        _at_least("pruning.min-units", self.min_units, 1)
+        _at_least("pruning.unit-multiple", self.unit_multiple, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +243,25 @@ def load(preset: str, overrides: str = "") -> Settings:
     if "preset" in values:
         raise SettingsError("preset: is the name of the file, not a key in it")
     return _build(Settings, {**values, "preset": preset}, "")
+
+
+def read(path: Path) -> Settings:
+    """Read the resolved settings that a run wrote.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such file, or it holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(
+            f"expected a run's folder with {path.name} in it: {error}"
+        ) from error
+    if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+        raise SettingsError(f"{path}: expected the settings of a run, with its preset")
+    return _build(Settings, values, "")
 
 
 def _conf() -> Path:

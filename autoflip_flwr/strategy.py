@@ -10,6 +10,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import nn
 
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
@@ -19,7 +20,9 @@ from autoflip_flwr.settings import (
     PrunedWeights,
     PruningSettings,
 )
+from autoflip_flwr.training import trainable_names
 from autoflip_flwr.types import Mode, Normalization, ScoreName, ValueType
+from autoflip_flwr.units import ExampleInputs, Units, trace
 
 _log = logging.getLogger("flwr")
 
@@ -60,6 +63,18 @@ class AutoFLIP(Strategy):
     pruned_weights : {"zero", "keep"}
         What the server does with pruned weights: zero (Alg. 1), or remember the
         last value and offer it again when a later mask lets it back.
+    units : float
+        In [0, 1]: share of the pruned parameters that falls on whole units (filters,
+        neurons, hidden units), so that clients can train a smaller network; the rest
+        falls on single weights. Above 0 it needs `model` and `example_inputs`.
+    min_units : int
+        Least units of every group that are kept.
+    unit_multiple : int
+        Groups are left whole or at a multiple of this; 8 or 16 suits hardware.
+    model : nn.Module, optional
+        The model, to find its units; also tells what is trainable (`prunable`).
+    example_inputs : torch.Tensor or tuple, optional
+        One sample that the model runs on.
     exploration_epochs : int
         How often an explorer's train function is called, at most.
     exploration_fraction : float
@@ -105,6 +120,11 @@ class AutoFLIP(Strategy):
         exclude: Sequence[str] = (),
         prunable: Sequence[str] | None = None,
         pruned_weights: PrunedWeights = "zero",
+        units: float = 0.0,
+        min_units: int = 1,
+        unit_multiple: int = 1,
+        model: nn.Module | None = None,
+        example_inputs: ExampleInputs | None = None,
         exploration_epochs: int = 1,
         exploration_fraction: float = 1.0,
         exploration_patience: int = 5,
@@ -130,6 +150,9 @@ class AutoFLIP(Strategy):
                 floor=floor,
                 exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
                 pruned_weights=pruned_weights,
+                units=units,
+                min_units=min_units,
+                unit_multiple=unit_multiple,
             ),
             ExplorationSettings(
                 epochs=exploration_epochs,
@@ -139,9 +162,10 @@ class AutoFLIP(Strategy):
                 timeout=exploration_timeout,
             ),
             values=values,
-            prunable=prunable,
+            prunable=prunable_of(prunable, model),
             store=store,
             seed=seed,
+            units=units_of(units, model, example_inputs),
         )
         self._current: ArrayRecord | None = None  # the inner strategy's global model
         self._returned: ArrayRecord | None = None  # what `start` knows of it
@@ -154,12 +178,14 @@ class AutoFLIP(Strategy):
         pruning, exploration = self.rounds.pruning, self.rounds.exploration
         _log.info("\t├──> AutoFLIP settings:")
         _log.info(
-            "\t│\t├── Pruning: %s %s of the %s, normalized by %s, population weight %s",
+            "\t│\t├── Pruning: %s %s of the %s, normalized by %s, population weight "
+            "%s, %s of it on whole units",
             pruning.mode,
             pruning.threshold,
             pruning.score,
             pruning.normalization,
             pruning.population_weight,
+            pruning.units,
         )
         _log.info(
             "\t│\t└── Exploration: %d epochs, fraction %s, patience %d",
@@ -335,6 +361,29 @@ class AutoFLIP(Strategy):
         return sorted(
             usual, key=lambda r: order.get(wire.node_of(r, nodes), len(order))
         )
+
+
+def prunable_of(
+    prunable: Sequence[str] | None, model: nn.Module | None
+) -> Sequence[str] | None:
+    """Return what is trainable: as told, or as the model says."""
+    if prunable is None and model is not None:
+        return trainable_names(model)
+    return prunable
+
+
+def units_of(
+    share: float, model: nn.Module | None, example_inputs: ExampleInputs | None
+) -> Units | None:
+    """Trace a model whose units are to be pruned."""
+    if share == 0 or model is None:
+        return None
+    if example_inputs is None:
+        raise SettingsError(
+            "pruning whole units needs example_inputs beside the model: one sample "
+            "that it runs on, such as next(iter(loader))[0][:1]"
+        )
+    return trace(model, example_inputs)
 
 
 def _guidance_of(reply: Message) -> bytes | str:

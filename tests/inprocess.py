@@ -281,6 +281,7 @@ def toy_app(
     *,
     mods: Iterable[Any] | None = None,
     use_masked: bool = True,
+    example_inputs: torch.Tensor | None = None,
     calls: list[dict[str, Any]] | None = None,
     **training: Any,
 ) -> ClientApp:
@@ -303,8 +304,8 @@ def toy_app(
         model.load_state_dict(record.to_torch_state_dict())
         partition_id = int(context.node_config["partition-id"])
         seed = call_seed(config, partition_id)
-        with masked(model, message if use_masked else {}):
-            loss = fit(model, partition_id, seed=seed, **training)
+        with masked(model, message if use_masked else {}, example_inputs) as trained:
+            loss = fit(trained, partition_id, seed=seed, **training)
         count = len(samples(partition_id)[1])
         metrics = MetricRecord({"num-examples": count, "train-loss": loss})
         content = {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}

@@ -228,7 +228,7 @@ def test_an_existing_app_takes_part_with_four_changed_lines_at_most(example):
     assert not any("autoflip" in text for text in before.values())
 
 
-@pytest.mark.parametrize("version", ["before", "after"])
+@pytest.mark.parametrize("version", ["before", "after", "smaller"])
 def test_the_example_runs_before_and_after(version, monkeypatch, capsys):
     folder = EXAMPLES / "message_api" / version
     monkeypatch.syspath_prepend(str(folder))
@@ -252,17 +252,49 @@ def test_the_example_runs_before_and_after(version, monkeypatch, capsys):
     said = capsys.readouterr().out
     accuracy = float(said.rpartition("final accuracy ")[2])
     assert accuracy > 0.2, "better than guessing among ten"
-    assert len(grid.nodes("explore")) == (4 if version == "after" else 0)
+    assert len(grid.nodes("explore")) == (0 if version == "before" else 4)
     down = [s.content["arrays"].count_bytes() for s in grid.down if s.phase == "train"]
     dense = max(down) > 200_000
     assert dense is (version == "before")
+
+
+def test_the_smaller_example_trains_a_smaller_network(monkeypatch):
+    folder = EXAMPLES / "message_api" / "smaller"
+    monkeypatch.syspath_prepend(str(folder))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
+        monkeypatch.delitem(sys.modules, name)
+    from digits_app import client_app as client
+    from digits_app import server_app as server
+
+    widths = []
+    train = client.train_fn
+
+    def seen(net, *arguments):
+        widths.append((net.conv2.out_channels, net.fc1.out_features))
+        return train(net, *arguments)
+
+    monkeypatch.setattr(client, "train_fn", seen)
+    config = {
+        "num-server-rounds": 1,
+        "fraction-train": 1.0,
+        "local-epochs": 1,
+        "lr": 0.05,
+        "seed": 0,
+    }
+    grid = LocalGrid(client.app, range(1, 5), run_config=config)
+    server.app(grid, Context(1, 1, {}, RecordDict(), config))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert widths[:4] == [(64, 128)] * 4  # exploring
+    assert len(widths) == 8
+    assert all(conv < 64 and hidden < 128 for conv, hidden in widths[4:])
 
 
 def test_our_own_client_app_needs_no_more_than_the_mod_and_masked():
     """What the examples show is what our own app does."""
     text = (ROOT / "client_app.py").read_text()
     assert "mods=[AutoFlipMod()]" in text
-    assert "with masked(model, message):" in text
+    assert "with masked(model, message, " in text
 
 
 def test_every_preset_composes_a_strategy_for_its_model():

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from autoflip_flwr import costs
+from autoflip_flwr import costs, units
 from autoflip_flwr.errors import MaskError, ModelError
 from autoflip_flwr.models import build
+from autoflip_flwr.settings import TrainingSettings
+from autoflip_flwr.units.norms import PartialLayerNorm
 
 
 def keep(model, share=None, seed=0):
@@ -164,3 +166,85 @@ def test_masks_of_unknown_parameters_name_the_known_ones():
 def test_masks_of_another_form_are_errors(mask):
     with pytest.raises(MaskError, match=r"expected bool of shape \(5, 10\), got"):
         costs.theoretical_flops(nn.Linear(10, 5), torch.zeros(1, 10), {"weight": mask})
+
+
+def test_normalization_over_missing_channels_is_counted_like_any():
+    norm = nn.LayerNorm(8)
+    dense = costs.flops(nn.Sequential(nn.Linear(4, 8), norm), torch.zeros(1, 4))
+    partial = nn.Sequential(nn.Linear(4, 8), PartialLayerNorm(norm))
+    assert costs.flops(partial, torch.zeros(1, 4)) == dense
+
+
+# --- measured -------------------------------------------------------------------------
+
+
+def test_memory_of_a_step_adds_up_by_hand():
+    # 4 x 3 weights + 3 biases; gradients and momentum as many; the input is kept, and
+    # of the loss the logarithms of the softmax (8 x 3), its target and total weight.
+    model = nn.Linear(4, 3)
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
+    found = costs.footprint(model, x, y, TrainingSettings(device="cpu"))
+    assert found.parameters == 15
+    assert found.bytes == 60
+    assert found.peak_bytes == 3 * 60 + 8 * 4 * 4 + 8 * 3 * 4 + 8 * 8 + 4
+    assert found.inference_seconds > 0
+    assert found.step_seconds > 0
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    before = copy.deepcopy(model.state_dict())
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
+    costs.footprint(model, x, y, TrainingSettings())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert model.training
+
+
+def hybrid(share):
+    model = digits()
+    scores = {
+        n: np.random.default_rng(0).random(p.shape) for n, p in keep(model).items()
+    }
+    example = torch.zeros(1, 1, 8, 8)
+    return model, units.mask_units(model, scores, share=share, example_inputs=example)
+
+
+def samples(count):
+    rng = np.random.default_rng(0)
+    x = rng.random((count, 1, 8, 8), np.float32)
+    return x, rng.integers(0, 10, count)
+
+
+def test_a_summary_counts_the_network_that_clients_train():
+    model, masks = hybrid(0.6)
+    found = costs.summary(model, *samples(40), masks, TrainingSettings())
+    dense, pruned = found["networks"]["dense"], found["networks"]["pruned"]
+    small = units.compact(model, masks, torch.zeros(1, 1, 8, 8))
+    assert found["flops"]["pruned"] == costs.flops(small, torch.zeros(1, 1, 8, 8))
+    assert found["flops"]["pruned"] < 0.6 * found["flops"]["dense"]
+    assert pruned["parameters"] == sum(int(mask.sum()) for mask in masks.values())
+    assert pruned["bytes"] == 4 * pruned["parameters"]
+    assert dense["parameters"] == costs.parameters(model)
+    # With only whole units gone, skipping zeros is what the smaller model does.
+    theory, real = found["flops"]["unstructured_in_theory"], found["flops"]["pruned"]
+    assert theory == pytest.approx(real, rel=1e-3)
+
+
+def test_the_whole_model_beside_a_smaller_one_counts_in_its_memory():
+    model, masks = hybrid(0.6)
+    x, y = samples(32)
+    chosen = TrainingSettings(batch_size=32)
+    found = costs.summary(model, x, y, masks, chosen)["networks"]
+    small = units.compact(model, masks, torch.zeros(1, 1, 8, 8))
+    alone = costs.footprint(small, torch.from_numpy(x), torch.from_numpy(y), chosen)
+    assert found["pruned"]["peak_bytes"] == alone.peak_bytes + found["dense"]["bytes"]
+
+
+def test_single_weights_make_nothing_smaller():
+    model = digits()
+    masks = keep(model, 0.5)
+    found = costs.summary(model, *samples(8), masks, TrainingSettings())
+    assert found["flops"]["pruned"] == found["flops"]["dense"]
+    assert found["networks"]["pruned"] == found["networks"]["dense"]
+    assert found["flops"]["unstructured_in_theory"] < 0.6 * found["flops"]["dense"]

@@ -107,6 +107,7 @@ def test_the_summary_has_the_documented_keys(finished):
         "density",
         "bytes",
         "flops",
+        "networks",
         "seconds",
     }
     assert summary["strategy"] == "autoflip"
@@ -123,6 +124,14 @@ def test_the_summary_has_the_documented_keys(finished):
         "dense_equivalent",
     }
     assert set(summary["flops"]) >= {"dense", "pruned"}
+    for network in ("dense", "pruned"):
+        assert set(summary["networks"][network]) == {
+            "parameters",
+            "bytes",
+            "peak_bytes",
+            "step_seconds",
+            "inference_seconds",
+        }
     assert set(summary["seconds"]) >= {"explore", "train", "total"}
     last = lines_of(folder)[-1]
     for key in ("accuracy", "accuracy_top5", "loss", "density"):
@@ -269,11 +278,15 @@ def test_the_dense_equivalent_is_what_a_fedavg_run_sends(tmp_path):
 
 def test_the_last_lines_of_the_log_say_what_came_of_it(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="flwr"):
-        go(tmp_path / "run")
+        go(tmp_path / "run", "pruning.units=0.8")
     text = "\n".join(r.getMessage() for r in caplog.records)
     summary = summary_of(tmp_path / "run")
     assert f"top-1 accuracy  {summary['accuracy']:.4f} on held-out data" in text
     assert f"{summary['parameters']} parameters" in text
+    left = summary["networks"]["pruned"]["parameters"]
+    share = summary["flops"]["pruned"] / summary["flops"]["dense"]
+    assert f"clients train   {left} of {summary['parameters']} parameters" in text
+    assert f"{share:.3f} of the FLOPs" in text
     assert str(tmp_path / "run") in text
 
 

@@ -1,0 +1,375 @@
+"""Units: which entries of which tensors go together, and which units to prune.
+
+A unit is the smallest part of a network that can be taken out whole: a filter with its
+BatchNorm and the next layer's input channel, a neuron with its outgoing weights, a
+hidden unit of an LSTM with all its gates. Units that compete for one layer's width
+form a group. NumPy alone; `autoflip_flwr.units` finds the units of a PyTorch model.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.errors import MaskError, SettingsError
+from autoflip_flwr.types import Masks, Scores
+
+#: Tensor name -> dimension -> the unit of each index along it, int64; -1: of none.
+Owners: TypeAlias = Mapping[str, Mapping[int, NDArray[np.int64]]]
+
+#: One bool per unit; True = keep.
+Keep: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Units that are the width of one layer (and of all that is coupled with it)."""
+
+    name: str  # of the module that makes the channels
+    start: int  # number of its first unit
+    size: int  # units
+
+    @property
+    def units(self) -> slice:
+        """The group's units among all."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What every group keeps."""
+
+    floor: float = 0.0  # least share of its units, in [0, 1]
+    min_units: int = 1  # least number of them, >= 1
+    multiple: int = 1  # it is left whole or at a multiple of this; 8 suits hardware
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.floor <= 1 and self.min_units >= 1 and self.multiple >= 1):
+            raise SettingsError(
+                "expected a floor in [0, 1], min_units >= 1 and multiple >= 1, got "
+                f"{self.floor}, {self.min_units} and {self.multiple}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """The units of a model.
+
+    Attributes
+    ----------
+    groups : tuple of Group
+        Units are numbered through all groups in their order.
+    parameters : Owners
+        Which unit an index along a parameter's dimension belongs to. An entry of a
+        weight belongs to at most two units: its row's and its column's.
+    buffers : Owners
+        The same for buffers, which have no mask.
+    shapes : mapping of name -> shape
+        Of the tensors in `parameters` and `buffers`.
+    uses : mapping of name -> int
+        How often a weight is used for one sample: the pixels a convolution makes,
+        the steps of a recurrent layer.
+    level : tuple of tuples of int arrays
+        Sets of rows of units that must stay equally many: the layers of one
+        `nn.LSTM` share one hidden size.
+    whole : mapping of module name -> reason
+        What is left whole.
+    """
+
+    groups: tuple[Group, ...]
+    parameters: Owners
+    buffers: Owners
+    shapes: Mapping[str, tuple[int, ...]]
+    uses: Mapping[str, int] = field(default_factory=dict)
+    level: tuple[tuple[NDArray[np.int64], ...], ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many units there are."""
+        return sum(group.size for group in self.groups)
+
+    def only(self, prunable: Iterable[str]) -> "Units":
+        """Leave out the groups that a parameter outside `prunable` belongs to."""
+        names = set(prunable)
+        fixed = {
+            unit
+            for name, dimensions in self.parameters.items()
+            if name not in names
+            for owner in dimensions.values()
+            for unit in np.unique(owner[owner >= 0]).tolist()
+        }
+        if not fixed:
+            return self
+        left = [
+            g for g in self.groups if fixed.isdisjoint(range(g.start, g.start + g.size))
+        ]
+        return self._with(left)
+
+    def without(self, reasons: Mapping[str, str]) -> "Units":
+        """Leave the named groups whole, and note why."""
+        left = [group for group in self.groups if group.name not in reasons]
+        return replace(self._with(left), whole={**self.whole, **reasons})
+
+    def _with(self, groups: Sequence[Group]) -> "Units":
+        """Return the units of some groups, numbered anew."""
+        number = np.full(self.count + 1, -1, np.int64)  # the last one stands for -1
+        renamed, start = [], 0
+        for group in groups:
+            number[group.units] = np.arange(start, start + group.size)
+            renamed.append(replace(group, start=start))
+            start += group.size
+
+        def renumbered(owners: Owners) -> Owners:
+            return {
+                name: {dim: number[owner] for dim, owner in dimensions.items()}
+                for name, dimensions in owners.items()
+            }
+
+        return replace(
+            self,
+            groups=tuple(renamed),
+            parameters=renumbered(self.parameters),
+            buffers=renumbered(self.buffers),
+            level=tuple(tuple(number[row] for row in rows) for rows in self.level),
+        )
+
+    def means(self, scores: Scores) -> NDArray[np.float64]:
+        """Return each unit's score: the mean over all entries that go with it.
+
+        The arithmetic mean, since that is the score lost per parameter saved: taking
+        units by it loses the least of the scores' sum for a number of parameters. A
+        weight between two units counts for both.
+        """
+        total, size = np.zeros(self.count), np.zeros(self.count)
+        for name, dimensions in self.parameters.items():
+            if name not in scores:
+                continue
+            score = np.asarray(scores[name])
+            for dim, owner in dimensions.items():
+                owned = owner >= 0
+                others = tuple(d for d in range(score.ndim) if d != dim)
+                sums = score.sum(axis=others, dtype=np.float64)
+                each = score.size // max(1, score.shape[dim])
+                total += np.bincount(owner[owned], sums[owned], self.count)
+                size += each * np.bincount(owner[owned], minlength=self.count)
+        return total / np.maximum(size, 1)
+
+    def pruned(self, keep: Keep, prunable: Iterable[str] | None = None) -> int:
+        """Count the parameters that go when the other units do."""
+        names = self.parameters if prunable is None else prunable
+        count = 0
+        for name in names:
+            if name not in self.parameters:
+                continue
+            shape = list(self.shapes[name])
+            size = math.prod(shape)
+            for dim, owner in self.parameters[name].items():
+                shape[dim] = int(np.count_nonzero(_kept(owner, keep)))
+            count += size - math.prod(shape)
+        return count
+
+    def operations(self, keep: Keep | None = None) -> int:
+        """Count multiply-accumulates of one sample; None: of the whole model.
+
+        Of the weights in `uses` alone: convolutions, linear and recurrent layers.
+        """
+        count = 0
+        for name, uses in self.uses.items():
+            shape = list(self.shapes[name])
+            if keep is not None:
+                for dim, owner in self.parameters.get(name, {}).items():
+                    shape[dim] = int(np.count_nonzero(_kept(owner, keep)))
+            count += math.prod(shape) * uses
+        return count
+
+    def choose(
+        self,
+        scores: Scores,
+        *,
+        budget: int,
+        limits: Limits = Limits(),
+    ) -> Keep:
+        """Choose the units to keep, so that at most `budget` parameters are pruned.
+
+        Units go in the order of their scores (`means`), the lowest first, until the
+        next one would prune too much.
+
+        Parameters
+        ----------
+        scores : mapping of name -> array
+            Parameters without a score keep their groups whole.
+        budget : int
+            Parameters to prune, at most.
+        limits : Limits
+        """
+        units = self.only(scores)
+        means = units.means(scores)
+        steps: list[tuple[float, NDArray[np.int64]]] = []
+        for group in units.groups:
+            order = group.start + np.argsort(means[group.units], kind="stable")
+            for step in _steps(order, limits):
+                steps.append((float(means[step].mean()), step))
+        steps.sort(key=lambda pair: pair[0])  # stable: ties go by group
+        low, high = 0, len(steps)
+        while low < high:  # the most steps that stay within the budget
+            middle = (low + high + 1) // 2
+            keep = _without(units.count, [step for _, step in steps[:middle]])
+            if units.pruned(keep, scores) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        keep = _without(units.count, [step for _, step in steps[:low]])
+        return self._of(units, keep)
+
+    def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
+        """Count the parameters that whole units can prune, at most."""
+        names = list(prunable)
+        units = self.only(names)
+        steps = [
+            step
+            for group in units.groups
+            for step in _steps(group.start + np.arange(group.size), limits)
+        ]
+        return units.pruned(_without(units.count, steps), names)
+
+    def check_budget(
+        self,
+        prunable: Iterable[str],
+        *,
+        budget: int,
+        limits: Limits = Limits(),
+    ) -> None:
+        """Refuse a budget for which groups would have to lose all their units.
+
+        Raises
+        ------
+        MaskError
+            With the most that whole units can prune, and what limits it.
+        """
+        names = list(prunable)
+        most = self.most(names, limits)
+        if budget > most:
+            total = sum(math.prod(self.shapes[name]) for name in names)
+            at_least = [group.name for group in self.only(names).groups]
+            raise MaskError(
+                f"whole units can prune at most {most} of {total} parameters "
+                f"({most / max(1, total):.1%}), asked for {budget}: beyond that groups "
+                f"would lose all their units, or their least ({limits}); prunable "
+                f"groups {at_least}, "
+                f"left whole {dict(self.whole)}; prune fewer units or lower the limits"
+            )
+
+    def _of(self, units: "Units", keep: Keep) -> Keep:
+        """Translate a choice among some of the groups to all of them."""
+        if units is self:
+            return keep
+        by_name = {group.name: group.units for group in units.groups}
+        whole = np.ones(self.count, np.bool_)
+        for group in self.groups:
+            if group.name in by_name:
+                whole[group.units] = keep[by_name[group.name]]
+        return whole
+
+    def masks(self, keep: Keep, names: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
+        """Return the mask that prunes the other units, of the named parameters."""
+        return {name: self._mask(name, keep) for name in names}
+
+    def _mask(self, name: str, keep: Keep) -> NDArray[np.bool_]:
+        mask = np.ones(self.shapes[name], np.bool_)
+        for dim, owner in self.parameters.get(name, {}).items():
+            along = _kept(owner, keep)
+            mask &= along.reshape([-1 if d == dim else 1 for d in range(mask.ndim)])
+        return mask
+
+    def used(self, masks: Masks) -> Keep:
+        """Tell which units a mask leaves anything of.
+
+        Raises
+        ------
+        MaskError
+            If a shape is not the parameter's, or a group has lost all its units.
+        """
+        used = np.zeros(self.count, np.bool_)
+        for name, dimensions in self.parameters.items():
+            mask = masks.get(name)
+            if mask is not None and mask.shape != self.shapes[name]:
+                raise MaskError(
+                    f"{name}: expected a mask of shape {self.shapes[name]}, "
+                    f"got {mask.shape}"
+                )
+            for dim, owner in dimensions.items():
+                owned = owner >= 0
+                if mask is not None:
+                    others = tuple(d for d in range(mask.ndim) if d != dim)
+                    owned &= mask.any(axis=others)
+                used[owner[owned]] = True
+        for group in self.groups:
+            if not used[group.units].any():
+                raise MaskError(
+                    f"the mask prunes all {group.size} units of {group.name}; keep one "
+                    "or more of every group, with a floor or min_units"
+                )
+        return used
+
+    def indices(
+        self, name: str, keep: Keep
+    ) -> tuple[NDArray[np.int64] | None, ...] | None:
+        """Return the kept indices along each dimension of a parameter or buffer.
+
+        None for a dimension, or for the whole tensor, that loses nothing.
+        """
+        owners = self.parameters.get(name) or self.buffers.get(name) or {}
+        found: list[NDArray[np.int64] | None] = [None] * len(self.shapes.get(name, ()))
+        for dim, owner in owners.items():
+            kept = _kept(owner, keep)
+            if not kept.all():
+                found[dim] = np.flatnonzero(kept)
+        return tuple(found) if any(index is not None for index in found) else None
+
+    def levelled(self, keep: Keep) -> Keep:
+        """Take back units until rows that must be equally long are so."""
+        keep = keep.copy()
+        changed = True
+        while changed:
+            changed = False
+            for rows in self.level:
+                widest = max(int(np.count_nonzero(_kept(row, keep))) for row in rows)
+                for row in rows:
+                    missing = widest - int(np.count_nonzero(_kept(row, keep)))
+                    if missing:
+                        keep[row[~_kept(row, keep)][:missing]] = True
+                        changed = True
+        return keep
+
+
+def _kept(owner: NDArray[np.int64], keep: Keep) -> Keep:
+    kept = np.ones(owner.size, np.bool_)
+    owned = owner >= 0
+    kept[owned] = keep[owner[owned]]
+    return kept
+
+
+def _without(count: int, steps: Sequence[NDArray[np.int64]]) -> Keep:
+    keep = np.ones(count, np.bool_)
+    if steps:
+        keep[np.concatenate(steps)] = False
+    return keep
+
+
+def _steps(order: NDArray[np.int64], limits: Limits) -> list[NDArray[np.int64]]:
+    """Divide a group's units, lowest first, into what is taken out at once."""
+    size = order.size
+    least = max(limits.min_units, math.ceil(limits.floor * size))
+    steps: list[NDArray[np.int64]] = []
+    start = 0
+    while start < size:
+        stop = start + ((size - start) % limits.multiple or limits.multiple)
+        if size - stop < least:
+            break
+        steps.append(order[start:stop])
+        start = stop
+    return steps

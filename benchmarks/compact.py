@@ -1,0 +1,200 @@
+"""A compact network beside the dense one, at half the FLOPs and at other shares.
+
+    python benchmarks/compact.py                 # all models and shares
+    python benchmarks/compact.py resnet50 0.5    # one of them
+
+Units are taken out by random scores, in multiples of 16 (the floats of an AVX-512
+register), until thop counts the share of the FLOPs. Then, in pairs of dense and compact
+within one process: a training step (forward, backward, SGD with momentum) and inference
+of a batch; what compacting plus scattering back costs, in training steps of the dense
+model; and the peak memory of training, each in a process of its own. Ratios are
+dense / compact: larger is better.
+"""
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import paired, report
+from torch import nn
+from torch.nn import functional
+
+from autoflip_flwr import costs, models, units
+from autoflip_flwr.groups import Keep, Limits, Units
+
+#: Model, input shape, batch.
+CASES: dict[str, tuple[tuple[int, int, int], int]] = {
+    "cnn6": ((3, 32, 32), 32),
+    "resnet50": ((3, 64, 64), 32),
+    "efficientnet_b3": ((3, 128, 128), 16),
+}
+ON_GPU: dict[str, tuple[tuple[int, int, int], int]] = {
+    "cnn6": ((3, 32, 32), 512),
+    "resnet50": ((3, 224, 224), 128),
+    "efficientnet_b3": ((3, 224, 224), 128),
+}
+SHARES = (0.5, 0.25, 0.8)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Trainer:
+    """A model that takes steps on one batch."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], batch: int) -> None:
+        self.model = model.to(DEVICE)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
+        self.x = torch.randn(batch, *shape, device=DEVICE)
+        self.y = torch.randint(10, (batch,), device=DEVICE)
+
+    def step(self) -> None:
+        """Take one step."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        functional.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+        _wait()
+
+    def infer(self) -> None:
+        """Evaluate the batch."""
+        self.model.eval()
+        with torch.inference_mode():
+            self.model(self.x)
+        _wait()
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def build(name: str) -> tuple[nn.Module, tuple[int, ...], int]:
+    shape, batch = (ON_GPU if DEVICE.type == "cuda" else CASES)[name]
+    torch.manual_seed(0)
+    return models.build(name, num_classes=10, input_shape=shape, seed=0), shape, batch
+
+
+def keep_at(
+    found: Units, model: nn.Module, share: float, example: torch.Tensor
+) -> Keep:
+    """Return the units left at a share of thop's FLOPs, by bisection."""
+    rng = np.random.default_rng(0)
+    scores = {n: rng.random(tuple(p.shape)) for n, p in model.named_parameters()}
+    total = sum(score.size for score in scores.values())
+    limits = Limits(multiple=16)
+    dense = costs.flops(model, example)
+    low, high = 0, total
+    while high - low > total // 1000:
+        middle = (low + high) // 2
+        keep = found.choose(scores, budget=middle, limits=limits)
+        # The count of the units agrees with thop's up to normalization.
+        if found.operations(keep) > share * found.operations():
+            low = middle
+        else:
+            high = middle
+    keep = found.choose(scores, budget=high, limits=limits)
+    while costs.flops(units.shrink(model, found, keep), example) > share * dense:
+        high += total // 500
+        keep = found.choose(scores, budget=high, limits=limits)
+    return keep
+
+
+def measure(name: str, share: float, pairs: int) -> dict[str, Any]:
+    """Return one row of the table."""
+    model, shape, batch = build(name)
+    example = torch.randn(1, *shape)
+    found = units.trace(model, example)
+    keep = keep_at(found, model, share, example)
+    small = units.shrink(model, found, keep)
+    flops = costs.flops(small, example) / costs.flops(model, example)
+    size = costs.parameters(small) / costs.parameters(model)
+    masks = found.masks(keep, dict(model.named_parameters()))
+    dense, compact = Trainer(model, shape, batch), Trainer(small, shape, batch)
+
+    def there_and_back() -> None:
+        units.expand(units.compact(model, masks, example), model)
+        _wait()
+
+    step = paired(dense.step, compact.step, pairs=pairs)
+    inference = paired(dense.infer, compact.infer, pairs=pairs)
+    back = paired(there_and_back, dense.step, pairs=5)
+    return {
+        "batch": [batch, *shape],
+        "flops": flops,
+        "parameters": size,
+        "step": step["ratio"],
+        "step_spread": [step["ratio_least"], step["ratio_largest"]],
+        "step_ms": [step["ms"], step["baseline_ms"]],
+        "inference": inference["ratio"],
+        "inference_spread": [inference["ratio_least"], inference["ratio_largest"]],
+        "inference_ms": [inference["ms"], inference["baseline_ms"]],
+        "compact_and_expand_in_steps": back["ratio"],
+    }
+
+
+def peak_of(name: str, share: float, compact: bool, results: Any) -> None:
+    """Train one model for three steps and note the most memory it took, in MB."""
+    base = _resident("VmRSS")
+    model, shape, batch = build(name)
+    net = model
+    if compact:
+        example = torch.randn(1, *shape)
+        found = units.trace(model, example)
+        keep = keep_at(found, model, share, example)
+        net = units.shrink(model, found, keep)  # the whole model stays beside it
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    trainer = Trainer(net, shape, batch)
+    for _ in range(3):
+        trainer.step()
+    if DEVICE.type == "cuda":
+        results.put(torch.cuda.max_memory_allocated() / 1e6)
+    else:
+        results.put(_resident("VmHWM") - base)
+
+
+def _resident(key: str) -> float:
+    """Return a figure of the kernel about this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(key))
+
+
+def peaks(name: str, share: float) -> list[Any]:
+    """Return the peak of dense and compact training, each in a new process."""
+    context = multiprocessing.get_context("spawn")
+    found = []
+    for compact in (False, True):
+        results = context.Queue()
+        child = context.Process(target=peak_of, args=(name, share, compact, results))
+        child.start()
+        found.append(results.get())
+        child.join()
+    return found
+
+
+def main() -> None:
+    """Print the table as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", choices=tuple(CASES))
+    parser.add_argument("share", nargs="?", type=float)
+    parser.add_argument("--pairs", type=int, default=11)
+    chosen = parser.parse_args()
+    names = [chosen.model] if chosen.model else list(CASES)
+    shares = [chosen.share] if chosen.share else SHARES
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    rows = {"device": device, "threads": torch.get_num_threads()}
+    for name in names:
+        for share in shares:
+            rows[f"{name}, {share}"] = measure(name, share, chosen.pairs) | {
+                "peak_mb": peaks(name, share)
+            }
+    report(rows)
+
+
+if __name__ == "__main__":
+    main()

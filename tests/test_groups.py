@@ -1,0 +1,202 @@
+"""Units as index arrays: worked examples by hand, and what holds for any scores."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from autoflip_flwr.errors import MaskError, SettingsError
+from autoflip_flwr.groups import Group, Limits, Units
+
+NONE = -1
+
+
+def mlp(hidden: int = 4) -> Units:
+    """3 inputs -> `hidden` neurons -> 2 outputs: rows of w1, b1, columns of w2."""
+    own = np.arange(hidden)
+    return Units(
+        groups=(Group("w1", 0, hidden),),
+        parameters={"w1": {0: own}, "b1": {0: own}, "w2": {1: own}},
+        buffers={},
+        shapes={"w1": (hidden, 3), "b1": (hidden,), "w2": (2, hidden), "b2": (2,)},
+        uses={"w1": 1, "w2": 1},
+    )
+
+
+def two_groups() -> Units:
+    """4 channels, flattened to 8 inputs of 3 neurons, 2 outputs."""
+    channel, neuron = np.arange(4), np.arange(4, 7)
+    return Units(
+        groups=(Group("conv", 0, 4), Group("fc1", 4, 3)),
+        parameters={
+            "conv": {0: channel},
+            "fc1": {0: neuron, 1: np.repeat(channel, 2)},
+            "fc2": {1: neuron},
+        },
+        buffers={"mean": {0: channel}},
+        shapes={"conv": (4, 1, 2, 2), "fc1": (3, 8), "fc2": (2, 3), "mean": (4,)},
+        uses={"conv": 9, "fc1": 1, "fc2": 1},
+    )
+
+
+SCORES = {
+    "w1": np.array([[1, 1, 1], [2, 2, 2], [3, 3, 3], [9, 9, 9]], np.float32),
+    "b1": np.array([1, 2, 3, 9], np.float32),
+    "w2": np.array([[7, 2, 3, 9], [7, 2, 3, 9]], np.float32),
+    "b2": np.array([0, 0], np.float32),
+}
+
+
+def test_a_units_score_is_the_mean_over_all_entries_that_go_with_it():
+    # neuron 0: three weights and a bias of 1, two outgoing weights of 7
+    expected = [(3 * 1 + 1 + 2 * 7) / 6, 2, 3, 9]
+    np.testing.assert_allclose(mlp().means(SCORES), expected)
+
+
+def test_units_go_in_the_order_of_their_scores():
+    units = mlp()  # a neuron is 3 + 1 + 2 = 6 parameters of 22
+    assert_array_equal(units.choose(SCORES, budget=5), [1, 1, 1, 1])
+    assert_array_equal(units.choose(SCORES, budget=6), [1, 0, 1, 1])
+    # neurons 0 and 2 both have the mean 3: the first goes first
+    assert_array_equal(units.choose(SCORES, budget=12), [0, 0, 1, 1])
+    assert_array_equal(units.choose(SCORES, budget=22), [0, 0, 0, 1])  # one stays
+
+
+def test_masks_empty_the_rows_and_columns_of_a_unit():
+    masks = mlp().masks(np.array([True, False, True, True]), SCORES)
+    assert_array_equal(masks["w1"], [[1] * 3, [0] * 3, [1] * 3, [1] * 3])
+    assert_array_equal(masks["b1"], [1, 0, 1, 1])
+    assert_array_equal(masks["w2"], [[1, 0, 1, 1], [1, 0, 1, 1]])
+    assert masks["b2"].all()
+
+
+def test_an_entry_between_two_units_is_counted_once():
+    units = two_groups()
+    keep = np.array([True, False, True, True, True, True, False])
+    # conv: 4 of 16; fc1: 24 - 2 rows of 6; fc2: 2
+    assert units.pruned(keep) == 4 + (24 - 2 * 6) + 2
+    pruned = sum(int((~m).sum()) for m in units.masks(keep, units.parameters).values())
+    assert pruned == 18
+
+
+def test_operations_follow_what_is_kept():
+    units = two_groups()
+    assert units.operations() == 16 * 9 + 24 + 6
+    keep = np.array([True, False, True, True, True, True, False])
+    assert units.operations(keep) == 12 * 9 + 12 + 4
+
+
+def test_kept_indices_of_parameters_and_buffers():
+    units = two_groups()
+    keep = np.array([True, False, True, True, True, True, False])
+    rows, columns = units.indices("fc1", keep)
+    assert_array_equal(rows, [0, 1])
+    assert_array_equal(columns, [0, 1, 4, 5, 6, 7])
+    (channels,) = units.indices("mean", keep)
+    assert_array_equal(channels, [0, 2, 3])
+    assert units.indices("fc1", np.ones(7, bool)) is None
+
+
+def test_a_unit_is_used_until_nothing_of_it_is_left():
+    units = mlp()
+    masks = units.masks(np.array([True, False, True, True]), SCORES)
+    assert_array_equal(units.used(masks), [1, 0, 1, 1])
+    masks["w2"][0, 1] = True  # a single outgoing weight keeps the neuron
+    assert units.used(masks).all()
+    del masks["b1"]  # a parameter without a mask is kept whole
+    masks["w2"][0, 1] = False
+    assert units.used(masks).all()
+
+
+def test_multiples_leave_a_group_whole_or_at_a_multiple():
+    units, scores = mlp(11), {"w1": np.arange(33.0).reshape(11, 3)}
+    scores |= {"b1": np.arange(11.0), "w2": np.ones((2, 11))}
+    left = {
+        int(units.choose(scores, budget=budget, limits=Limits(multiple=4)).sum())
+        for budget in range(67)
+    }
+    assert left == {11, 8, 4}
+
+
+def test_least_units_and_floor_hold():
+    units = mlp(10)
+    scores = {"w1": np.ones((10, 3)), "b1": np.ones(10), "w2": np.ones((2, 10))}
+    assert units.choose(scores, budget=60).sum() == 1
+    assert units.choose(scores, budget=60, limits=Limits(min_units=3)).sum() == 3
+    assert units.choose(scores, budget=60, limits=Limits(floor=0.41)).sum() == 5
+
+
+def test_a_group_with_a_parameter_that_is_not_prunable_stays_whole():
+    units = two_groups()
+    scores = {"conv": np.ones((4, 1, 2, 2)), "fc1": np.ones((3, 8))}
+    keep = units.choose(scores, budget=1000)  # fc2 has no score: fc1's neurons stay
+    assert keep[4:].all()
+    assert keep[:4].sum() == 1
+    assert [g.name for g in units.only(scores).groups] == ["conv"]
+
+
+def test_rows_that_must_be_equally_long_get_units_back():
+    first, second = np.arange(4), np.arange(4, 8)
+    units = Units(
+        groups=(Group("l0", 0, 4), Group("l1", 4, 4)),
+        parameters={"hh0": {1: first}, "hh1": {1: second}},
+        buffers={},
+        shapes={"hh0": (4, 4), "hh1": (4, 4)},
+        level=((first, second),),
+    )
+    keep = units.levelled(np.array([1, 0, 0, 0, 0, 1, 1, 1], bool))
+    assert_array_equal(keep, [1, 1, 1, 0, 0, 1, 1, 1])
+
+
+def test_a_budget_beyond_reach_says_what_limits_it():
+    with pytest.raises(MaskError, match=r"at most 18 of 26 .*asked for 19.*w1"):
+        mlp().check_budget(SCORES, budget=19)
+    mlp().check_budget(SCORES, budget=18)
+
+
+def test_a_mask_that_empties_a_group_names_it():
+    masks = {k: np.zeros(s.shape, bool) for k, s in SCORES.items()}
+    with pytest.raises(MaskError, match="all 4 units of w1"):
+        mlp().used(masks)
+
+
+def test_a_mask_of_another_shape_names_the_parameter():
+    with pytest.raises(MaskError, match=r"w1: expected a mask of shape \(4, 3\)"):
+        mlp().used({"w1": np.ones((4, 2), bool)})
+
+
+@pytest.mark.parametrize("limits", [{"floor": 1.5}, {"min_units": 0}, {"multiple": 0}])
+def test_impossible_limits_are_refused(limits):
+    with pytest.raises(SettingsError, match="expected a floor in"):
+        Limits(**limits)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    budget=st.integers(0, 60),
+    min_units=st.integers(1, 3),
+    multiple=st.integers(1, 3),
+)
+def test_the_choice_stays_in_budget_and_takes_the_lowest(
+    seed, budget, min_units, multiple
+):
+    units = two_groups()
+    rng = np.random.default_rng(seed)
+    scores = {name: rng.random(units.shapes[name]) for name in units.parameters}
+    limits = Limits(min_units=min_units, multiple=multiple)
+    keep = units.choose(scores, budget=budget, limits=limits)
+    masks = units.masks(keep, scores)
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    assert pruned == units.pruned(keep, scores) <= budget
+    assert_array_equal(units.used(masks), keep)
+    means = units.means(scores)
+    for group in units.groups:
+        kept = keep[group.units]
+        count = int(kept.sum())
+        assert count >= min(min_units, group.size)
+        assert count == group.size or count % multiple == 0
+        if 0 < count < group.size:  # within a group the lowest go
+            assert means[group.units][kept].min() >= means[group.units][~kept].max()
+    more = units.choose(scores, budget=budget + 5, limits=limits)
+    assert not (more & ~keep).any()  # with more to prune, the same units and others

@@ -1,0 +1,233 @@
+"""Hybrid masks in rounds: whole units first, single weights after, smaller clients."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord
+from flwr.server.strategy import FedAvg as OlderFedAvg
+from flwr.serverapp.strategy import FedAvg
+from hypothesis import given
+from hypothesis import strategies as st
+from inprocess import LocalGrid, masks_in, net, plain_net, run, toy_app
+from numpy.testing import assert_allclose, assert_array_equal
+from test_groups import SCORES, mlp
+from test_legacy import options, serve
+from torch import nn
+
+from autoflip_flwr import AutoFLIP, legacy, mask, masked, units
+from autoflip_flwr.errors import MaskError, SettingsError
+
+NODES = [11, 12, 13, 14, 15]
+ONE = torch.zeros(1, 6)
+
+
+# --- the mask -------------------------------------------------------------------------
+
+
+def test_units_go_first_and_single_weights_until_the_threshold():
+    # of 26 parameters 14 go: neuron 0 with 6, then the 8 lowest that are left
+    units_mask = mlp().masks(np.array([False, True, True, True]), SCORES)
+    masks = mask.from_scores(SCORES, threshold=14 / 26, units=units_mask)
+    assert sum(int((~m).sum()) for m in masks.values()) == 14
+    assert_array_equal(masks["b2"], [0, 0])  # 0
+    assert_array_equal(masks["w1"], [[0] * 3, [0] * 3, [1] * 3, [1] * 3])  # 1, 2
+    assert_array_equal(masks["b1"], [0, 0, 1, 1])
+    assert_array_equal(masks["w2"], [[0, 0, 1, 1], [0, 0, 1, 1]])
+
+
+def test_with_a_value_as_threshold_as_many_go_as_without_units():
+    units_mask = mlp().masks(np.array([True, True, True, False]), SCORES)
+    alone = mask.from_scores(SCORES, threshold=2.5, mode="value", floor=0.01)
+    both = mask.from_scores(
+        SCORES, threshold=2.5, mode="value", floor=0.01, units=units_mask
+    )
+    assert mask.density(both) == mask.density(alone) or mask.density(alone) > 0
+    assert sum(int((~m).sum()) for m in both.values()) == sum(
+        int((s < 2.5).sum()) for s in SCORES.values()
+    )
+    assert not both["w1"][3].any()
+
+
+@given(seed=st.integers(0, 2**32 - 1), threshold=st.floats(0.1, 0.8))
+def test_a_hybrid_mask_prunes_exactly_its_share_and_keeps_its_floor(seed, threshold):
+    rng = np.random.default_rng(seed)
+    scores = {name: rng.random(s.shape, np.float32) for name, s in SCORES.items()}
+    budget = int(0.6 * round(threshold * 26))
+    keep = mlp().choose(scores, budget=budget)
+    whole = mlp().masks(keep, scores)
+    masks = mask.from_scores(scores, threshold=threshold, floor=0.05, units=whole)
+    pruned = sum(int((~m).sum()) for m in masks.values())
+    assert pruned == round(threshold * 26)
+    for name, kept in masks.items():
+        assert not (kept & ~whole[name]).any()
+        assert kept.any()
+
+
+# --- rounds ---------------------------------------------------------------------------
+
+
+def hybrid(make=net, **settings):
+    chosen = {"threshold": 0.6, "units": 0.7, "population_weight": 1.0, **settings}
+    return AutoFLIP(
+        FedAvg(fraction_evaluate=0.0), model=make(), example_inputs=ONE, **chosen
+    )
+
+
+def test_a_round_sends_whole_units_as_empty_and_meets_the_threshold():
+    grid = LocalGrid(toy_app(), NODES)
+    run(hybrid(), grid, net(), rounds=1)
+    sent = next(each for each in grid.down if each.phase == "train")
+    masks = masks_in(sent, net())
+    total = sum(keep.size for keep in masks.values())
+    assert sum(int((~k).sum()) for k in masks.values()) == round(0.6 * total)
+    found = units.trace(net(), ONE)
+    used = found.used(masks)
+    whole = found.pruned(used, masks)
+    neuron = 6 + 2 + 3
+    assert 0.7 * 0.6 * total - neuron < whole <= 0.7 * 0.6 * total + neuron
+    assert 1 <= used.sum() < 16
+
+
+@pytest.mark.parametrize("make", [net, plain_net])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_clients_that_train_a_smaller_model_end_with_the_same_weights(make, weight):
+    ends = {}
+    for example in (None, ONE):
+        grid = LocalGrid(toy_app(make, example_inputs=example), NODES)
+        strategy = hybrid(make, population_weight=weight)
+        strategy.strategy.fraction_train = 0.6
+        seen, _ = run(strategy, grid, make(), rounds=4)
+        ends[example is None] = seen[-1]
+    masks = strategy.rounds.plan.masks
+    for name, value in ends[True].items():
+        if name.endswith(("running_mean", "running_var")):
+            continue  # of missing units they stay; the next test has the others
+        assert_allclose(ends[False][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert any(not keep.all() for keep in masks.values())
+
+
+def test_batch_norm_follows_what_is_kept_and_rests_where_nothing_is():
+    grid = LocalGrid(toy_app(example_inputs=ONE), NODES)
+    strategy = hybrid()
+    seen, _ = run(strategy, grid, net(), rounds=2)
+    used = units.trace(net(), ONE).used(strategy.rounds.plan.masks)
+    means = seen[-1]["1.running_mean"]
+    assert (~used).any()
+    assert not means[~used].any()
+    assert means[used].any()
+    assert_array_equal(seen[-1]["1.running_var"][~used], 1)
+
+
+def test_the_older_api_takes_the_model_for_names_and_units():
+    strategy = legacy.AutoFLIP(
+        OlderFedAvg(**options(net)),
+        model=net(),
+        example_inputs=ONE,
+        threshold=0.6,
+        units=0.7,
+    )
+    serve(strategy, net)
+    masks = strategy.rounds.plan.masks
+    assert set(masks) == {name for name, _ in net().named_parameters()}
+    assert units.trace(net(), ONE).used(masks).sum() < 16
+
+
+# --- inside an app --------------------------------------------------------------------
+
+
+def some_masks(model, share=0.5):
+    rng = np.random.default_rng(0)
+    scores = {n: rng.random(tuple(p.shape)) for n, p in model.named_parameters()}
+    return units.mask_units(model, scores, share=share, example_inputs=ONE)
+
+
+def test_masked_hands_out_a_smaller_model_and_gives_back_what_it_learned():
+    model = net()
+    masks = some_masks(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with masked(model, masks, ONE) as small:
+        assert small is not model
+        assert small[0].out_features < 16
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.add_(1.0)
+    for name, parameter in model.named_parameters():
+        keep = torch.from_numpy(masks[name])
+        torch.testing.assert_close(parameter[keep], before[name][keep] + 1)
+        assert not bool(parameter[~keep].any())
+
+
+def test_single_weights_stay_zero_in_the_smaller_model():
+    model = net()
+    masks = some_masks(model)
+    masks["3.bias"][1] = False
+    with masked(model, masks, ONE) as small:
+        optimizer = torch.optim.Adam(small.parameters(), 0.1)
+        small(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        assert small[3].bias[1] == 0
+        assert small[3].bias[0] != 0
+    assert model[3].bias[1] == 0
+
+
+@pytest.mark.parametrize("given", [{}, ConfigRecord({"server-round": 1})])
+def test_without_a_mask_the_model_is_trained_as_it_is(given):
+    model = net()
+    with masked(model, given, ONE) as trained:
+        assert trained is model
+
+
+def test_without_example_inputs_the_model_is_trained_whole():
+    model = net()
+    with masked(model, some_masks(model)) as trained:
+        assert trained is model
+
+
+# --- what cannot work -----------------------------------------------------------------
+
+
+def test_units_need_the_model():
+    strategy = AutoFLIP(FedAvg(), units=0.5)
+    with pytest.raises(SettingsError, match=r"units 0.5.*model=Net\(\)"):
+        run(strategy, LocalGrid(toy_app(), NODES), net(), rounds=1)
+
+
+def test_a_model_needs_example_inputs():
+    with pytest.raises(SettingsError, match="needs example_inputs"):
+        AutoFLIP(FedAvg(), units=0.5, model=net())
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_units_are_a_share(share):
+    with pytest.raises(SettingsError, match=r"pruning.units: expected \[0, 1\]"):
+        hybrid(units=share)
+
+
+def test_a_model_other_than_the_one_that_travels_is_refused():
+    strategy = hybrid(lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)))
+    with pytest.raises(SettingsError, match=r"0.weight: expected the shape \(5, 6\)"):
+        run(strategy, LocalGrid(toy_app(), NODES), net(), rounds=1)
+
+
+def test_too_many_units_are_refused_before_anybody_explores():
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = hybrid(threshold=0.97, units=1.0)
+    with pytest.raises(MaskError, match=r"at most .*would lose all their units"):
+        run(strategy, grid, net(), rounds=1)
+    assert not grid.sent
+
+
+def test_excluded_parameters_keep_their_units_whole():
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = hybrid(exclude=["1.*"], units=0.0)
+    run(strategy, grid, net(), rounds=1)
+    with pytest.raises(MaskError, match="at most 0 of"):
+        run(hybrid(exclude=["1.*"]), LocalGrid(toy_app(), NODES), net(), rounds=1)
+
+
+def test_the_summary_says_how_much_falls_on_units(caplog):
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        hybrid().summary()
+    assert "0.7 of it on whole units" in caplog.text
