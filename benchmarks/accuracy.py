@@ -1,8 +1,10 @@
 """Accuracy and bytes of a preset beside dense FedAvg, over seeds, by `flwr run`.
 
     python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 3
+    python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 5 \\
+        "90=pruning.threshold=0.9 pruning.units=0.8 pruning.score=saliency"
 
-Every run is a simulation of its own; results stay in --output and finished runs are
+A variant is a name and overrides; without any, the README's table is made. Every run is a simulation of its own; results stay in --output and finished runs are
 not repeated. Accuracy is top-1 of the global model on held-out data after the last
 round.
 """
@@ -17,6 +19,17 @@ from pathlib import Path
 from common import report
 
 ROOT = Path(__file__).parents[1]
+
+VARIANTS = (
+    "fedavg=strategy.name=fedavg",
+    "single-60=pruning.threshold=0.6 pruning.units=0",
+    "single-80=pruning.threshold=0.8 pruning.units=0",
+    "half-80=pruning.threshold=0.8 pruning.units=0.5",
+    "hybrid-80=pruning.threshold=0.8 pruning.units=0.8",
+    "single-90=pruning.threshold=0.9 pruning.units=0",
+    "hybrid-90=pruning.threshold=0.9 pruning.units=0.8",
+    "saliency-90=pruning.threshold=0.9 pruning.units=0.8 pruning.score=saliency",
+)
 
 
 def run(output: Path, preset: str, clients: int, overrides: str) -> dict:
@@ -43,20 +56,17 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset")
+    parser.add_argument("variants", nargs="*", metavar="NAME=OVERRIDES")
     parser.add_argument("--clients", type=int, required=True)
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--thresholds", default="0.6,0.8,0.9")
     parser.add_argument("--overrides", default="")
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"))
     arguments = parser.parse_args()
     common = arguments.overrides
     if arguments.data_dir:
         common += f" data.dir={Path(arguments.data_dir).resolve()}"
-    variants = {"fedavg": "strategy.name=fedavg"} | {
-        f"autoflip-{t}": f"pruning.threshold={t}"
-        for t in arguments.thresholds.split(",")
-    }
+    variants = dict(variant.split("=", 1) for variant in arguments.variants or VARIANTS)
     table = {}
     for name, override in variants.items():
         found = [
@@ -79,6 +89,9 @@ def main() -> None:
             "standard_error": spread / len(accuracies) ** 0.5,
             "accuracies": ", ".join(f"{accuracy:.4f}" for accuracy in accuracies),
             "density": found[0]["density"],
+            "flops_of_dense": statistics.mean(
+                s["flops"]["pruned"] / s["flops"]["dense"] for s in found
+            ),
             "bytes_of_dense": statistics.mean(totals),
             "megabytes": statistics.mean(s["bytes"]["total"] / 1e6 for s in found),
             "seconds": statistics.mean(s["seconds"]["total"] for s in found),
