@@ -1,10 +1,11 @@
 """Accuracy and bytes of a preset beside dense FedAvg, over seeds, by `flwr run`.
 
     python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 3
-    python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 5 \\
-        "90=pruning.threshold=0.9 pruning.units=0.8 pruning.score=saliency"
+    python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 5
+        "saliency-90=pruning.threshold=0.9 pruning.units=0.8 pruning.score=saliency"
 
-A variant is a name and overrides; without any, the README's table is made. Every run is a simulation of its own; results stay in --output and finished runs are
+A variant is a name and overrides; without any, those of the README's table are run.
+Every run is a simulation of its own; results stay in --output and finished runs are
 not repeated. Accuracy is top-1 of the global model on held-out data after the last
 round.
 """
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--overrides", default="")
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     common = arguments.overrides
     if arguments.data_dir:
         common += f" data.dir={Path(arguments.data_dir).resolve()}"
