@@ -178,6 +178,12 @@ def masked(
     nn.Module
         The model to train or evaluate inside the block, and to give to the optimizer.
 
+    Raises
+    ------
+    MaskError
+        If a mask does not fit the model, or an optimizer steps on the whole model's
+        parameters where a smaller one was handed out.
+
     Examples
     --------
     ::
@@ -196,7 +202,8 @@ def masked(
         if small is None:
             yield model
             return
-        with training.enforce(small, units.small_masks(small, masks)):
+        own = units.small_masks(small, masks)
+        with training.untouched(model), training.enforce(small, own):
             yield small
         units.expand(small, model)
 

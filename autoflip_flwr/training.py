@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from autoflip_flwr.errors import MaskError, ModelError
 from autoflip_flwr.settings import TrainingSettings
@@ -100,6 +103,34 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
             target.zero()
 
     handle = register_optimizer_step_post_hook(after_step)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Refuse optimizer steps on a model while a smaller one stands in for it.
+
+    Raises
+    ------
+    MaskError
+        In the step: what it learned would be lost when the block ends.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        if any(id(parameter) in own for parameter in _parameters_of(optimizer)):
+            raise MaskError(
+                "the optimizer holds the parameters of the whole model, but a smaller "
+                "one is trained in its place; inside the block, train the model that "
+                "masked() hands out and make the optimizer of its parameters: "
+                "with masked(model, message, example_inputs) as net: ..."
+            )
+
+    handle = register_optimizer_step_pre_hook(before_step)
     try:
         yield
     finally:

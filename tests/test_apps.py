@@ -228,18 +228,29 @@ def test_an_existing_app_takes_part_with_four_changed_lines_at_most(example):
     assert not any("autoflip" in text for text in before.values())
 
 
-@pytest.mark.parametrize("version", ["before", "after", "smaller"])
-def test_the_example_runs_before_and_after(version, monkeypatch, capsys):
-    folder = EXAMPLES / "message_api" / version
-    monkeypatch.syspath_prepend(str(folder))
-    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
-        monkeypatch.delitem(sys.modules, name)
-    from digits_app import client_app as client
-    from digits_app import server_app as server
+@pytest.fixture
+def digits_app(monkeypatch):
+    """Import an example's two apps, and forget them again."""
 
-    assert str(folder) in str(client.__file__)
+    def forget():
+        for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
+            monkeypatch.delitem(sys.modules, name)
+
+    def load_version(version):
+        monkeypatch.syspath_prepend(str(EXAMPLES / "message_api" / version))
+        forget()
+        from digits_app import client_app, server_app
+
+        assert f"/{version}/" in str(client_app.__file__)
+        return client_app, server_app
+
+    yield load_version
+    forget()
+
+
+def run_example(client, server, rounds):
     config = {
-        "num-server-rounds": 2,
+        "num-server-rounds": rounds,
         "fraction-train": 1.0,
         "local-epochs": 1,
         "lr": 0.05,
@@ -247,8 +258,12 @@ def test_the_example_runs_before_and_after(version, monkeypatch, capsys):
     }
     grid = LocalGrid(client.app, range(1, 5), run_config=config)
     server.app(grid, Context(1, 1, {}, RecordDict(), config))
-    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
-        monkeypatch.delitem(sys.modules, name)
+    return grid
+
+
+@pytest.mark.parametrize("version", ["before", "after", "smaller"])
+def test_the_example_runs_before_and_after(version, digits_app, capsys):
+    grid = run_example(*digits_app(version), rounds=2)
     said = capsys.readouterr().out
     accuracy = float(said.rpartition("final accuracy ")[2])
     assert accuracy > 0.2, "better than guessing among ten"
@@ -258,14 +273,8 @@ def test_the_example_runs_before_and_after(version, monkeypatch, capsys):
     assert dense is (version == "before")
 
 
-def test_the_smaller_example_trains_a_smaller_network(monkeypatch):
-    folder = EXAMPLES / "message_api" / "smaller"
-    monkeypatch.syspath_prepend(str(folder))
-    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
-        monkeypatch.delitem(sys.modules, name)
-    from digits_app import client_app as client
-    from digits_app import server_app as server
-
+def test_the_smaller_example_trains_a_smaller_network(digits_app, monkeypatch):
+    client, server = digits_app("smaller")
     widths = []
     train = client.train_fn
 
@@ -274,17 +283,7 @@ def test_the_smaller_example_trains_a_smaller_network(monkeypatch):
         return train(net, *arguments)
 
     monkeypatch.setattr(client, "train_fn", seen)
-    config = {
-        "num-server-rounds": 1,
-        "fraction-train": 1.0,
-        "local-epochs": 1,
-        "lr": 0.05,
-        "seed": 0,
-    }
-    grid = LocalGrid(client.app, range(1, 5), run_config=config)
-    server.app(grid, Context(1, 1, {}, RecordDict(), config))
-    for name in [n for n in sys.modules if n.partition(".")[0] == "digits_app"]:
-        monkeypatch.delitem(sys.modules, name)
+    run_example(client, server, rounds=1)
     assert widths[:4] == [(64, 128)] * 4  # exploring
     assert len(widths) == 8
     assert all(conv < 64 and hidden < 128 for conv, hidden in widths[4:])

@@ -172,6 +172,15 @@ def test_single_weights_stay_zero_in_the_smaller_model():
     assert model[3].bias[1] == 0
 
 
+def test_an_optimizer_of_the_whole_model_is_refused_where_a_smaller_one_is_trained():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with masked(model, some_masks(model), ONE):
+        with pytest.raises(MaskError, match=r"optimizer of its parameters"):
+            optimizer.step()
+    optimizer.step()  # after the block it is as any
+
+
 @pytest.mark.parametrize("given", [{}, ConfigRecord({"server-round": 1})])
 def test_without_a_mask_the_model_is_trained_as_it_is(given):
     model = net()

@@ -361,6 +361,25 @@ def test_equal_models_are_traced_once(monkeypatch):
     assert units.trace(copy.deepcopy(model), torch.ones(1, 3)) is found
 
 
+def test_models_that_a_flag_tells_apart_are_traced_apart():
+    class Flagged(nn.Module):
+        def __init__(self, skip: bool) -> None:
+            super().__init__()
+            self.skip = skip
+            self.first = nn.Linear(3, 7)
+            self.second = nn.Linear(7, 7)
+            self.head = nn.Linear(7, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            inner = self.second(x.relu())
+            return self.head(x + inner if self.skip else inner)
+
+    x = torch.zeros(1, 3)
+    assert set(sizes(Flagged(True), x)) == {"first"}  # one stream
+    assert set(sizes(Flagged(False), x)) == {"first", "second"}
+
+
 def test_a_smaller_model_is_made_only_where_it_pays():
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 2))
     x = torch.zeros(1, 30)

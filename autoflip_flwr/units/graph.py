@@ -66,19 +66,36 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
 
 
 def _signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
+    """Tell models apart that may compute something else."""
     modules = tuple(
-        (path, type(module), module.extra_repr())
+        (path, type(module), module.extra_repr(), _frozen(_settings(module)))
         for path, module in model.named_modules(remove_duplicate=False)
     )
     tensors = tuple(
         (name, tuple(value.shape), value.dtype)
         for name, value in model.state_dict().items()
     )
-    inputs = tuple(
-        (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
-        for value in arguments(example_inputs)
-    )
-    return modules, tensors, repr(inputs)
+    return modules, tensors, _frozen(arguments(example_inputs))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return what a module's own code may look at: flags, sizes, functions."""
+    hidden = ("_", "training")
+    return {k: v for k, v in vars(module).items() if not k.startswith(hidden)}
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return tuple((str(key), _frozen(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return (type(value), value)
 
 
 class _Tracer:
