@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import MaskError, SettingsError
+from autoflip_flwr.parallel import parallel_map
 from autoflip_flwr.types import Masks, Scores
 
 #: Tensor name -> dimension -> the unit of each index along it, int64; -1: of none.
@@ -145,17 +146,25 @@ class Units:
         weight between two units counts for both.
         """
         total, size = np.zeros(self.count), np.zeros(self.count)
-        for name, dimensions in self.parameters.items():
-            if name not in scores:
-                continue
+        places = [
+            (name, dim, owner)
+            for name, dimensions in self.parameters.items()
+            if name in scores
+            for dim, owner in dimensions.items()
+        ]
+
+        def sums(place: tuple[str, int, NDArray[np.int64]]) -> NDArray[np.float64]:
+            name, dim, _ = place
             score = np.asarray(scores[name])
-            for dim, owner in dimensions.items():
-                owned = owner >= 0
-                others = tuple(d for d in range(score.ndim) if d != dim)
-                sums = score.sum(axis=others, dtype=np.float64)
-                each = score.size // max(1, score.shape[dim])
-                total += np.bincount(owner[owned], sums[owned], self.count)
-                size += each * np.bincount(owner[owned], minlength=self.count)
+            others = tuple(d for d in range(score.ndim) if d != dim)
+            return np.asarray(score.sum(axis=others, dtype=np.float64))
+
+        summed = parallel_map(sums, places)
+        for (name, _, owner), along in zip(places, summed, strict=True):
+            owned = owner >= 0
+            each = np.size(scores[name]) // max(1, owner.size)
+            total += np.bincount(owner[owned], along[owned], self.count)
+            size += each * np.bincount(owner[owned], minlength=self.count)
         return total / np.maximum(size, 1)
 
     def pruned(self, keep: Keep, prunable: Iterable[str] | None = None) -> int:
@@ -207,34 +216,61 @@ class Units:
         limits : Limits
         """
         units = self.only(scores)
-        means = units.means(scores)
-        steps: list[tuple[float, NDArray[np.int64]]] = []
-        for group in units.groups:
-            order = group.start + np.argsort(means[group.units], kind="stable")
-            for step in _steps(order, limits):
-                steps.append((float(means[step].mean()), step))
-        steps.sort(key=lambda pair: pair[0])  # stable: ties go by group
-        low, high = 0, len(steps)
+        going, sizes = units._steps(units.means(scores), limits)
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+
+        def without(count: int) -> Keep:
+            keep = np.ones(units.count, np.bool_)
+            keep[going[: ends[count]]] = False
+            return keep
+
+        low, high = 0, len(sizes)
         while low < high:  # the most steps that stay within the budget
             middle = (low + high + 1) // 2
-            keep = _without(units.count, [step for _, step in steps[:middle]])
-            if units.pruned(keep, scores) <= budget:
+            if units.pruned(without(middle), scores) <= budget:
                 low = middle
             else:
                 high = middle - 1
-        keep = _without(units.count, [step for _, step in steps[:low]])
-        return self._of(units, keep)
+        return self._of(units, without(low))
 
     def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
         """Count the parameters that whole units can prune, at most."""
         names = list(prunable)
         units = self.only(names)
-        steps = [
-            step
-            for group in units.groups
-            for step in _steps(group.start + np.arange(group.size), limits)
-        ]
-        return units.pruned(_without(units.count, steps), names)
+        going, _ = units._steps(np.zeros(units.count), limits)
+        keep = np.ones(units.count, np.bool_)
+        keep[going] = False
+        return units.pruned(keep, names)
+
+    def _steps(
+        self, means: NDArray[np.float64], limits: Limits
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return all units that may go, the lowest first, and how many go at once.
+
+        Those that go at once are of one group, so that it stays at a multiple; among
+        all groups they go by their mean. Ties go by group.
+        """
+        orders, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for group in self.groups:
+            size = group.size
+            least = max(limits.min_units, math.ceil(limits.floor * size))
+            first = size % limits.multiple or limits.multiple
+            ends = np.arange(first, size - least + 1, limits.multiple)
+            if ends.size:
+                order = np.argsort(means[group.units], kind="stable")[: ends[-1]]
+                orders.append(group.start + order)
+                sizes.append(np.diff(ends, prepend=0))
+        order, size_of = np.concatenate(orders), np.concatenate(sizes)
+        if not order.size:
+            return order, size_of
+        starts = np.cumsum(size_of) - size_of
+        by_mean = np.argsort(
+            np.add.reduceat(means[order], starts) / size_of, kind="stable"
+        )
+        rank = np.empty(size_of.size, np.int64)
+        rank[by_mean] = np.arange(size_of.size)
+        going = order[np.argsort(np.repeat(rank, size_of), kind="stable")]
+        return going, size_of[by_mean]
 
     def check_budget(
         self,
@@ -351,25 +387,3 @@ def _kept(owner: NDArray[np.int64], keep: Keep) -> Keep:
     owned = owner >= 0
     kept[owned] = keep[owner[owned]]
     return kept
-
-
-def _without(count: int, steps: Sequence[NDArray[np.int64]]) -> Keep:
-    keep = np.ones(count, np.bool_)
-    if steps:
-        keep[np.concatenate(steps)] = False
-    return keep
-
-
-def _steps(order: NDArray[np.int64], limits: Limits) -> list[NDArray[np.int64]]:
-    """Divide a group's units, lowest first, into what is taken out at once."""
-    size = order.size
-    least = max(limits.min_units, math.ceil(limits.floor * size))
-    steps: list[NDArray[np.int64]] = []
-    start = 0
-    while start < size:
-        stop = start + ((size - start) % limits.multiple or limits.multiple)
-        if size - stop < least:
-            break
-        steps.append(order[start:stop])
-        start = stop
-    return steps

@@ -26,6 +26,7 @@ def from_scores(
     mode: Mode = "quantile",
     floor: float = 0.0,
     units: Masks | None = None,
+    overwrite: bool = False,
 ) -> dict[str, NDArray[np.bool_]]:
     """Keep the parameters with the largest scores (Eq. 4).
 
@@ -47,6 +48,8 @@ def from_scores(
         A mask that prunes whole units (`groups.Units`): what it prunes goes first,
         then single weights until as many are pruned as without it. Of a tensor that
         it leaves less than the floor of, that is kept.
+    overwrite : bool
+        The scores of what `units` prunes may be lost: saves a copy of all scores.
 
     Returns
     -------
@@ -79,10 +82,11 @@ def from_scores(
     least = [math.ceil(floor * size) for size in sizes]
     kept = sum(sizes) - pruned_count(scores, threshold=threshold, mode=mode)
     if units is not None:
-        alive = [units[name].reshape(-1) for name in scores]
-        flats = [np.where(a, f, -np.inf) for a, f in zip(alive, flats, strict=True)]
-        counts = [int(np.count_nonzero(entries)) for entries in alive]
-        least = [min(pair) for pair in zip(least, counts, strict=True)]
+        flats = flats if overwrite else [flat.copy() for flat in flats]
+        for index, name in enumerate(scores):
+            alive = units[name].reshape(-1)
+            np.copyto(flats[index], -np.inf, where=~alive)
+            least[index] = min(least[index], int(np.count_nonzero(alive)))
     if mode == "value" and units is None:
         keeps = [flat >= threshold for flat in flats]
         _raise_if_emptied(list(scores), keeps, threshold, least)

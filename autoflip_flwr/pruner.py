@@ -126,6 +126,7 @@ class Pruner:
             mode=self.settings.mode,
             floor=self.settings.floor,
             units=self._unit_masks(scores),
+            overwrite=True,
         )
         masking.check_layers(masks)
         self._masks = masks if share == 1.0 else None

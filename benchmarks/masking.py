@@ -1,6 +1,7 @@
 """Building a round's mask for 23.7 M parameters beside FedAvg's aggregation.
 
     python benchmarks/masking.py --explorers 5 --explorers 500
+    python benchmarks/masking.py --explorers 5 --units 0.8
 
 The mask for 5 sampled clients, at the default settings, against
 `FedAvg.aggregate_train` of 5 dense replies. Memory is the peak of what Python and
@@ -14,12 +15,13 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-from common import arrays_of, paired, report
+import torch
+from common import RESNET50, arrays_of, paired, report
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from autoflip_flwr import codec
+from autoflip_flwr import codec, models, units
 from autoflip_flwr.pruner import Pruner
 from autoflip_flwr.settings import PruningSettings
 
@@ -45,7 +47,11 @@ def main() -> None:
     """Print time and memory for each number of explorers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--explorers", type=int, action="append")
+    parser.add_argument("--units", type=float, default=0.0)
     arguments = parser.parse_args()
+    chosen = PruningSettings(units=arguments.units)
+    model = models.build(**RESNET50, seed=0)
+    found = units.trace(model, torch.zeros(1, *RESNET50["input_shape"]))
     arrays, names = arrays_of()
     weights = {name: value for name, value in arrays.items() if name in names}
     size = sum(value.size for value in weights.values())
@@ -66,7 +72,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tracemalloc.start()
             before = tracemalloc.get_traced_memory()[0]
-            pruner = Pruner(weights, PruningSettings(), Path(folder))
+            pruner = Pruner(weights, chosen, Path(folder), found)
             for node_id in range(explorers):
                 pruner.add(node_id, frames[node_id % SAMPLED])
             tracemalloc.reset_peak()
