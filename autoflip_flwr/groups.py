@@ -290,13 +290,15 @@ class Units:
         most = self.most(names, limits)
         if budget > most:
             total = sum(math.prod(self.shapes[name]) for name in names)
-            at_least = [group.name for group in self.only(names).groups]
+            able = [group.name for group in self.only(names).groups]
+            excluded = [g.name for g in self.groups if g.name not in able]
             raise MaskError(
                 f"whole units can prune at most {most} of {total} parameters "
                 f"({most / max(1, total):.1%}), asked for {budget}: beyond that groups "
-                f"would lose all their units, or their least ({limits}); prunable "
-                f"groups {at_least}, "
-                f"left whole {dict(self.whole)}; prune fewer units or lower the limits"
+                f"would lose all their units, or their least ({limits}). Groups that "
+                f"can be pruned: {able}; that have parameters which are excluded or "
+                f"not trained: {excluded}; left whole: {dict(self.whole)}. Prune fewer "
+                "whole units, or lower the limits, or exclude less"
             )
 
     def _of(self, units: "Units", keep: Keep) -> Keep:

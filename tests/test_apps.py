@@ -59,7 +59,7 @@ def test_settings_of_a_server_strategy_have_an_effect(server, more, tmp_path):
         "pruning.score=guidance pruning.normalization=global",
         "pruning.normalization=layer exploration.epochs=2 exploration.every=1",
         "wire.values=float16 exploration.fraction=0.5",
-        "pruning.exclude=[*bias,fc2*] training.optimizer=adam",
+        "pruning.exclude=[*bias,fc2*] pruning.units=0 training.optimizer=adam",
     ],
 )
 def test_documented_settings_run(overrides, tmp_path):
