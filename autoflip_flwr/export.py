@@ -2,10 +2,12 @@
 
 import copy
 import importlib.util
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from torch import nn
 from autoflip_flwr import experiment, settings, training, units
 from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.types import Array
+
+_log = logging.getLogger("flwr")
 
 _TOLERANCE = 1e-4  # of the largest output, in float32
 
@@ -84,13 +88,13 @@ def export_model(
     """
     model = copy.deepcopy(model).cpu().eval()
     with training.enforce(model, masks):
-        small = model
-        if units.loses_units(masks):
-            small = units.compact(model, masks, example).eval()
+        small = _smaller(model, masks, example)
     inputs = torch.cat([example, example])
     with torch.no_grad():
         expected = model(inputs)
     output.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "model.pt2", "model.onnx"):
+        (output / name).unlink(missing_ok=True)  # of an export before
     weights = output / "model.safetensors"
     save_file(_tensors(small), weights, {"format": "pt"})
     program = _export(small, inputs)
@@ -104,6 +108,19 @@ def export_model(
         parameters=sum(p.numel() for p in small.parameters()),
         dense_parameters=sum(p.numel() for p in model.parameters()),
     )
+
+
+def _smaller(
+    model: nn.Module, masks: Mapping[str, NDArray[np.bool_]], example: torch.Tensor
+) -> nn.Module:
+    """Return the compact model, or the whole one where nothing can be taken out."""
+    if not units.loses_units(masks):
+        return model
+    try:
+        return units.compact(model, masks, example).eval()
+    except ModelError as error:
+        _log.warning("the model is exported whole: %s", error)
+        return model
 
 
 def _export(small: nn.Module, inputs: torch.Tensor) -> torch.export.ExportedProgram:
@@ -151,7 +168,7 @@ def _has_onnx() -> bool:
 
 def _tensors(small: nn.Module) -> dict[str, torch.Tensor]:
     """Return the small tensors, and where they were in the whole ones."""
-    found = {name: value.contiguous() for name, value in small.state_dict().items()}
+    found = {name: value.clone() for name, value in small.state_dict().items()}
     for name, indices in units.kept_indices(small, default={}).items():
         for dim, index in enumerate(indices):
             if index is not None:
@@ -159,14 +176,18 @@ def _tensors(small: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _compare(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
-    difference = (got.detach() - expected).abs().max()
-    worst = float(difference / expected.abs().max().clamp_min(1e-30))
-    if not worst <= _TOLERANCE:
-        raise ModelError(
-            f"{what} does not answer as the masked model does: expected a difference "
-            f"of at most {_TOLERANCE} of the largest output, got {worst:.2g}"
-        )
+def _compare(what: str, got: Any, expected: Any) -> None:
+    for one, other in zip(
+        units.tensors_of(got), units.tensors_of(expected), strict=True
+    ):
+        difference = (one.detach() - other).abs().max()
+        worst = float(difference / other.abs().max().clamp_min(1e-30))
+        if not worst <= _TOLERANCE:
+            raise ModelError(
+                f"{what} does not answer as the masked model does: expected a "
+                f"difference of at most {_TOLERANCE} of the largest output, "
+                f"got {worst:.2g}"
+            )
 
 
 def _weights(path: Path) -> dict[str, Array]:

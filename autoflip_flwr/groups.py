@@ -34,9 +34,14 @@ class Group:
     size: int  # units
 
     @property
+    def stop(self) -> int:
+        """Number behind its last unit."""
+        return self.start + self.size
+
+    @property
     def units(self) -> slice:
         """The group's units among all."""
-        return slice(self.start, self.start + self.size)
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +76,8 @@ class Units:
     shapes : mapping of name -> shape
         Of the tensors in `parameters` and `buffers`.
     uses : mapping of name -> int
-        How often a weight is used for one sample: the pixels a convolution makes,
-        the steps of a recurrent layer.
+        How often a weight is used for the example inputs: the pixels a convolution
+        makes, the steps of a recurrent layer.
     level : tuple of tuples of int arrays
         Sets of rows of units that must stay equally many: the layers of one
         `nn.LSTM` share one hidden size.
@@ -114,6 +119,22 @@ class Units:
         """Leave the named groups whole, and note why."""
         left = [group for group in self.groups if group.name not in reasons]
         return replace(self._with(left), whole={**self.whole, **reasons})
+
+    def clusters(self) -> list[list[Group]]:
+        """Return the groups, together those that share rows of equal length."""
+        unit_of = {u: g for g in self.groups for u in range(g.start, g.stop)}
+        together: list[set[Group]] = []
+        for rows in self.level:
+            found = {unit_of[u] for row in rows for u in row.tolist() if u >= 0}
+            for other in [each for each in together if each & found]:
+                together.remove(other)
+                found |= other
+            together.append(found)
+        alone = set(self.groups).difference(*together)
+        return [
+            *([group] for group in self.groups if group in alone),
+            *([g for g in self.groups if g in found] for found in together if found),
+        ]
 
     def _with(self, groups: Sequence[Group]) -> "Units":
         """Return the units of some groups, numbered anew."""
@@ -182,7 +203,7 @@ class Units:
         return count
 
     def operations(self, keep: Keep | None = None) -> int:
-        """Count multiply-accumulates of one sample; None: of the whole model.
+        """Count multiply-accumulates of the example inputs; None: of the whole model.
 
         Of the weights in `uses` alone: convolutions, linear and recurrent layers.
         """
@@ -242,24 +263,55 @@ class Units:
         keep[going] = False
         return units.pruned(keep, names)
 
+    def _rows(self) -> list[list[NDArray[np.int64]]]:
+        """Return the rows of units that compete, together those of equal length.
+
+        Of rows that must stay equally long the lowest units of all go at once; where
+        one of them is not free to go, or they overlap, none of them goes.
+        """
+        levelled: list[list[NDArray[np.int64]]] = []
+        taken = np.zeros(self.count, np.bool_)
+        for cluster in self.clusters():
+            units = {u for group in cluster for u in range(group.start, group.stop)}
+            rows = {
+                tuple(row.tolist())
+                for each in self.level
+                for row in each
+                if not units.isdisjoint(row.tolist())
+            }
+            if not rows:
+                continue
+            taken[list(units)] = True
+            numbers = [unit for row in rows for unit in row]
+            bound = any(
+                (row < 0).any()
+                for each in self.level
+                if any(tuple(r.tolist()) in rows for r in each)
+                for row in each
+            )
+            if not bound and len(set(numbers)) == len(numbers):
+                levelled.append([np.array(row) for row in sorted(rows)])
+        free = [g for g in self.groups if not taken[g.units].any()]
+        return [[np.arange(g.start, g.stop)] for g in free] + levelled
+
     def _steps(
         self, means: NDArray[np.float64], limits: Limits
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return all units that may go, the lowest first, and how many go at once.
 
-        Those that go at once are of one group, so that it stays at a multiple; among
-        all groups they go by their mean. Ties go by group.
+        Those that go at once are of one group, so that it stays at a multiple, or of
+        rows that stay equally long; among all they go by their mean. Ties go by group.
         """
         orders, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for group in self.groups:
-            size = group.size
+        for rows in self._rows():
+            size = len(rows[0])
             least = max(limits.min_units, math.ceil(limits.floor * size))
             first = size % limits.multiple or limits.multiple
             ends = np.arange(first, size - least + 1, limits.multiple)
             if ends.size:
-                order = np.argsort(means[group.units], kind="stable")[: ends[-1]]
-                orders.append(group.start + order)
-                sizes.append(np.diff(ends, prepend=0))
+                lowest = [row[np.argsort(means[row], kind="stable")] for row in rows]
+                orders.append(np.stack(lowest, axis=1)[: ends[-1]].reshape(-1))
+                sizes.append(np.diff(ends, prepend=0) * len(rows))
         order, size_of = np.concatenate(orders), np.concatenate(sizes)
         if not order.size:
             return order, size_of

@@ -80,20 +80,22 @@ def from_scores(
     sizes = [flat.size for flat in flats]
     check_floor(sizes, threshold=threshold, mode=mode, floor=floor)
     least = [math.ceil(floor * size) for size in sizes]
-    kept = sum(sizes) - pruned_count(scores, threshold=threshold, mode=mode)
+    if mode == "value":
+        keeps = [flat >= threshold for flat in flats]
+        _raise_if_emptied(list(scores), keeps, threshold, least)
+        for index, flat in enumerate(flats):
+            if int(keeps[index].sum()) < least[index]:
+                keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
+        kept = sum(int(np.count_nonzero(keep)) for keep in keeps)
+    else:
+        kept = _kept(sum(sizes), threshold, mode)
     if units is not None:
         flats = flats if overwrite else [flat.copy() for flat in flats]
         for index, name in enumerate(scores):
             alive = units[name].reshape(-1)
             np.copyto(flats[index], -np.inf, where=~alive)
             least[index] = min(least[index], int(np.count_nonzero(alive)))
-    if mode == "value" and units is None:
-        keeps = [flat >= threshold for flat in flats]
-        _raise_if_emptied(list(scores), keeps, threshold, least)
-        for index, flat in enumerate(flats):
-            if int(keeps[index].sum()) < least[index]:
-                keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
-    else:
+    if units is not None or mode != "value":
         keeps = _keep_highest(flats, kept, least)
     return {
         name: keep.reshape(np.shape(score))

@@ -195,16 +195,19 @@ def masked(
         masks = masks_from(masks_or_message)
     else:
         masks = dict(masks_or_message)
-    with training.enforce(model, masks):
-        small = None
-        if example_inputs is not None:
-            small = units.compact_if_it_pays(model, masks, example_inputs)
-        if small is None:
+    small = None
+    if example_inputs is not None:
+        masks = training.resolve(model, masks)
+        small = units.compact_if_it_pays(model, masks, example_inputs)
+    if small is None:
+        with training.enforce(model, masks):
             yield model
-            return
+        return
+    try:
         own = units.small_masks(small, masks)
         with training.untouched(model), training.enforce(small, own):
             yield small
+    finally:  # also what a block learned before it failed
         units.expand(small, model)
 
 

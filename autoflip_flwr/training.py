@@ -111,28 +111,31 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Refuse optimizer steps on a model while a smaller one stands in for it.
+    """Refuse changes to a model while a smaller one stands in for it.
 
     Raises
     ------
     MaskError
-        In the step: what it learned would be lost when the block ends.
+        In an optimizer's step, or at the end: what it learned would be lost.
     """
+    advice = (
+        "whole model, but a smaller one is trained in its place; inside the block, "
+        "train the model that masked() hands out, and make the optimizer of its "
+        "parameters: with masked(model, message, example_inputs) as net: ..."
+    )
     own = {id(parameter) for parameter in model.parameters()}
+    before = [parameter._version for parameter in model.parameters()]
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
         if any(id(parameter) in own for parameter in _parameters_of(optimizer)):
-            raise MaskError(
-                "the optimizer holds the parameters of the whole model, but a smaller "
-                "one is trained in its place; inside the block, train the model that "
-                "masked() hands out and make the optimizer of its parameters: "
-                "with masked(model, message, example_inputs) as net: ..."
-            )
+            raise MaskError(f"the optimizer holds the parameters of the {advice}")
 
     handle = register_optimizer_step_pre_hook(before_step)
     try:
         yield
+        if [parameter._version for parameter in model.parameters()] != before:
+            raise MaskError(f"the block has changed the {advice}")
     finally:
         handle.remove()
 
@@ -169,10 +172,21 @@ def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _targets(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
+def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
+    """Return masks under the names of ``model.named_parameters()``.
+
+    Numbers stand for positions in ``model.state_dict()``, and a tied weight keeps what
+    all its names keep.
+
+    Raises
+    ------
+    MaskError
+        If a name is not a parameter of the model, or a shape or type differs.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = list(model.state_dict())
-    targets: dict[int, _Pruned] = {}
+    resolved: dict[str, NDArray[np.bool_]] = {}
     for name, keep in masks.items():
         known = name
         if name not in parameters and name.isdecimal() and int(name) < len(names):
@@ -189,15 +203,28 @@ def _targets(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
                 f"known: {list(parameters)}{hint}"
             )
         parameter = parameters[known]
-        if tuple(parameter.shape) != keep.shape:
+        shape = tuple(parameter.shape)
+        if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_:
             raise MaskError(
-                f"{name}: expected a mask of shape {tuple(parameter.shape)}, "
-                f"got {keep.shape}"
+                f"{name}: expected a NumPy array of bool (True = keep), got "
+                f"{type(keep).__name__} of {getattr(keep, 'dtype', 'no type')}"
             )
-        if id(parameter) in targets:  # a tied weight keeps what all its names keep
-            keep = keep & targets[id(parameter)].keep
-        targets[id(parameter)] = _Pruned(parameter, keep)
-    return {key: found for key, found in targets.items() if not found.keep.all()}
+        if shape != keep.shape:
+            raise MaskError(
+                f"{name}: expected a mask of shape {shape}, got {keep.shape}"
+            )
+        known = first[id(parameter)]
+        resolved[known] = keep & resolved[known] if known in resolved else keep
+    return resolved
+
+
+def _targets(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
+    return {
+        id(parameter): _Pruned(parameter, keep)
+        for name, keep in resolve(model, masks).items()
+        if not keep.all()
+        for parameter in [model.get_parameter(name)]
+    }
 
 
 def train(

@@ -2,13 +2,14 @@
 
     python benchmarks/compact.py                 # all models and shares
     python benchmarks/compact.py resnet50 0.5    # one of them
+    python benchmarks/compact.py --multiple 1    # widths as they come
 
 Units are taken out by random scores, in multiples of 16 (the floats of an AVX-512
-register), until thop counts the share of the FLOPs. Then, in pairs of dense and compact
-within one process: a training step (forward, backward, SGD with momentum) and inference
-of a batch; what compacting plus scattering back costs, in training steps of the dense
-model; and the peak memory of training, each in a process of its own. Ratios are
-dense / compact: larger is better.
+register) unless told otherwise, until thop counts the share of the FLOPs. Then, in
+pairs of dense and compact within one process: a training step (forward, backward, SGD
+with momentum) and inference of a batch; what compacting plus scattering back costs, in
+training steps of the dense model; and the peak memory of training, each in a process
+of its own. Ratios are dense / compact: larger is better.
 """
 
 import argparse
@@ -79,13 +80,13 @@ def build(name: str) -> tuple[nn.Module, tuple[int, ...], int]:
 
 
 def keep_at(
-    found: Units, model: nn.Module, share: float, example: torch.Tensor
+    found: Units, model: nn.Module, share: float, multiple: int, example: torch.Tensor
 ) -> Keep:
     """Return the units left at a share of thop's FLOPs, by bisection."""
     rng = np.random.default_rng(0)
     scores = {n: rng.random(tuple(p.shape)) for n, p in model.named_parameters()}
     total = sum(score.size for score in scores.values())
-    limits = Limits(multiple=16)
+    limits = Limits(multiple=multiple)
     dense = costs.flops(model, example)
     low, high = 0, total
     while high - low > total // 1000:
@@ -103,12 +104,12 @@ def keep_at(
     return keep
 
 
-def measure(name: str, share: float, pairs: int) -> dict[str, Any]:
+def measure(name: str, share: float, multiple: int, pairs: int) -> dict[str, Any]:
     """Return one row of the table."""
     model, shape, batch = build(name)
     example = torch.randn(1, *shape)
     found = units.trace(model, example)
-    keep = keep_at(found, model, share, example)
+    keep = keep_at(found, model, share, multiple, example)
     small = units.shrink(model, found, keep)
     flops = costs.flops(small, example) / costs.flops(model, example)
     size = costs.parameters(small) / costs.parameters(model)
@@ -136,7 +137,9 @@ def measure(name: str, share: float, pairs: int) -> dict[str, Any]:
     }
 
 
-def peak_of(name: str, share: float, compact: bool, results: Any) -> None:
+def peak_of(
+    name: str, share: float, multiple: int, compact: bool, results: Any
+) -> None:
     """Train one model for three steps and note the most memory it took, in MB."""
     base = _resident("VmRSS")
     model, shape, batch = build(name)
@@ -144,7 +147,7 @@ def peak_of(name: str, share: float, compact: bool, results: Any) -> None:
     if compact:
         example = torch.randn(1, *shape)
         found = units.trace(model, example)
-        keep = keep_at(found, model, share, example)
+        keep = keep_at(found, model, share, multiple, example)
         net = units.shrink(model, found, keep)  # the whole model stays beside it
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -164,13 +167,15 @@ def _resident(key: str) -> float:
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(key))
 
 
-def peaks(name: str, share: float) -> list[Any]:
+def peaks(name: str, share: float, multiple: int) -> list[Any]:
     """Return the peak of dense and compact training, each in a new process."""
     context = multiprocessing.get_context("spawn")
     found = []
     for compact in (False, True):
         results = context.Queue()
-        child = context.Process(target=peak_of, args=(name, share, compact, results))
+        child = context.Process(
+            target=peak_of, args=(name, share, multiple, compact, results)
+        )
         child.start()
         found.append(results.get())
         child.join()
@@ -183,6 +188,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=tuple(CASES))
     parser.add_argument("share", nargs="?", type=float)
     parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--multiple", type=int, default=16)
     chosen = parser.parse_args()
     names = [chosen.model] if chosen.model else list(CASES)
     shares = [chosen.share] if chosen.share else SHARES
@@ -190,9 +196,9 @@ def main() -> None:
     rows = {"device": device, "threads": torch.get_num_threads()}
     for name in names:
         for share in shares:
-            rows[f"{name}, {share}"] = measure(name, share, chosen.pairs) | {
-                "peak_mb": peaks(name, share)
-            }
+            row = measure(name, share, chosen.multiple, chosen.pairs)
+            row["peak_mb"] = peaks(name, share, chosen.multiple)
+            rows[f"{name}, {share}"] = row
     report(rows)
 
 

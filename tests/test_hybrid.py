@@ -43,11 +43,21 @@ def test_with_a_value_as_threshold_as_many_go_as_without_units():
     both = mask.from_scores(
         SCORES, threshold=2.5, mode="value", floor=0.01, units=units_mask
     )
-    assert mask.density(both) == mask.density(alone) or mask.density(alone) > 0
-    assert sum(int((~m).sum()) for m in both.values()) == sum(
-        int((s < 2.5).sum()) for s in SCORES.values()
-    )
+    # 12 are below, and the floor keeps the best entry of b2
+    assert sum(int((~m).sum()) for m in alone.values()) == 11
+    assert mask.density(both) == mask.density(alone)
     assert not both["w1"][3].any()
+
+
+def test_with_a_value_that_is_above_all_the_floor_is_kept_of_what_units_leave():
+    units_mask = mlp().masks(np.array([False, True, True, True]), SCORES)
+    masks = mask.from_scores(
+        SCORES, threshold=100, mode="value", floor=0.25, units=units_mask
+    )
+    assert {name: int(kept.sum()) for name, kept in masks.items()} == {
+        "w1": 3, "b1": 1, "w2": 2, "b2": 1,
+    }  # fmt: skip
+    assert not masks["w1"][0].any()
 
 
 @given(seed=st.integers(0, 2**32 - 1), threshold=st.floats(0.1, 0.8))
@@ -95,11 +105,18 @@ def test_a_round_sends_whole_units_as_empty_and_meets_the_threshold():
 def test_clients_that_train_a_smaller_model_end_with_the_same_weights(make, weight):
     ends = {}
     for example in (None, ONE):
-        grid = LocalGrid(toy_app(make, example_inputs=example), NODES)
+        widths = []
+        app = toy_app(
+            make,
+            example_inputs=example,
+            after_step=lambda net, seen=widths: seen.append(net[0].out_features),
+        )
+        grid = LocalGrid(app, NODES)
         strategy = hybrid(make, population_weight=weight)
         strategy.strategy.fraction_train = 0.6
         seen, _ = run(strategy, grid, make(), rounds=4)
         ends[example is None] = seen[-1]
+        assert (min(widths) < 16) is (example is not None)
     masks = strategy.rounds.plan.masks
     for name, value in ends[True].items():
         if name.endswith(("running_mean", "running_var")):
@@ -179,6 +196,76 @@ def test_an_optimizer_of_the_whole_model_is_refused_where_a_smaller_one_is_train
     with masked(model, some_masks(model), ONE), refused:
         optimizer.step()
     optimizer.step()  # after the block it is as any
+
+
+def test_a_change_of_the_whole_model_is_refused_where_a_smaller_one_is_trained():
+    model = net()
+    refused = pytest.raises(MaskError, match="the block has changed the whole model")
+    with refused, masked(model, some_masks(model), ONE):
+        model.load_state_dict(net().state_dict())
+
+
+def test_what_a_block_learned_before_it_failed_is_not_lost():
+    model = net()
+    masks = some_masks(model)
+
+    def interrupted() -> None:
+        with masked(model, masks, ONE) as small, torch.no_grad():
+            small[3].bias.fill_(5.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (model[3].bias == 5).all()
+
+
+def test_a_smaller_model_may_change_its_type():
+    model = net()
+    with masked(model, some_masks(model), ONE) as small, torch.no_grad():
+        small.double()[3].bias.fill_(2.0)
+    assert model[3].bias.dtype == torch.float32
+    assert (model[3].bias == 2).all()
+
+
+def test_the_older_apis_numbers_name_a_smaller_models_masks_too():
+    model = net()
+    masks = some_masks(model)
+    numbers = {str(i): name for i, name in enumerate(model.state_dict())}
+    numbered = {i: masks[name] for i, name in numbers.items() if name in masks}
+    with masked(model, numbered, ONE) as small:
+        assert small[0].out_features < 16
+
+
+def test_a_tied_weight_is_masked_under_any_of_its_names():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 16)
+            self.one = nn.Linear(16, 16, bias=False)
+            self.two = nn.Linear(16, 16, bias=False)
+            self.two.weight = self.one.weight
+            self.inner = nn.Linear(16, 16)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = self.two(self.one(self.first(x).relu()).relu())
+            return self.head(self.inner(x).relu())
+
+    model = Tied()
+    masks = some_masks(model, share=0.1)
+    masks["two.weight"] = masks.pop("one.weight")
+    masks["inner.weight"][:12] = masks["inner.bias"][:12] = False
+    masks["head.weight"][:, :12] = False
+    with masked(model, masks, ONE) as small:
+        assert small.inner.out_features < 16
+        assert small.two.weight is small.one.weight
+
+
+def test_hooks_on_parameters_keep_the_model_whole():
+    model = net()
+    model[0].weight.register_hook(lambda gradient: gradient * 0)
+    with masked(model, some_masks(model), ONE) as trained:
+        assert trained is model
 
 
 @pytest.mark.parametrize("given", [{}, ConfigRecord({"server-round": 1})])

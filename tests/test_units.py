@@ -422,3 +422,241 @@ def test_a_random_mask_of_units_is_exact_and_meets_its_share(seed, share, multip
     assert 1 - left / total <= share
     with enforce(model, masks):
         torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+# --- what the graph does not follow is found out --------------------------------------
+
+
+class Flow(nn.Module):
+    """Two layers, and any function of the first one's channels between them."""
+
+    def __init__(self, between, *, bias: bool = True, inputs: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1, bias=bias)
+        self.second = nn.Conv2d(inputs, 6, 1, bias=bias)
+        self.head = nn.Linear(6, 2)
+        self.between = between
+
+    def forward(self, x):
+        x = self.second(self.between(self.first(x))).relu()
+        return self.head(x.mean((2, 3)))
+
+
+BLANK = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        Flow(lambda x: x.relu().flip(1), bias=False),
+        Flow(lambda x: x * x.mean(1, keepdim=True).sigmoid(), bias=False),
+        Flow(lambda x: x * x.amax(1, keepdim=True).sigmoid()),
+        Flow(lambda x: nn.functional.glu(x, 1), inputs=4),
+        Flow(lambda x: nn.functional.pixel_shuffle(x, 2), inputs=2),
+        Flow(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
+        Flow(lambda x: x.softmax(1)),
+    ],
+    ids=["flip", "mean", "maximum", "glu", "shuffle", "swapped", "softmax"],
+)
+def test_with_blank_example_inputs_too_a_misread_group_stays_whole(flow):
+    found = units.trace(flow, BLANK)
+    assert [group.name for group in found.groups] == ["second"]
+    assert "first" in found.whole
+    assert_exact(flow, IMAGE, share=0.25)
+
+
+def test_a_branch_of_training_alone_is_seen():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+            self.side = nn.Conv2d(8, 2, 1)
+            self.second = nn.Conv2d(8, 6, 1)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            result = self.head(self.second(x).relu().mean((2, 3)))
+            return (result, self.side(x).mean((2, 3))) if self.training else result
+
+    found = units.trace(Auxiliary(), BLANK)
+    assert [group.name for group in found.groups] == ["second"]
+    assert_exact(Auxiliary(), IMAGE, share=0.1)
+
+
+class Casting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 2)
+        self.table = torch.eye(4)  # neither a parameter nor a buffer
+
+    def forward(self, x):
+        return self.head(self.first(x.float() @ self.table).relu())
+
+
+def test_a_model_that_asks_for_float32_is_tried_in_it():
+    found = units.trace(Casting(), torch.zeros(1, 4, dtype=torch.uint8))
+    assert [group.name for group in found.groups] == ["first"]
+
+
+def test_several_inputs_and_containers_of_them_are_traced():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 8), nn.Linear(5, 8)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, left, more):
+            return {"y": self.head(self.left(left) + self.right(more["right"]))}
+
+    example = (torch.zeros(1, 3), {"right": torch.zeros(1, 5)})
+    assert sizes(Pair(), example) == {"left": 8}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_hidden_states_that_the_stand_in_cannot_tell_apart_stay_whole(kind):
+    class Reader(nn.Module):
+        def __init__(self, both: bool) -> None:
+            super().__init__()
+            self.recurrent = kind(
+                6, 10, num_layers=1 if both else 2, batch_first=True, bidirectional=both
+            )
+            self.inner = nn.Linear(20 if both else 10, 8)
+            self.head = nn.Linear(8, 2)
+            self.both = both
+
+        def forward(self, x):
+            self.recurrent.flatten_parameters()
+            _, state = self.recurrent(x, None)
+            h = state[0] if isinstance(state, tuple) else state
+            read = torch.cat([h[-2], h[-1]], 1) if self.both else h[0]
+            return self.head(self.inner(read).relu())
+
+    for both in (True, False):
+        found = units.trace(Reader(both), torch.zeros(1, 5, 6))
+        assert "inner" in [group.name for group in found.groups]
+        assert_exact(Reader(both), torch.randn(4, 5, 6), share=0.02)
+
+
+def test_packed_sequences_are_traced_or_stay_whole():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = nn.LSTM(6, 10, batch_first=True)
+            self.inner = nn.Linear(10, 8)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            lengths = torch.full((len(x),), x.shape[1])
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            output, _ = self.recurrent(packed)
+            padded, _ = nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
+            return self.head(self.inner(padded.mean(1)).relu())
+
+    assert_exact(Packed(), torch.randn(4, 5, 6), share=0.1)
+
+
+def test_statistics_that_make_a_missing_channel_more_than_zero_are_found():
+    model = nn.Sequential(
+        nn.Linear(3, 8),
+        nn.BatchNorm1d(8, affine=False),
+        nn.LayerNorm(8),
+        nn.Linear(8, 6),
+        nn.ReLU(),
+        nn.Linear(6, 2),
+    )
+    assert [group.name for group in units.trace(model, torch.zeros(1, 3)).groups] == [
+        "3"
+    ]
+
+
+def test_buffers_that_are_not_saved_come_back_too():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.calls += 1
+            return self.head(self.first(x).relu())
+
+    model = Counting()
+    masks = units.mask_units(
+        model, random_scores(model), share=0.4, example_inputs=torch.zeros(1, 3)
+    )
+    assert model.calls == 0
+    small = units.compact(model, masks, torch.zeros(1, 3))
+    small(torch.zeros(2, 3))
+    assert units.expand(small, model).calls == 1
+
+
+# --- the cache ------------------------------------------------------------------------
+
+
+def test_a_trace_in_inference_mode_is_as_any():
+    model = nn.Sequential(nn.Linear(3, 43), nn.ReLU(), nn.Linear(43, 2))
+    with torch.inference_mode():
+        assert sizes(model, torch.zeros(1, 3)) == {"0": 43}
+    assert sizes(model, torch.zeros(1, 3)) == {"0": 43}
+
+
+def test_tied_and_untied_models_are_traced_apart():
+    def build(tied: bool) -> nn.Module:
+        model = nn.Sequential(
+            nn.Linear(9, 9, bias=False), nn.ReLU(), nn.Linear(9, 9, bias=False)
+        )
+        if tied:
+            model[2].weight = model[0].weight
+        return nn.Sequential(model, nn.ReLU(), nn.Linear(9, 2))
+
+    x = torch.zeros(1, 9)
+    assert sizes(build(False), x) == {"0.0": 9, "0.2": 9}
+    assert sizes(build(True), x) == {}
+
+
+def test_a_model_with_settings_of_unknown_kind_is_traced_each_time():
+    class Config:
+        flip = False
+
+    class Configured(Flow):
+        def __init__(self, config) -> None:
+            super().__init__(None)
+            self.config = config
+
+        def forward(self, x):
+            self.between = (lambda x: x.flip(1)) if self.config.flip else nn.Identity()
+            return super().forward(x)
+
+    config = Config()
+    assert "first" in sizes(Configured(config), BLANK)
+    config.flip = True
+    assert "first" not in sizes(Configured(config), BLANK)
+
+
+def test_a_failed_trace_is_remembered(monkeypatch):
+    from autoflip_flwr.units import graph
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Bilinear(6, 6, 47))
+    with pytest.raises(ModelError, match="Bilinear"):
+        units.trace(model, torch.zeros(1, 4))
+    monkeypatch.setattr(graph, "_found", None)  # would fail if it were called
+    with pytest.raises(ModelError, match="Bilinear"):
+        units.trace(model, torch.zeros(1, 4))
+
+
+def test_layers_of_one_recurrent_module_lose_equally_many_units():
+    """Else the widest decides, and most of what is pruned makes nothing smaller."""
+    model = Tagger(nn.LSTM, num_layers=3)
+    scores = random_scores(model)
+    for name in scores:
+        if name.endswith("_l1"):
+            scores[name] += 1  # alone, this layer would lose nothing
+    masks = units.mask_units(model, scores, share=0.5, example_inputs=TOKENS)
+    found = units.trace(model, TOKENS)
+    used = found.used(masks)
+    assert_array_equal(found.levelled(used), used)
+    small = units.compact(model, masks, TOKENS)
+    left = sum(int(mask.sum()) for mask in masks.values())
+    assert left == sum(p.numel() for p in small.parameters())

@@ -17,6 +17,7 @@ from autoflip_flwr.units.surgery import (
     kept_indices,
     shrink,
     small_masks,
+    tensors_of,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "pays",
     "shrink",
     "small_masks",
+    "tensors_of",
     "trace",
 ]
 
@@ -98,10 +100,12 @@ def mask_units(
 def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn.Module:
     """Return a physically smaller copy of a masked model.
 
-    Units of which the mask leaves nothing are taken out; forward, gradients and the
-    weights after training are those of the masked model (kept at zero with `masked`),
-    dropout's random draws apart. Single weights that are masked are zero in it, and
-    `masked` with `small_masks` keeps them so.
+    Units of which the mask leaves nothing are taken out; forward, gradients of kept
+    entries and the weights after training are those of the masked model (kept at zero
+    with `masked`). Apart from what depends on the width itself: dropout's random draws,
+    and rules that look at all of a tensor or model (clipping the norm of gradients,
+    Adafactor). Single weights that are masked are zero in it, and `masked` with
+    `small_masks` keeps them so.
 
     Parameters
     ----------
@@ -128,12 +132,14 @@ def compact_if_it_pays(
 ) -> nn.Module | None:
     """Return `compact`'s model if it needs at most `PAYS` of the operations.
 
-    None as well, with a warning, for a model that cannot be traced: its mask still
-    works, on the whole model.
+    None as well, with a warning, for a model that cannot be traced, and for one with
+    hooks on its parameters: the mask still works, on the whole model.
     """
     if not loses_units(masks):
         return None
     _check_names(model, masks, "mask")
+    if any(p._backward_hooks for p in model.parameters()):
+        return None  # hooks would not see the smaller model's gradients
     try:
         found = trace(model, example_inputs)
     except ModelError as error:
@@ -180,6 +186,11 @@ def _check_names(model: nn.Module, arrays: Masks | Scores, what: str) -> None:
             raise MaskError(
                 f"the {what} names {name!r}, which is no parameter of the model; "
                 f"known: {list(shapes)}"
+            )
+        if what == "mask" and getattr(array, "dtype", None) != np.bool_:
+            raise MaskError(
+                f"{name}: expected a NumPy array of bool (True = keep), got "
+                f"{type(array).__name__} of {getattr(array, 'dtype', 'no type')}"
             )
         if np.shape(array) != shapes[name]:
             raise MaskError(

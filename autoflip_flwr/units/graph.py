@@ -19,6 +19,7 @@ from autoflip_flwr.errors import ModelError
 from autoflip_flwr.groups import Group, Units
 from autoflip_flwr.units import layers, recurrent
 from autoflip_flwr.units.proof import prove
+from autoflip_flwr.units.signature import signature
 from autoflip_flwr.units.surgery import ExampleInputs, arguments, tensors_of, twin
 
 _Owners = dict[str, dict[int, NDArray[np.int64]]]
@@ -26,7 +27,7 @@ _Owners = dict[str, dict[int, NDArray[np.int64]]]
 _REMEDY = "use pruning.units=0, which prunes single weights and needs no graph"
 
 _CACHED = 8  # models whose units a process remembers
-_cache: OrderedDict[Hashable, Units] = OrderedDict()
+_cache: OrderedDict[Hashable, Units | ModelError] = OrderedDict()
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
@@ -52,50 +53,35 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
         If the model does not run on the inputs, or holds a module that there is no
         rule for. Names the module.
     """
-    key = _signature(model, example_inputs)
-    if key in _cache:
+    with torch.inference_mode(False), torch.enable_grad():
+        key = signature(model, example_inputs)
+        found = None if key is None else _cache.get(key)
+        if found is None:
+            found = _found(model, example_inputs)
+    if key is not None:
+        _cache[key] = found
         _cache.move_to_end(key)
-        return _cache[key]
-    for path, module in model.named_modules():
-        layers.check(path, module)
-    units = prove(model, example_inputs, _Tracer(model, example_inputs).units())
-    _cache[key] = units
-    if len(_cache) > _CACHED:
-        _cache.popitem(last=False)
-    return units
+        if len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    if isinstance(found, ModelError):
+        raise found
+    return found
 
 
-def _signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
-    """Tell models apart that may compute something else."""
-    modules = tuple(
-        (path, type(module), module.extra_repr(), _frozen(_settings(module)))
-        for path, module in model.named_modules(remove_duplicate=False)
-    )
-    tensors = tuple(
-        (name, tuple(value.shape), value.dtype)
-        for name, value in model.state_dict().items()
-    )
-    return modules, tensors, _frozen(arguments(example_inputs))
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return what a module's own code may look at: flags, sizes, functions."""
-    hidden = ("_", "training")
-    return {k: v for k, v in vars(module).items() if not k.startswith(hidden)}
-
-
-def _frozen(value: Any) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, dict):
-        return tuple((str(key), _frozen(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(item) for item in value)
+def _found(model: nn.Module, example_inputs: ExampleInputs) -> Units | ModelError:
+    """Return the units, or why there are none to be had."""
     try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return (type(value), value)
+        for path, module in model.named_modules():
+            layers.check(path, module)
+        return prove(model, example_inputs, _Tracer(model, example_inputs).units())
+    except ModelError as error:
+        return error
+    except Exception as error:  # whatever the model's own code or the graph raises
+        inputs = [_described(value) for value in arguments(example_inputs)]
+        return ModelError(
+            f"{type(model).__name__} could not be traced with the example inputs "
+            f"{inputs}: {type(error).__name__}: {error}; {_REMEDY}"
+        )
 
 
 class _Tracer:
@@ -125,25 +111,25 @@ class _Tracer:
             if isinstance(module, layers.WEIGHTED)
         ]
         try:
-            with torch.enable_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # on torch's own deprecations
-                return torch_pruning.DependencyGraph().build_dependency(
-                    self._model,
-                    inputs,
-                    customized_pruners={recurrent.Steps: recurrent.StepsPruner()},
-                    # One more operation, so that a last layer is not the output itself.
-                    output_transform=lambda out: [t * 1 for t in tensors_of(out)],
-                    verbose=False,
-                )
-        except Exception as error:  # whatever the model's own code raises
+            self._model.eval()(*inputs)  # so that its own errors are not hidden
+        except Exception as error:
             raise ModelError(
-                f"{type(self._model).__name__} could not be traced: it must run on "
-                f"the example inputs, here {[_described(i) for i in inputs]}: "
-                f"{error}; {_REMEDY}"
+                f"{type(self._model).__name__} must run on the example inputs, here "
+                f"{[_described(value) for value in inputs]}: {error}; {_REMEDY}"
             ) from error
         finally:
             for handle in handles:
                 handle.remove()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on torch's own deprecations
+            return torch_pruning.DependencyGraph().build_dependency(
+                self._model,
+                inputs,
+                customized_pruners={recurrent.Steps: recurrent.StepsPruner()},
+                # One more operation, so that a last layer is not the output itself.
+                output_transform=lambda out: [t * 1 for t in tensors_of(out)],
+                verbose=False,
+            )
 
     def _count_uses(self, module: nn.Module, inputs: Any, output: Any) -> None:
         del inputs
@@ -210,6 +196,9 @@ class _Tracer:
             ):
                 if name in self._shared:
                     self._whole[path] = f"{name} is shared between modules"
+                    return
+                if rows.size and rows.max() >= self._shapes[name][dim]:
+                    self._whole[path] = f"the graph misreads the channels of {where}"
                     return
                 found.append((name, dim, rows, roots[places]))
         number = np.full(int(free.max()) + 1, -1, np.int64)
@@ -285,9 +274,9 @@ class _Tracer:
 
 
 def _visible(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, nn.Parameter):
+    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
         return nn.Parameter(tensor.detach())
-    return tensor
+    return tensor.detach().clone()
 
 
 def _shared(model: nn.Module) -> set[str]:

@@ -32,6 +32,7 @@ class PartialLayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return an array of the shape of `x`."""
+        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         there = x.shape[self._dim]
         mean = x.sum(self._dim, keepdim=True) / self.width
         centred = x - mean
@@ -44,7 +45,7 @@ class PartialLayerNorm(nn.Module):
             normal = normal * self.weight.view(shape)
         if self.bias is not None:
             normal = normal + self.bias.view(shape)
-        return normal
+        return normal.to(given)
 
     def extra_repr(self) -> str:
         """Show the width that mean and variance are over."""
@@ -79,18 +80,19 @@ class PartialGroupNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return an array of the shape of `x`, channels in dimension 1."""
-        flat = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        flat = exact.flatten(2) if x.ndim > 2 else exact.unsqueeze(2)
         group: torch.Tensor = self.get_buffer("_group")
         missing: torch.Tensor = self.get_buffer("_missing")
         count = self.width * flat.shape[2]
         zeros = flat.new_zeros(flat.shape[0], self.num_groups)
-        mean = zeros.index_add(1, group, flat.sum(2)) / count
+        mean = zeros.index_add(1, group, flat.sum(2).to(zeros)) / count
         centred = flat - mean[:, group].unsqueeze(2)
-        squares = zeros.index_add(1, group, centred.square().sum(2))
+        squares = zeros.index_add(1, group, centred.square().sum(2).to(zeros))
         squares = squares + missing * flat.shape[2] * mean.square()
         scale = (squares / count + self.eps).rsqrt()[:, group]
         normal = centred * (scale * self.weight).unsqueeze(2)
-        return (normal + self.bias.unsqueeze(1)).view_as(x)
+        return (normal + self.bias.unsqueeze(1)).view_as(x).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show what mean and variance are over."""

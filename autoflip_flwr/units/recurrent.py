@@ -66,32 +66,59 @@ class StepsPruner(BasePruningFunc):  # type: ignore[misc]
         return nn.Parameter(weight.detach().index_select(dim, torch.tensor(left)))
 
 
+#: What an app may ask a recurrent module.
+_SETTINGS = (
+    "mode",
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+)
+
+
 class _StandIn(nn.Module):
-    """Returns what a recurrent module returns, in shape, from one traceable step."""
+    """Returns what a recurrent module returns, in shape, from one traceable step.
+
+    All hidden states are made of the last layer's: an app that reads those of others
+    is found out by the proof.
+    """
 
     def __init__(self, module: nn.RNNBase) -> None:
         super().__init__()
         self.steps = Steps(module)
-        self._batch_first = module.batch_first
-        self._layers = module.num_layers
-        self._is_lstm = isinstance(module, nn.LSTM)
+        self._settings = {name: getattr(module, name) for name in _SETTINGS}
 
-    def forward(self, x: Any, state: Any = None) -> tuple[Any, Any]:
-        del state
-        if isinstance(x, PackedSequence):
-            made = self.steps(x.data)
-            last = made[-1:].expand(int(x.batch_sizes[0]), -1)
+    def __getattr__(self, name: str) -> Any:
+        settings = self.__dict__.get("_settings", {})
+        return settings[name] if name in settings else super().__getattr__(name)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is one matrix."""
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """Return outputs and states."""
+        del hx
+        if isinstance(input, PackedSequence):
+            made = self.steps(input.data)
+            last = made[-1:].expand(int(input.batch_sizes[0]), -1)
             output: Any = PackedSequence(
-                made, x.batch_sizes, x.sorted_indices, x.unsorted_indices
+                made, input.batch_sizes, input.sorted_indices, input.unsorted_indices
             )
         else:
-            output = self.steps(x)
-            last = output.select(-3 if not self._batch_first else -2, -1)
-            if x.ndim == 2:
-                last = output[-1]
-        ends = last.chunk(self.steps.directions, -1) * self._layers
+            output = self.steps(input)
+            time = 0 if output.ndim == 2 or not self.batch_first else 1
+            last = output.select(time, -1)
+        width = last.shape[-1] // self.steps.directions
+        ends = [
+            last if self.steps.directions == 1 else last.narrow(-1, start, width)
+            for start in range(0, last.shape[-1], width)
+        ] * self.num_layers
         hidden = torch.stack(ends) if len(ends) > 1 else ends[0].unsqueeze(0)
-        return output, (hidden, hidden) if self._is_lstm else hidden
+        return output, (hidden, hidden) if self.mode == "LSTM" else hidden
 
 
 def replace(model: nn.Module) -> dict[str, nn.RNNBase]:

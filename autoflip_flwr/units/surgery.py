@@ -37,15 +37,25 @@ def twin(
 def arguments(
     example_inputs: ExampleInputs, like: nn.Module | None = None
 ) -> tuple[Any, ...]:
-    """Return example inputs as arguments, on the device of a model."""
+    """Return example inputs as arguments; copied to the device of a model."""
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    first = None if like is None else next(chain(like.parameters(), like.buffers()))
+    tensors = () if like is None else chain(like.parameters(), like.buffers())
+    first = next(iter(tensors), None)
     if first is None:
         return given
-    return tuple(
-        value.to(first.device) if isinstance(value, torch.Tensor) else value
-        for value in given
-    )
+    found: tuple[Any, ...] = mapped(lambda value: value.to(first.device).clone(), given)
+    return found
+
+
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Apply a function to all tensors in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: mapped(function, item) for key, item in value.items()}
+    if isinstance(value, list) or type(value) is tuple:
+        return type(value)(mapped(function, item) for item in value)
+    return value
 
 
 def tensors_of(output: Any) -> Iterator[torch.Tensor]:
@@ -121,22 +131,25 @@ def expand(small: nn.Module, model: nn.Module) -> nn.Module:
         If `small` was not made of such a model; nothing is written.
     """
     kept = kept_indices(small)
-    state = dict(small.state_dict())
-    sources = {n: (state[n], kept.get(n)) for n in model.state_dict() if n in state}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, target in model.state_dict().items():
-        found = sources.get(name)
-        if found is None or not _fits(target, *found):
+    given = _tensors(small)
+    parameters, targets = dict(model.named_parameters()), _tensors(model)
+    for name, target in targets.items():
+        source = given.get(name)
+        if source is None or not _fits(target, source, kept.get(name)):
             raise MaskError(
                 f"{name}: the compact model was not made of this one; expected a "
                 f"tensor for the shape {tuple(target.shape)}, got "
-                f"{None if found is None else tuple(found[0].shape)}"
+                f"{None if source is None else tuple(source.shape)}"
             )
     with torch.no_grad():
-        for name, target in model.state_dict().items():
-            source, indices = sources[name]
-            _scatter(target, source.to(target.device), indices, name in parameters)
+        for name, target in targets.items():
+            source = given[name].to(target)  # its device and type
+            _scatter(target, source, kept.get(name), name in parameters)
     return model
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def kept_indices(

@@ -1,0 +1,102 @@
+"""Tell models apart that may compute something else, for the cache of traces."""
+
+import dataclasses
+import enum
+import functools
+import types
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from autoflip_flwr.units.surgery import ExampleInputs, arguments
+
+_VALUES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    enum.Enum,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+)
+
+_LARGEST = 1 << 16  # entries of a buffer that is compared by value
+
+#: What nn.Module itself keeps.
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+class _UnknownError(Exception):
+    """There is something whose value nobody can tell."""
+
+
+def signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
+    """Return what a trace depends on; None where that cannot be told.
+
+    Classes, settings and functions of all modules, names and sizes of all tensors,
+    which of them are one and the same, and the values of buffers but statistics.
+    """
+    try:
+        modules = tuple(
+            (path, type(module), module.extra_repr(), _settings(module))
+            for path, module in model.named_modules(remove_duplicate=False)
+        )
+        seen: dict[int, int] = {}
+        tensors = tuple(
+            (name, _form(value), seen.setdefault(id(value), len(seen)))
+            for name, value in model.named_parameters(remove_duplicate=False)
+        )
+        inputs = tuple(_frozen(value) for value in arguments(example_inputs))
+    except (_UnknownError, RuntimeError):  # lazy modules have no shapes yet
+        return None
+    return modules, tensors, inputs
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Return what a module's own code may look at: flags, sizes, functions."""
+    own = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
+    if isinstance(module, nn.RNNBase):
+        own = {k: v for k, v in own.items() if not k.startswith(("_flat", "_all"))}
+    own.pop("autoflip_kept", None)
+    statistics = isinstance(module, _NormBase)
+    buffers = {
+        name: _form(value) if statistics else _content(value)
+        for name, value in module.named_buffers(recurse=False)
+    }
+    return _frozen(own), _frozen(buffers)
+
+
+def _form(value: torch.Tensor) -> Hashable:
+    return tuple(value.shape), value.dtype
+
+
+def _content(value: torch.Tensor) -> Hashable:
+    if value.numel() > _LARGEST:
+        raise _UnknownError
+    return _form(value), str(value.flatten().tolist())
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, _VALUES):
+        return type(value), value
+    if isinstance(value, torch.Tensor):
+        return _form(value)
+    if isinstance(value, functools.partial):
+        return _frozen((value.func, value.args, value.keywords))
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return type(value), _frozen(fields)
+    if isinstance(value, dict):
+        return tuple((_frozen(key), _frozen(item)) for key, item in value.items())
+    if isinstance(value, list | tuple | torch.Size):
+        return tuple(_frozen(item) for item in value)
+    raise _UnknownError
