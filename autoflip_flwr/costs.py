@@ -22,6 +22,7 @@ from torch.nn import functional
 from autoflip_flwr import training, units
 from autoflip_flwr.errors import MaskError, ModelError
 from autoflip_flwr.settings import TrainingSettings
+from autoflip_flwr.types import Masks
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
 
 with warnings.catch_warnings():
@@ -176,6 +177,7 @@ def footprint(
     x: torch.Tensor,
     y: torch.Tensor,
     settings: TrainingSettings,
+    masks: Masks | None = None,
     *,
     steps: int = 3,
 ) -> Footprint:
@@ -189,14 +191,17 @@ def footprint(
         One batch.
     settings : TrainingSettings
         Says the optimizer and the device.
+    masks : mapping of name -> bool array, optional
+        Kept at zero after every step, as clients do.
     steps : int
         Timed steps, after one that is not.
 
     Notes
     -----
     On a GPU `peak_bytes` is what the allocator had given out at most. On the CPU it is
-    the sum of parameters, buffers, gradients, the optimizer's state and what the
-    forward pass keeps for the backward pass; workspaces of kernels come on top.
+    the sum of parameters, buffers, gradients, the optimizer's state, the masks in the
+    parameters' size, and what the forward pass keeps for the backward pass; workspaces
+    of kernels come on top.
     """
     device = training.device_of(settings.device)
     net = copy.deepcopy(model).to(device).train()
@@ -214,21 +219,25 @@ def footprint(
         optimizer.step()
 
     held = _size(chain(net.parameters(), net.buffers()))
+    chosen = masks or {}
     saved = _Saved(net)
-    with saved:
-        step()
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated(device) - before + held
-    else:
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        state = [
-            value
-            for values in optimizer.state.values()
-            for value in values.values()
-            if isinstance(value, torch.Tensor)
-        ]
-        peak = held + saved.bytes + _size(gradients) + _size(state)
-    step_seconds = _median_seconds(step, steps, device)
+    with training.enforce(net, chosen):
+        with saved:
+            step()
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device) - before + held
+        else:
+            own = dict(net.named_parameters())
+            gradients = [p.grad for p in own.values() if p.grad is not None]
+            masked = [own[name] for name, keep in chosen.items() if not keep.all()]
+            state = [
+                value
+                for values in optimizer.state.values()
+                for value in values.values()
+                if isinstance(value, torch.Tensor)
+            ]
+            peak = held + saved.bytes + _size([*gradients, *masked, *state])
+        step_seconds = _median_seconds(step, steps, device)
     net.eval()
     with torch.inference_mode():
         net(x)
@@ -311,9 +320,12 @@ def summary(
     inputs = torch.from_numpy(x[: settings.batch_size])
     labels = torch.from_numpy(y[: settings.batch_size])
     small = units.compact_if_it_pays(model, masks, inputs[:1])
-    dense = pruned = asdict(footprint(model, inputs, labels, settings))
-    if small is not None:
-        pruned = asdict(footprint(small, inputs, labels, settings))
+    dense = asdict(footprint(model, inputs, labels, settings))
+    if small is None:
+        pruned = asdict(footprint(model, inputs, labels, settings, masks))
+    else:
+        own = units.small_masks(small, masks)
+        pruned = asdict(footprint(small, inputs, labels, settings, own))
         pruned["peak_bytes"] += dense["bytes"]
     return {
         "flops": {

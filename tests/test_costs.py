@@ -246,5 +246,8 @@ def test_single_weights_make_nothing_smaller():
     masks = keep(model, 0.5)
     found = costs.summary(model, *samples(8), masks, TrainingSettings())
     assert found["flops"]["pruned"] == found["flops"]["dense"]
-    assert found["networks"]["pruned"] == found["networks"]["dense"]
+    dense, pruned = found["networks"]["dense"], found["networks"]["pruned"]
+    assert pruned["parameters"] == dense["parameters"]
+    bits = 4 * sum(mask.size for mask in masks.values() if not mask.all())
+    assert pruned["peak_bytes"] == dense["peak_bytes"] + bits
     assert found["flops"]["unstructured_in_theory"] < 0.6 * found["flops"]["dense"]
