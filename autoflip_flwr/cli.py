@@ -49,10 +49,7 @@ def _export(chosen: argparse.Namespace) -> str:
     from autoflip_flwr.export import export_run  # torch takes a second to import
 
     found = export_run(chosen.folder, chosen.output)
-    onnx = (
-        found.onnx
-        or "no ONNX: install the extra, pip install 'autoflip-flwr[onnx]', and export again"
-    )
+    onnx = found.onnx or "no ONNX: pip install 'autoflip-flwr[onnx]', and export again"
     return (
         f"{found.parameters} of {found.dense_parameters} parameters\n"
         f"{found.weights}\n{found.program}\n{onnx}"
