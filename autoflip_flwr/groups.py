@@ -74,7 +74,7 @@ class Units:
     buffers : Owners
         The same for buffers, which have no mask.
     shapes : mapping of name -> shape
-        Of the tensors in `parameters` and `buffers`.
+        Of all tensors in the model's state.
     uses : mapping of name -> int
         How often a weight is used for the example inputs: the pixels a convolution
         makes, the steps of a recurrent layer.
@@ -110,9 +110,7 @@ class Units:
         }
         if not fixed:
             return self
-        left = [
-            g for g in self.groups if fixed.isdisjoint(range(g.start, g.start + g.size))
-        ]
+        left = [g for g in self.groups if fixed.isdisjoint(range(g.start, g.stop))]
         return self._with(left)
 
     def without(self, reasons: Mapping[str, str]) -> "Units":
@@ -195,26 +193,24 @@ class Units:
         for name in names:
             if name not in self.parameters:
                 continue
-            shape = list(self.shapes[name])
-            size = math.prod(shape)
-            for dim, owner in self.parameters[name].items():
-                shape[dim] = int(np.count_nonzero(_kept(owner, keep)))
-            count += size - math.prod(shape)
+            count += math.prod(self.shapes[name]) - self._left(name, keep)
         return count
+
+    def _left(self, name: str, keep: Keep) -> int:
+        """Count what is left of a parameter."""
+        shape = list(self.shapes[name])
+        for dim, owner in self.parameters.get(name, {}).items():
+            shape[dim] = int(np.count_nonzero(_kept(owner, keep)))
+        return math.prod(shape)
 
     def operations(self, keep: Keep | None = None) -> int:
         """Count multiply-accumulates of the example inputs; None: of the whole model.
 
         Of the weights in `uses` alone: convolutions, linear and recurrent layers.
         """
-        count = 0
-        for name, uses in self.uses.items():
-            shape = list(self.shapes[name])
-            if keep is not None:
-                for dim, owner in self.parameters.get(name, {}).items():
-                    shape[dim] = int(np.count_nonzero(_kept(owner, keep)))
-            count += math.prod(shape) * uses
-        return count
+        if keep is None:
+            keep = np.ones(self.count, np.bool_)
+        return sum(self._left(name, keep) * uses for name, uses in self.uses.items())
 
     def choose(
         self,

@@ -20,7 +20,7 @@ from autoflip_flwr.groups import Group, Units
 from autoflip_flwr.units import layers, recurrent
 from autoflip_flwr.units.proof import prove
 from autoflip_flwr.units.signature import signature
-from autoflip_flwr.units.surgery import ExampleInputs, arguments, tensors_of, twin
+from autoflip_flwr.units.surgery import ExampleInputs, arguments, join, tensors_of, twin
 
 _Owners = dict[str, dict[int, NDArray[np.int64]]]
 
@@ -36,7 +36,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
     Parameters
     ----------
     model : nn.Module
-        Left as it is. It is run in evaluation mode, on its own device.
+        Left as it is: copies of it are run on its device, in both modes.
     example_inputs : torch.Tensor, or tuple of arguments of the model
         One sample is enough. Equal models (classes, sizes, inputs) are traced once
         in a process.
@@ -50,8 +50,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
     Raises
     ------
     ModelError
-        If the model does not run on the inputs, or holds a module that there is no
-        rule for. Names the module.
+        If the model does not run on the inputs (or on random ones like them), cannot
+        be followed, or holds a module that there is no rule for. Names the module.
     """
     with torch.inference_mode(False), torch.enable_grad():
         key = signature(model, example_inputs)
@@ -134,7 +134,7 @@ class _Tracer:
     def _count_uses(self, module: nn.Module, inputs: Any, output: Any) -> None:
         del inputs
         for name, uses in layers.uses(module, output):
-            key = _join(self._paths[module], name)
+            key = join(self._paths[module], name)
             self._uses[key] = self._uses.get(key, 0) + uses
 
     def units(self) -> Units:
@@ -236,24 +236,24 @@ class _Tracer:
             path = path.rpartition(".")[0]
             original = self._recurrent[path]
             for name, dim, rows, sources in recurrent.tensors(original, out, channels):
-                yield _join(path, name), dim, rows, sources
+                yield join(path, name), dim, rows, sources
         else:
             for name, dim in layers.tensors(module, out):
-                yield _join(path, name), dim, channels, places
+                yield join(path, name), dim, channels, places
 
     def _add_hidden(
         self, path: str, module: nn.RNNBase
     ) -> tuple[NDArray[np.int64], ...]:
         """Add the hidden units that stay inside a recurrent module."""
-        if path in self._whole or _join(path, "steps") in self._whole:
+        if path in self._whole or join(path, "steps") in self._whole:
             return ()
         for name, inner in recurrent.inner_layers(module):
             numbers = np.arange(self._count, self._count + module.hidden_size)
             for tensor, dim, rows, places in inner:
-                self._owner(_join(path, tensor), dim)[rows] = numbers[places]
-            self._add_group(_join(path, name), module.hidden_size)
+                self._owner(join(path, tensor), dim)[rows] = numbers[places]
+            self._add_group(join(path, name), module.hidden_size)
         return tuple(
-            self._owner(_join(path, name), 1)
+            self._owner(join(path, name), 1)
             for name in recurrent.hidden_weights(module)
         )
 
@@ -267,9 +267,9 @@ class _Tracer:
         """Replace a recurrent stand-in's count by those of its module's weights."""
         uses = dict(self._uses)
         for path, module in self._recurrent.items():
-            steps = uses.pop(_join(path, "steps.weight"), 0)
+            steps = uses.pop(join(path, "steps.weight"), 0)
             for name in recurrent.weights(module):
-                uses[_join(path, name)] = steps
+                uses[join(path, name)] = steps
         return uses
 
 
@@ -285,10 +285,6 @@ def _shared(model: nn.Module) -> set[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         seen.setdefault(id(parameter), []).append(name)
     return {name for names in seen.values() if len(names) > 1 for name in names}
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _described(value: Any) -> str:

@@ -38,18 +38,21 @@ class Steps(nn.Module):
 
 
 class StepsPruner(BasePruningFunc):  # type: ignore[misc]
-    """How Torch-Pruning sees `Steps`; it only ever counts and couples."""
+    """How Torch-Pruning sees `Steps`: which of two functions couples what.
+
+    It never calls them; `surgery` takes units out.
+    """
 
     TARGET_MODULES = Steps
 
     def prune_out_channels(self, layer: Steps, idxs: Sequence[int]) -> Steps:
-        """Take output channels out."""
-        layer.weight = self._left(layer.weight, idxs, 0)
+        """Stand for output channels."""
+        del idxs
         return layer
 
     def prune_in_channels(self, layer: Steps, idxs: Sequence[int]) -> Steps:
-        """Take input channels out."""
-        layer.weight = self._left(layer.weight, idxs, 1)
+        """Stand for input channels."""
+        del idxs
         return layer
 
     def get_out_channels(self, layer: Steps) -> int:
@@ -59,11 +62,6 @@ class StepsPruner(BasePruningFunc):  # type: ignore[misc]
     def get_in_channels(self, layer: Steps) -> int:
         """Return the width of one step's input."""
         return layer.weight.shape[1]
-
-    @staticmethod
-    def _left(weight: nn.Parameter, idxs: Sequence[int], dim: int) -> nn.Parameter:
-        left = [i for i in range(weight.shape[dim]) if i not in set(idxs)]
-        return nn.Parameter(weight.detach().index_select(dim, torch.tensor(left)))
 
 
 #: What an app may ask a recurrent module.

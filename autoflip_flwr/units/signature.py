@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from autoflip_flwr.units.surgery import ExampleInputs, arguments
+from autoflip_flwr.units.surgery import KEPT, ExampleInputs, arguments
 
 _VALUES = (
     type(None),
@@ -66,7 +66,7 @@ def _settings(module: nn.Module) -> Hashable:
     own = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
     if isinstance(module, nn.RNNBase):
         own = {k: v for k, v in own.items() if not k.startswith(("_flat", "_all"))}
-    own.pop("autoflip_kept", None)
+    own.pop(KEPT, None)
     statistics = isinstance(module, _NormBase)
     buffers = {
         name: _form(value) if statistics else _content(value)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from autoflip_flwr.errors import MaskError, ModelError
+from autoflip_flwr.errors import MaskError
 from autoflip_flwr.groups import Keep, Units
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
@@ -23,7 +23,7 @@ ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...]
 #: Kept indices along each dimension; None: all of them.
 Indices: TypeAlias = tuple[NDArray[np.int64] | None, ...]
 
-_KEPT = "autoflip_kept"  # attribute of a compact module: its `Indices` by name
+KEPT = "autoflip_kept"  # attribute of a compact module: its `Indices` by name
 
 
 def twin(
@@ -106,7 +106,7 @@ def shrink(model: nn.Module, units: Units, keep: Keep) -> nn.Module:
     smaller = copy.deepcopy(model, memo)
     for path, module in list(smaller.named_modules()):
         _resize(smaller, path, module, kept)
-    setattr(smaller, _KEPT, kept)
+    setattr(smaller, KEPT, kept)
     return smaller
 
 
@@ -159,7 +159,7 @@ def kept_indices(
 
     `default` is returned for a model that is not compact; without it that is an error.
     """
-    kept: Mapping[str, Indices] | None = getattr(small, _KEPT, default)
+    kept: Mapping[str, Indices] | None = getattr(small, KEPT, default)
     if kept is None:
         raise MaskError(
             f"expected what compact() returned, got a {type(small).__name__} that was "
@@ -203,7 +203,7 @@ def _fits(target: torch.Tensor, source: torch.Tensor, indices: Indices | None) -
 def _scatter(
     target: torch.Tensor, source: torch.Tensor, indices: Indices | None, clear: bool
 ) -> None:
-    """Write `source` to the kept places of `target`; the others become zero."""
+    """Write `source` to the kept places of `target`; clear the others if told to."""
     if indices is None:
         target.copy_(source)
         return
@@ -228,7 +228,7 @@ def _resize(
     model: nn.Module, path: str, module: nn.Module, kept: Mapping[str, Indices]
 ) -> None:
     """Make a module's sizes those of its tensors."""
-    if not any(_join(path, name) in kept for name in _own(module)):
+    if not any(join(path, name) in kept for name in _own(module)):
         return
     if isinstance(module, _ConvNd):
         rows, columns = module.weight.shape[:2]
@@ -250,7 +250,7 @@ def _resize(
     elif isinstance(module, nn.LayerNorm):
         _put(model, path, PartialLayerNorm(module))
     elif isinstance(module, nn.GroupNorm):
-        (index, *_) = kept[_join(path, "weight")]
+        (index, *_) = kept[join(path, "weight")]
         assert index is not None
         _put(model, path, PartialGroupNorm(module, index))
     elif isinstance(module, nn.RNNBase):
@@ -268,10 +268,9 @@ def _own(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    if not path:
-        raise ModelError("a model that is one normalization has no units")
     setattr(model.get_submodule(parent), name, module)
 
 
-def _join(path: str, name: str) -> str:
+def join(path: str, name: str) -> str:
+    """Return the full name of a tensor or module below a path."""
     return f"{path}.{name}" if path else name
