@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from autoflip_flwr import training, units
-from autoflip_flwr.errors import MaskError, ModelError
+from autoflip_flwr.errors import ModelError
 from autoflip_flwr.settings import TrainingSettings
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
@@ -146,19 +146,10 @@ def _kept(model: nn.Module, masks: Mapping[str, NDArray[np.bool_]]) -> dict[int,
 
     By id, as a shared parameter has one mask and several places in the model.
     """
-    known = dict(model.named_parameters(remove_duplicate=False))
-    if unknown := sorted(set(masks) - set(known)):
-        raise MaskError(f"masks of unknown parameters {unknown}; known: {list(known)}")
-    kept = {}
-    for name, mask in masks.items():
-        shape = tuple(known[name].shape)
-        if mask.dtype != np.bool_ or mask.shape != shape:
-            raise MaskError(
-                f"mask of {name!r}: expected bool of shape {shape}, "
-                f"got {mask.dtype} of shape {mask.shape}"
-            )
-        kept[id(known[name])] = int(np.count_nonzero(mask))
-    return kept
+    return {
+        id(model.get_parameter(name)): int(np.count_nonzero(keep))
+        for name, keep in training.resolve(model, masks).items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,13 +158,19 @@ def test_an_empty_mask_leaves_nothing_of_the_weighted_layers():
 
 def test_masks_of_unknown_parameters_name_the_known_ones():
     masks = {"wieght": np.ones((5, 10), bool)}
-    with pytest.raises(MaskError, match=r"\['wieght'\]; known: \['weight', 'bias'\]"):
+    with pytest.raises(MaskError, match=r"'wieght'.*known: \['weight', 'bias'\]"):
         costs.theoretical_flops(nn.Linear(10, 5), torch.zeros(1, 10), masks)
 
 
-@pytest.mark.parametrize("mask", [np.ones((10, 5), bool), np.ones((5, 10), np.uint8)])
-def test_masks_of_another_form_are_errors(mask):
-    with pytest.raises(MaskError, match=r"expected bool of shape \(5, 10\), got"):
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones((10, 5), bool), r"weight: .* of shape \(5, 10\), got \(10, 5\)"),
+        (np.ones((5, 10), np.uint8), r"weight: .*array of bool .*got ndarray of uint8"),
+    ],
+)
+def test_masks_of_another_form_are_errors(mask, message):
+    with pytest.raises(MaskError, match=message):
         costs.theoretical_flops(nn.Linear(10, 5), torch.zeros(1, 10), {"weight": mask})
 
 

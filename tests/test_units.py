@@ -484,6 +484,25 @@ def test_a_branch_of_training_alone_is_seen():
     assert_exact(Auxiliary(), IMAGE, share=0.1)
 
 
+def test_outputs_that_go_missing_are_noticed():
+    class Counting(nn.Module):
+        """Returns one output more for every four channels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            result = self.head(self.second(x).relu())
+            return (result,) * (x.shape[1] // 4)
+
+    found = units.trace(Counting(), torch.zeros(1, 3))
+    assert [group.name for group in found.groups] == ["second"]
+    assert "tensors, not 2" in found.whole["first"]
+
+
 class Casting(nn.Module):
     def __init__(self) -> None:
         super().__init__()

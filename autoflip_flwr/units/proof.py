@@ -154,7 +154,9 @@ class _Trial:
                 got = self._outputs(small, mode)
             except Exception as error:  # whatever the model's own code raises
                 return _first_line(error)
-            for one, other in zip(expected, got, strict=False):
+            if len(got) != len(expected):
+                return f"it returns {len(got)} tensors, not {len(expected)}"
+            for one, other in zip(expected, got, strict=True):
                 if one.shape != other.shape:
                     return f"its output has the shape {tuple(other.shape)}"
                 limit = _TOLERANCES[self._dtype] * one.abs().max().clamp_min(1e-30)
