@@ -158,10 +158,12 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
     dense, pruned = summary["networks"]["dense"], summary["networks"]["pruned"]
     flops = summary["flops"]
     _log.info(
-        "  clients train   %d of %d parameters, %.3f of the FLOPs "
+        "  clients train   %d of %d parameters, %s of %s, %.3f of the FLOPs "
         "(skipping every zero would be %.3f, in theory)",
         pruned["parameters"],
         dense["parameters"],
+        _megabytes(pruned["bytes"]),
+        _megabytes(dense["bytes"]),
         flops["pruned"] / max(1, flops["dense"]),
         flops["unstructured_in_theory"] / max(1, flops["dense"]),
     )

@@ -286,7 +286,11 @@ def test_the_last_lines_of_the_log_say_what_came_of_it(tmp_path, caplog):
     left = summary["networks"]["pruned"]["parameters"]
     share = summary["flops"]["pruned"] / summary["flops"]["dense"]
     assert f"clients train   {left} of {summary['parameters']} parameters" in text
+    megabytes = summary["networks"]["pruned"]["bytes"] / 1e6
+    assert f"{megabytes:.2f} MB of " in text
     assert f"{share:.3f} of the FLOPs" in text
+    for measured in ("training step", "inference", "peak memory"):
+        assert measured in text
     assert str(tmp_path / "run") in text
 
 
