@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from autoflip_flwr import settings
 from autoflip_flwr.errors import AutoFlipError
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, help="folder to write to (default: export/ in the run's)"
     )
     export.set_defaults(run=_export)
+    _add_compare(commands)
+    _add_report(commands)
     chosen = parser.parse_args(arguments)
     try:
         print(chosen.run(chosen))
@@ -37,6 +40,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"autoflip: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="run strategies side by side, over seeds, in simulation"
+    )
+    compare.add_argument("preset", help="see `autoflip presets`")
+    compare.add_argument(
+        "--strategies", default="fedavg,autoflip", help="values of strategy.name: a,b,c"
+    )
+    compare.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="a setting to run with several values; may be given more than once",
+    )
+    compare.add_argument(
+        "--overrides", default="", help='dotted "key=value key=value" for all runs'
+    )
+    compare.add_argument(
+        "--output", type=Path, default=Path("runs/compare"), help="folder of the runs"
+    )
+    _add_target(compare)
+    compare.set_defaults(run=_compare)
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report", help="make one HTML page and pictures of finished runs"
+    )
+    report.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="runs, or folders of them"
+    )
+    report.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write to (default: report/ in the first DIR)",
+    )
+    _add_target(report)
+    report.set_defaults(run=_report)
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--target",
+        type=float,
+        help="top-1 accuracy up to which rounds and bytes are counted, in [0, 1] "
+        "(default: 0.99 of what the weakest arm ends with)",
+    )
 
 
 def _presets(chosen: argparse.Namespace) -> str:
@@ -54,3 +108,29 @@ def _export(chosen: argparse.Namespace) -> str:
         f"{found.parameters} of {found.dense_parameters} parameters\n"
         f"{found.weights}\n{found.program}\n{onnx}"
     )
+
+
+def _compare(chosen: argparse.Namespace) -> str:
+    from autoflip_flwr import compare, results
+    from autoflip_flwr.report.table import compared
+
+    planned = compare.plan(
+        chosen.preset,
+        output=chosen.output,
+        strategies=chosen.strategies.split(","),
+        seeds=chosen.seeds,
+        vary=compare.parse_vary(chosen.vary),
+        overrides=chosen.overrides,
+    )
+    with compare.bar() as progress:
+        compare.run(planned, progress)
+    runs = [results.read_run(run.directory) for run in planned]
+    (experiment,) = results.experiments(runs, chosen.target)
+    return compared(experiment)
+
+
+def _report(chosen: argparse.Namespace) -> str:
+    from autoflip_flwr.report import write_report
+
+    output = chosen.output or chosen.folders[0] / "report"
+    return str(write_report(chosen.folders, output, chosen.target))

@@ -112,6 +112,43 @@ def theoretical_flops(
     return total
 
 
+class Operations:
+    """What one sample costs clients, as the masks of the rounds come and go.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : torch.Tensor
+        One sample.
+
+    Attributes
+    ----------
+    dense : int
+        Multiply-accumulates of a forward pass through the whole model, see `flops`.
+    """
+
+    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+        self.dense = flops(model, example)
+        self._model, self._example = model, example
+        self._masks: Masks = {}
+        self._left = 1.0
+
+    def of(self, masks: Masks) -> int:
+        """Count those of the network that clients train under a mask."""
+        if masks is not self._masks:
+            self._left = units.operations_left(self._model, masks, self._example)
+            self._masks = masks
+        return round(self._left * self.dense)
+
+    def trained(self, masks: Masks, *, explore: float, train: float) -> int:
+        """Count those of training, of samples times epochs.
+
+        A step is three times the forward pass: the backward pass computes gradients
+        of the activations and of the weights. Explorers train the whole model.
+        """
+        return round(3 * (explore * self.dense + train * self.of(masks)))
+
+
 def _profile(model: nn.Module, example: torch.Tensor) -> _Info:
     if example.ndim == 0 or len(example) == 0:
         raise ModelError(

@@ -1,6 +1,7 @@
 """The grid our ServerApp hands to a strategy: repeatable, and with a meter."""
 
 import logging
+import math
 import random
 import time
 from collections import Counter, defaultdict
@@ -46,6 +47,8 @@ class RunGrid(Grid):
         Bytes of the records that were really sent, as Flower counts them.
     dense : Counter of (phase, direction) -> int
         What plain FedAvg would have sent for the same train and evaluate messages.
+    samples : mapping of phase -> float
+        Samples that nodes say they have, times the epochs of an exploration.
     seconds : mapping of phase -> float
         Wall time from sending to the last reply.
     """
@@ -59,6 +62,7 @@ class RunGrid(Grid):
         self._called: set[int] = set()
         self.sent: Counter[tuple[str, Direction]] = Counter()
         self.dense: Counter[tuple[str, Direction]] = Counter()
+        self.samples: defaultdict[str, float] = defaultdict(float)
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def begin(self, server_round: int) -> None:
@@ -94,7 +98,9 @@ class RunGrid(Grid):
         nodes = wire.nodes_by_message(batch)
         for reply in replies:
             if reply.has_content():
-                self._count(phases[wire.node_of(reply, nodes)], "up", reply)
+                phase = phases[wire.node_of(reply, nodes)]
+                self._count(phase, "up", reply)
+                self.samples[phase] += _samples(reply)
         return sorted(replies, key=lambda r: order[wire.node_of(r, nodes)])
 
     def _count(self, phase: str, direction: Direction, message: Message) -> None:
@@ -155,6 +161,15 @@ class RunGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull messages through the inner grid, uncounted."""
         return self._grid.pull_messages(message_ids)
+
+
+def _samples(reply: Message) -> float:
+    """Return how many samples an app says it has, times the epochs it explored."""
+    for metrics in reply.content.metric_records.values():
+        count, epochs = metrics.get("num-examples", 0), metrics.get(wire.EPOCHS, 1)
+        if isinstance(count, int | float) and isinstance(epochs, int):
+            return count * epochs if math.isfinite(count) else 0
+    return 0
 
 
 def _phase(message: Message) -> str:

@@ -218,11 +218,12 @@ class Units:
         *,
         budget: int,
         limits: Limits = Limits(),
+        means: NDArray[np.float64] | None = None,
     ) -> Keep:
         """Choose the units to keep, so that at most `budget` parameters are pruned.
 
-        Units go in the order of their scores (`means`), the lowest first, until the
-        next one would prune too much.
+        Units go in the order of their scores, the lowest first, until the next one
+        would prune too much.
 
         Parameters
         ----------
@@ -231,9 +232,15 @@ class Units:
         budget : int
             Parameters to prune, at most.
         limits : Limits
+        means : float64 array, optional
+            A score per unit; by default the mean over the entries that go with it.
         """
         units = self.only(scores)
-        going, sizes = units._steps(units.means(scores), limits)
+        if means is None:
+            means = units.means(scores)
+        elif units is not self:
+            means = means[self._numbers(units)]
+        going, sizes = units._steps(means, limits)
         ends = np.concatenate([[0], np.cumsum(sizes)])
 
         def without(count: int) -> Keep:
@@ -353,12 +360,15 @@ class Units:
         """Translate a choice among some of the groups to all of them."""
         if units is self:
             return keep
-        by_name = {group.name: group.units for group in units.groups}
         whole = np.ones(self.count, np.bool_)
-        for group in self.groups:
-            if group.name in by_name:
-                whole[group.units] = keep[by_name[group.name]]
+        whole[self._numbers(units)] = keep
         return whole
+
+    def _numbers(self, units: "Units") -> NDArray[np.int64]:
+        """Return the numbers here of the units of some of the groups."""
+        here = {group.name: np.arange(group.start, group.stop) for group in self.groups}
+        found = [here[group.name] for group in units.groups]
+        return np.concatenate([np.empty(0, np.int64), *found])
 
     def masks(self, keep: Keep, names: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
         """Return the mask that prunes the other units, of the named parameters."""

@@ -41,11 +41,13 @@ def build_strategy(
         One sample that it runs on.
     """
     inner = _inner(settings)
-    if settings.strategy.name == "fedavg":
+    method = settings.strategy.name
+    if method == "fedavg":
         return inner
     pruning, exploration = settings.pruning, settings.exploration
     return AutoFLIP(
         inner,
+        method=method,
         threshold=pruning.threshold,
         mode=pruning.mode,
         score=pruning.score,
@@ -54,6 +56,8 @@ def build_strategy(
         floor=pruning.floor,
         exclude=pruning.exclude,
         pruned_weights=pruning.pruned_weights,
+        agreement=pruning.agreement,
+        agreement_weight=pruning.agreement_weight,
         units=pruning.units,
         min_units=pruning.min_units,
         unit_multiple=pruning.unit_multiple,
@@ -64,6 +68,8 @@ def build_strategy(
         exploration_patience=exploration.patience,
         exploration_every=exploration.every,
         exploration_timeout=exploration.timeout,
+        warm_start=exploration.warm_start,
+        rivals=settings.rivals,
         values=settings.wire.values,
         seed=settings.seed,
     )

@@ -33,7 +33,7 @@ from torch import nn
 
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
-from autoflip_flwr.rounds import Rounds
+from autoflip_flwr.rounds import Answer, Rounds
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.strategy import prunable_of, units_of
 from autoflip_flwr.types import Array, Params, ValueType
@@ -69,7 +69,8 @@ class AutoFLIP(Strategy):
         One sample that the model runs on.
     **pruning
         ``threshold``, ``mode``, ``score``, ``normalization``, ``population_weight``,
-        ``floor``, ``exclude``, ``pruned_weights``, ``units``, ``min_units``,
+        ``floor``, ``exclude``, ``pruned_weights``, ``agreement``,
+        ``agreement_weight``, ``units``, ``min_units``,
         ``unit_multiple``: see `autoflip_flwr.AutoFLIP`.
 
     Attributes
@@ -133,7 +134,7 @@ class AutoFLIP(Strategy):
             return []
         sampled = [client for client, _ in instructions]
         self._explore(server_round, sampled, instructions[0][1], client_manager)
-        plan = self.rounds.begin([_id(client) for client in sampled])
+        plan = self.rounds.begin(server_round, [_id(client) for client in sampled])
         packed = self._pack(self.rounds.arrays)
         self._sent = packed.tensors[0]
         return [
@@ -169,12 +170,7 @@ class AutoFLIP(Strategy):
             self.rounds.abandon(server_round, "the inner strategy aggregated nothing")
             return None, metrics
         self.rounds.finish(self._named(aggregated))
-        settled = list(self.rounds.arrays.values())
-        # What the strategies with a server optimizer take for the global model.
-        if isinstance(self.strategy, FedAvgM):
-            self.strategy.initial_parameters = ndarrays_to_parameters(settled)
-        if isinstance(self.strategy, FedOpt):
-            self.strategy.current_weights = settled
+        self._hand_over(list(self.rounds.arrays.values()))
         masked = _parameters_of(self.rounds.masked_arrays())
         self._returned = masked.tensors
         return masked, metrics
@@ -212,33 +208,39 @@ class AutoFLIP(Strategy):
         client_manager: ClientManager,
     ) -> None:
         proxies = {_id(client): client for client in client_manager.all().values()}
-        asked = self.rounds.explorers(
+        ask = self.rounds.asks(
             server_round,
             connected=sorted(proxies),
             sampled=[_id(client) for client in sampled],
         )
-        if not asked:
+        if ask is None:
             return
-        settings = self.rounds.exploration
-        entries = wire.explore_entries(
-            self.rounds.manifest, epochs=settings.epochs, patience=settings.patience
-        )
-        start = _parameters_of(self.rounds.initial)
+        record, entries = self.rounds.exploration_of(ask)
+        start = Parameters([array.data for array in record.values()], _TENSOR_TYPE)
         ins = FitIns(start, {**like.config, **entries})
+        timeout = self.rounds.exploration.timeout
 
-        def one(node_id: int) -> bytes | str:
+        def one(node_id: int) -> Answer | str:
             try:
-                result = proxies[node_id].fit(ins, settings.timeout, server_round)
-                return _only_tensor(result.parameters)
+                result = proxies[node_id].fit(ins, timeout, server_round)
+                return Answer(*_frames(result.parameters), result.num_examples)
             except Exception as error:  # whatever a client's proxy raises
                 return str(error)
 
-        for batch in self.rounds.batches(asked):
+        for batch in self.rounds.batches(ask.nodes):
             _log.info("exploration: %d clients explore", len(batch))
             with ThreadPoolExecutor(max_workers=len(batch)) as pool:
-                frames = dict(zip(batch, pool.map(one, batch), strict=True))
-            self.rounds.explored(batch, frames)
-        self.rounds.check_explored()
+                answers = dict(zip(batch, pool.map(one, batch), strict=True))
+            self.rounds.explored(ask, batch, answers)
+        if self.rounds.end_exploration():
+            self._hand_over(list(self.rounds.arrays.values()))
+
+    def _hand_over(self, arrays: list[Array]) -> None:
+        """Set what the strategies with a server optimizer take for the global model."""
+        if isinstance(self.strategy, FedAvgM):
+            self.strategy.initial_parameters = ndarrays_to_parameters(arrays)
+        if isinstance(self.strategy, FedOpt):
+            self.strategy.current_weights = arrays
 
     def _pack(self, arrays: Params) -> Parameters:
         assert self.rounds.plan is not None
@@ -259,7 +261,9 @@ class AutoFLIP(Strategy):
             }
         )
         arrays = plan.unpack(wire.named(record, plan), fill=self.rounds.arrays)
-        self.rounds.observe(self._sent, result.parameters.tensors[0])
+        self.rounds.observe(
+            self._sent, result.parameters.tensors[0], result.num_examples
+        )
         return FitRes(
             status=result.status,
             parameters=_parameters_of(arrays),
@@ -281,10 +285,12 @@ def _parameters_of(arrays: Params) -> Parameters:
     return ndarrays_to_parameters(list(arrays.values()))
 
 
-def _only_tensor(parameters: Parameters) -> bytes:
-    if len(parameters.tensors) != 1:
+def _frames(parameters: Parameters) -> tuple[bytes, bytes | None]:
+    """Return an explorer's guidance frame, and the signs' if it sent them."""
+    if len(parameters.tensors) not in (1, 2):
         raise WireError(f"expected 1 guidance frame, got {len(parameters.tensors)}")
-    return parameters.tensors[0]
+    frame, *signs = parameters.tensors
+    return frame, signs[0] if signs else None
 
 
 def _id(client: ClientProxy) -> int:

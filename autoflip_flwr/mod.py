@@ -14,7 +14,7 @@ from torch import nn
 from autoflip_flwr import codec, guidance, training, units, wire
 from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.manifest import Manifest
-from autoflip_flwr.types import Array, Masks
+from autoflip_flwr.types import Array, Guidance, Masks, Params
 from autoflip_flwr.units import ExampleInputs
 
 
@@ -78,39 +78,69 @@ class AutoFlipMod:
     def _explore(
         self, message: Message, context: Context, call_next: ClientAppCallable
     ) -> Message:
-        """Train for some epochs from W0 and reply with how far each weight moved."""
-        config_key, config = wire.only_config(message.content)
-        manifest = wire.manifest_of(config)
-        epochs, patience = wire.exploration_of(config)
+        """Measure what is asked, by the app's own train function, and reply with it."""
+        asked = wire.Exploration.of(_config_of(message))
         key, record = wire.only_array_record(message.content)
-        initial = wire.named_arrays(record, manifest)
+        initial = asked.unpack(record)
+        message.content[key] = wire.record_of(initial)
+        signs: bytes | None = None
+        found: Guidance = {}
+        if asked.measure in ("deviation", "update"):
+            reply, trained, done = self._train(
+                asked, initial, message, context, call_next
+            )
+            if not reply.has_error():
+                names = asked.manifest.shapes
+                start = {name: initial[name] for name in names}
+                found = guidance.squared_deviation(
+                    start, {name: trained[name] for name in names}
+                )
+                if asked.measure == "update":
+                    rises = {n: trained[n] > value for n, value in start.items()}
+                    signs = codec.pack_mask(rises)
+        else:
+            reply, found = _gradient(asked, initial, message, context, call_next)
+            done = 1
+        if reply.has_error():
+            return reply
+        reply_key, _ = wire.only_array_record(reply.content)
+        frame = codec.quantize(found)
+        reply.content[reply_key] = wire.guidance_record(frame, signs)
+        for metrics in reply.content.metric_records.values():
+            metrics[wire.EPOCHS] = done
+        return reply
+
+    def _train(
+        self,
+        asked: wire.Exploration,
+        initial: Params,
+        message: Message,
+        context: Context,
+        call_next: ClientAppCallable,
+    ) -> tuple[Message, Params, int]:
+        """Train for some epochs from W0; return reply, weights and epochs done."""
+        config_key, config = wire.only_config(message.content)
+        key, _ = wire.only_array_record(message.content)
         best, stale, done = math.inf, 0, 0
-        trained: Mapping[str, Array] = initial
+        trained: Params = initial
         while True:
             message.content[config_key] = ConfigRecord(
-                {**config, wire.EPOCH: done, wire.EPOCHS: epochs}
+                {**config, wire.EPOCH: done, wire.EPOCHS: asked.epochs}
             )
             reply = call_next(message, context)
             if reply.has_error():
-                return reply
-            reply_key, trained = _arrays_of_reply(reply, manifest)
+                return reply, trained, done
+            _, trained = _arrays_of_reply(reply, asked.manifest)
             done += 1
             loss = self._loss(reply)
             if loss < best:
                 best, stale = loss, 0
             elif not math.isnan(loss):
                 stale += 1
-            if done >= epochs or stale >= patience:
+            if done >= asked.epochs or stale >= asked.patience:
                 break
             message.content[key] = wire.record_of(trained)
-        local = guidance.squared_deviation(
-            {name: initial[name] for name in manifest.shapes},
-            {name: trained[name] for name in manifest.shapes},
-        )
-        reply.content[reply_key] = wire.guidance_record(codec.quantize(local))
-        for metrics in reply.content.metric_records.values():
-            metrics[wire.EPOCHS] = done
-        return reply
+        return reply, trained, done
 
     def _loss(self, reply: Message) -> float:
         """Return the loss the app reports; NaN if it reports none."""
@@ -131,6 +161,37 @@ class AutoFlipMod:
                 f"got {sorted({k for r in records for k in r})}"
             )
         return math.nan
+
+
+def _gradient(
+    asked: wire.Exploration,
+    initial: Params,
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+) -> tuple[Message, Guidance]:
+    """Let the app pass over its data at fixed weights, and look at the gradients."""
+    trainable = [entry for entry in asked.manifest.entries if entry.trainable]
+    with training.gradients_of([entry.shape for entry in trainable]) as seen:
+        reply = call_next(message, context)
+    if reply.has_error():
+        return reply, {}
+    if not seen.steps:
+        raise MaskError(
+            f"expected an optimizer of torch.optim that holds the {len(trainable)} "
+            "trainable parameters in the model's order, to see their gradients; the "
+            "app made no step with such a one"
+        )
+    squared = asked.measure == "squared-gradient"
+    gradients = seen.mean_square() if squared else seen.mean()
+    found = {}
+    for entry, gradient in zip(trainable, gradients, strict=True):
+        if entry.masked:
+            size = np.abs(gradient)
+            if asked.measure == "saliency":
+                size = size * np.abs(initial[entry.name]).astype(np.float32)
+            found[entry.name] = size
+    return reply, found
 
 
 def masks_from(

@@ -9,30 +9,39 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from autoflip_flwr import mask as masking
-from autoflip_flwr.codec import VALUE_TYPES, dequantize
-from autoflip_flwr.errors import (
-    ExplorationError,
-    GuidanceError,
-    SettingsError,
-    WireError,
-)
+from autoflip_flwr import pruners
+from autoflip_flwr.codec import VALUE_TYPES, dequantize, unpack_mask
+from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.groups import Units
 from autoflip_flwr.manifest import Manifest
-from autoflip_flwr.pruner import Pruner
-from autoflip_flwr.settings import ExplorationSettings, PruningSettings
-from autoflip_flwr.types import Array, Params, ValueType
-from autoflip_flwr.wire import Plan
+from autoflip_flwr.pruners import METHODS, Ask, Pruner
+from autoflip_flwr.pruners.mean import WeightedMean
+from autoflip_flwr.settings import ExplorationSettings, PruningSettings, RivalSettings
+from autoflip_flwr.types import Array, Measure, MethodName, Params, ValueType
+from autoflip_flwr.wire import Exploration, Plan
 
 _log = logging.getLogger("flwr")
 
 _BATCH_BYTES = 1 << 30
 _LEAST_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an explorer replied."""
+
+    frame: bytes
+    signs: bytes | None = None  # which weights rose, for a warm start
+    examples: float = 1.0  # 1 where the app does not say
 
 
 class Rounds:
@@ -49,6 +58,9 @@ class Rounds:
         Share of the mask's entries that the last round changed.
     update_variance : float or None
         Mean over the kept parameters of the variance of the clients' updates.
+    guidance_cosine : float or None
+        Cosine between the guidance and the clients' mean squared updates, over the
+        kept parameters: whether the one-time map stays true.
     dropped : dict of node id -> reason
         Replies of the current round that were left out.
     """
@@ -58,6 +70,8 @@ class Rounds:
         pruning: PruningSettings,
         exploration: ExplorationSettings,
         *,
+        method: MethodName = "autoflip",
+        rivals: RivalSettings | None = None,
         values: ValueType = "float32",
         prunable: Sequence[str] | None = None,
         store: Path | None = None,
@@ -70,6 +84,7 @@ class Rounds:
         self.plan: Plan | None = None
         self.mask_change = 0.0
         self.update_variance: float | None = None
+        self.guidance_cosine: float | None = None
         self.dropped: dict[int, str] = {}
         if values not in VALUE_TYPES:
             raise SettingsError(
@@ -78,7 +93,11 @@ class Rounds:
         self._values = values
         self._prunable = prunable
         self._units = units
-        self._rng = np.random.default_rng(seed)
+        if method not in METHODS:
+            raise SettingsError(f"unknown method {method!r}; known: {list(METHODS)}")
+        self._method = method
+        self._rivals = rivals or RivalSettings()
+        self._seed = seed
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
@@ -87,10 +106,9 @@ class Rounds:
         self._manifest: Manifest | None = None
         self._pruner: Pruner | None = None
         self._initial: Params = {}
-        self._asked: set[int] = set()
-        self._restart = False
         self._spread: _Spread | None = None
         self._reasons: dict[int, str] = {}
+        self._warmth = WeightedMean()
 
     @property
     def manifest(self) -> Manifest:
@@ -99,15 +117,15 @@ class Rounds:
         return self._manifest
 
     @property
-    def initial(self) -> Params:
-        """The weights everyone explores from (`W0`)."""
-        return self._initial
-
-    @property
     def pruner(self) -> Pruner:
-        """Guidance in, masks out."""
+        """What makes the masks."""
         assert self._pruner is not None, "adopt() first"
         return self._pruner
+
+    @property
+    def restores(self) -> bool:
+        """Whether pruned weights are remembered, to be offered again."""
+        return self.pruner.restores
 
     def adopt(self, arrays: Params) -> None:
         """Take a global model from outside; the first one is `W0`."""
@@ -117,37 +135,49 @@ class Rounds:
                 arrays, prunable=self._prunable, exclude=self.pruning.exclude
             )
             self._initial = dict(arrays)
-            self._pruner = Pruner(
-                self._weights(arrays), self.pruning, self._store, self._units
+            self._pruner = pruners.build(
+                self._method,
+                self._weights(arrays),
+                pruning=self.pruning,
+                exploration=self.exploration,
+                rivals=self._rivals,
+                directory=self._store,
+                units=self._units,
+                seed=self._seed,
+                trainable_known=self._prunable is not None,
             )
         self.arrays = dict(arrays)
 
-    def explorers(
+    def asks(
         self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
-    ) -> list[int]:
-        """Return the nodes that are to explore before this round.
-
-        Before the first round (and every `exploration.every` rounds) the share
-        `exploration.fraction` of the connected nodes; later, of those sampled for
-        the first time.
-        """
-        every = self.exploration.every
-        if every and server_round > 1 and (server_round - 1) % every == 0:
-            self._asked.clear()
+    ) -> Ask | None:
+        """Tell which nodes are to measure what before this round; None: nobody."""
+        ask = self.pruner.asks(server_round, connected=connected, sampled=sampled)
+        if ask is not None and ask.renew:
             self._initial = dict(self.arrays)
-            self._restart = True  # the old guidance stays until there is new
-        first = not self._asked
-        candidates = connected if first else sampled
-        new = [node_id for node_id in candidates if node_id not in self._asked]
-        self._asked.update(new)
-        fraction = self.exploration.fraction
-        if fraction == 1.0 or not new:
-            return new
-        if first:
-            count = max(1, round(fraction * len(new)))
-            chosen = set(self._rng.choice(len(new), size=count, replace=False).tolist())
-            return [node_id for i, node_id in enumerate(new) if i in chosen]
-        return [node_id for node_id in new if self._rng.random() < fraction]
+        return ask
+
+    def exploration_of(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Return what nodes need to measure: arrays, and entries of the config."""
+        settings = self.exploration
+        trains = ask.measure == "deviation"
+        measure: Measure = "update" if self._warms(ask) else ask.measure
+        exploration = Exploration(
+            manifest=self.manifest,
+            plan=self.plan if ask.current else None,
+            epochs=settings.epochs if trains else 1,
+            patience=settings.patience if trains else 1,
+            measure=measure,
+        )
+        return exploration.pack(self._start_of(ask)), exploration.entries()
+
+    def _warms(self, ask: Ask) -> bool:
+        """Tell whether these explorers' weights are to be the start of the training."""
+        wanted = self.exploration.warm_start and ask.measure == "deviation"
+        return wanted and self.plan is None
+
+    def _start_of(self, ask: Ask) -> Params:
+        return self.arrays if ask.current else self._initial
 
     def batches(self, asked: Sequence[int]) -> list[Sequence[int]]:
         """Divide explorers so that a batch's replies fit in about a gigabyte."""
@@ -155,54 +185,58 @@ class Rounds:
         size = max(_LEAST_BATCH, _BATCH_BYTES // max(1, frame))
         return [asked[start : start + size] for start in range(0, len(asked), size)]
 
-    def explored(self, asked: Sequence[int], frames: Mapping[int, bytes | str]) -> None:
-        """Take the explorers' frames; a text is the reason why there is none."""
+    def explored(
+        self, ask: Ask, nodes: Sequence[int], answers: Mapping[int, Answer | str]
+    ) -> None:
+        """Take the nodes' answers; a text is the reason why there is none."""
         failed = 0
-        for node_id in asked:
-            frame = frames.get(node_id, "no reply in time")
+        start = self._weights(self._start_of(ask))
+        for node_id in nodes:
+            answer = answers.get(node_id, "no reply in time")
             try:
-                if isinstance(frame, str):
-                    raise WireError(frame)
-                dequantize(frame, self.manifest.shapes)
-                if self._restart:
-                    self.pruner.restart(self._weights(self._initial))
-                    self._restart = False
-                self.pruner.add(node_id, frame)
+                if isinstance(answer, str):
+                    raise WireError(answer)
+                if not (answer.examples > 0 and math.isfinite(answer.examples)):
+                    raise WireError(f"expected examples, got {answer.examples}")
+                warm = self._warmth_of(answer) if self._warms(ask) else None
+                self.pruner.add(node_id, answer.frame, answer.examples, start)
+                if warm is not None:
+                    self._warmth.add(warm, answer.examples)
             except ValueError as error:
                 failed += 1
                 self._reasons[node_id] = str(error)
                 _log.warning("exploration: node %d is left out: %s", node_id, error)
         _log.info(
-            "exploration: %d of %d nodes explored", len(asked) - failed, len(asked)
+            "exploration: %d of %d nodes explored", len(nodes) - failed, len(nodes)
         )
 
-    def check_explored(self) -> None:
-        """Refuse to go on without guidance, or with parameters nobody trains.
+    def _warmth_of(self, answer: Answer) -> Params:
+        """Return how far an explorer's weights moved, with their signs."""
+        if answer.signs is None:
+            raise WireError("expected signs beside the guidance, got none")
+        rises = unpack_mask(answer.signs, self.manifest.shapes)
+        moved = dequantize(answer.frame, self.manifest.shapes).dense()
+        for name, value in moved.items():
+            np.sqrt(value, out=value)
+            np.negative(value, out=value, where=~rises[name])
+        return moved
 
-        Raises
-        ------
-        ExplorationError
-            If nobody's guidance came.
-        GuidanceError
-            If a tensor moved for no explorer and nobody said what is trainable: it
-            is frozen or a buffer, and would be the first to be pruned.
+    def end_exploration(self) -> bool:
+        """Refuse to go on if no mask can be made; tell whether the weights changed.
+
+        With a warm start they are then where the explorers on average ended, weighted
+        by their examples.
         """
-        if self.pruner.explorers == 0:
-            raise ExplorationError(
-                f"none of {len(self._reasons)} nodes completed its exploration, so no "
-                f"mask can be made; reasons by node: {self._reasons}"
-            )
-        still = self.pruner.still()
-        if still and self._prunable is None:
-            raise GuidanceError(
-                f"{still} moved for none of {self.pruner.explorers} explorers: frozen "
-                "parameters or buffers, which pruning would take first; name them in "
-                "`exclude`, or the trainable parameters in `prunable`"
-            )
+        self.pruner.check(self._reasons)
+        moved = self._warmth.take()
+        for name, value in moved.items():
+            start = self.arrays[name]
+            self.arrays = {**self.arrays, name: (start + value).astype(start.dtype)}
+        return bool(moved)
 
-    def begin(self, sampled: Sequence[int]) -> Plan:
+    def begin(self, server_round: int, sampled: Sequence[int]) -> Plan:
         """Make the mask of a round for the sampled nodes."""
-        masks = self.pruner.masks(sampled)
+        masks = self.pruner.masks(sampled, self._weights(self.arrays), server_round)
         if self.plan is not None:
             before = self.plan.masks
             self.mask_change = 0.0 if masks is before else masking.change(before, masks)
@@ -210,6 +244,7 @@ class Rounds:
         self.plan = Plan(self.manifest, masks, self._values)
         self.dropped = {}
         self.update_variance = None
+        self.guidance_cosine = None
         self._spread = None
         _log.info("mask: density %.4f, changed %.4f", self.density, self.mask_change)
         return self.plan
@@ -224,12 +259,13 @@ class Rounds:
             reason,
         )
 
-    def observe(self, sent: bytes, received: bytes) -> None:
+    def observe(self, sent: bytes, received: bytes, examples: float = 1.0) -> None:
         """Note one client's update, from the frames that went out and came back."""
         if self._spread is None:
             assert self.plan is not None
-            self._spread = _Spread(sent, self.plan.values)
-        self._spread.add(received)
+            signs = self.pruning.agreement == "sign"
+            self._spread = _Spread(sent, self.plan.values, signs=signs)
+        self._spread.add(received, examples)
 
     def abandon(self, server_round: int, reason: str) -> None:
         """End a round that changed nothing: the model keeps the mask it has."""
@@ -243,7 +279,7 @@ class Rounds:
         pruned have learned nothing: they become zero, or keep the value they had.
         """
         assert self.plan is not None
-        keep_values = self.pruning.pruned_weights == "keep"
+        keep_values = self.restores
         settled: dict[str, Array] = {}
         for entry in self.manifest.entries:
             value = np.asarray(aggregated[entry.name])
@@ -258,6 +294,10 @@ class Rounds:
         self._previous = self.plan  # from now on the mask this model has
         if self._spread is not None:
             self.update_variance = self._spread.variance()
+            self.guidance_cosine = _cosine(
+                self.pruner.kept_guidance, self._spread.squares
+            )
+            self.pruner.learn(self._spread.agreement(), self.plan.masks)
 
     def masked_arrays(self) -> Params:
         """Return the global model as clients know it: pruned entries zero."""
@@ -286,20 +326,32 @@ class Rounds:
 
 
 class _Spread:
-    """Variance of the clients' updates, summed as they come."""
+    """The clients' updates of a round, summed as they come: flat, kept entries alone.
 
-    def __init__(self, sent: bytes, values: ValueType) -> None:
+    Attributes
+    ----------
+    squares : float32 array
+        Sum of the squared updates.
+    """
+
+    def __init__(self, sent: bytes, values: ValueType, *, signs: bool) -> None:
         self._type = np.dtype(values).newbyteorder("<")
         self._start = np.frombuffer(sent, self._type).astype(np.float32)
         self._sum: NDArray[np.float32] = np.zeros_like(self._start)
-        self._squares = 0.0
+        self.squares: NDArray[np.float32] = np.zeros_like(self._start)
+        self._signs = np.zeros_like(self._start) if signs else None
+        self._weight = 0.0
         self._count = 0
 
-    def add(self, received: bytes) -> None:
+    def add(self, received: bytes, examples: float) -> None:
         update = np.frombuffer(received, self._type).astype(np.float32)
         update -= self._start
-        self._squares += float(np.dot(update, update))
         self._sum += update
+        if self._signs is not None:
+            self._signs += np.float32(examples) * np.sign(update)
+            self._weight += examples
+        np.square(update, out=update)
+        self.squares += update
         self._count += 1
 
     def variance(self) -> float:
@@ -307,4 +359,21 @@ class _Spread:
         if size == 0:
             return 0.0
         of_mean = float(np.dot(self._sum, self._sum)) / self._count
-        return max(0.0, (self._squares - of_mean) / (self._count * size))
+        total = float(self.squares.sum(dtype=np.float64))
+        return max(0.0, (total - of_mean) / (self._count * size))
+
+    def agreement(self) -> NDArray[np.float32] | None:
+        """Return |sum of the signs| over the clients, weighted, in [0, 1]."""
+        if self._signs is None or not self._weight:
+            return None
+        self._signs /= np.float32(self._weight)
+        return np.abs(self._signs)
+
+
+def _cosine(
+    one: NDArray[np.float32] | None, other: NDArray[np.float32]
+) -> float | None:
+    if one is None or one.size == 0:
+        return None
+    size = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(np.dot(one, other)) / size if size > 0 else None

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from safetensors.numpy import save_file
 
+from autoflip_flwr.costs import Operations
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.grid import Direction, RunGrid
 from autoflip_flwr.rounds import Rounds
@@ -34,7 +35,9 @@ class RunLog:
     grid : RunGrid
         Where bytes and seconds are counted.
     rounds : Rounds or None
-        AutoFLIP's state; None for a dense strategy.
+        The state of a pruning strategy; None for a dense one.
+    operations : Operations
+        What a sample costs clients.
 
     Raises
     ------
@@ -43,7 +46,12 @@ class RunLog:
     """
 
     def __init__(
-        self, directory: str, settings: Settings, grid: RunGrid, rounds: Rounds | None
+        self,
+        directory: str,
+        settings: Settings,
+        grid: RunGrid,
+        rounds: Rounds | None,
+        operations: Operations,
     ) -> None:
         self.directory = Path(directory or _new_name(settings)).resolve()
         self._metrics = self.directory / "metrics.jsonl"
@@ -58,6 +66,10 @@ class RunLog:
         self._settings = settings
         self._grid = grid
         self._rounds = rounds
+        self._operations = operations
+        self._samples: Counter[str] = Counter()
+        self._flops = 0
+        self._board = _board(settings, self.directory)
         self._started = self._last = time.monotonic()
         self._counted: Counter[tuple[str, Direction]] = Counter()
         self._row: dict[str, Any] = {}
@@ -68,6 +80,12 @@ class RunLog:
         sent = Counter(self._grid.sent)
         sent.subtract(self._counted)
         rounds = self._rounds
+        samples = Counter(self._trained_samples())
+        samples.subtract(self._samples)
+        masks = rounds.plan.masks if rounds and rounds.plan else {}
+        flops = self._operations.trained(
+            masks, explore=samples["explore"], train=samples["train"]
+        )
         self._row = {
             "round": server_round,
             "accuracy": evaluation.accuracy,
@@ -79,13 +97,28 @@ class RunLog:
             "bytes_evaluate": sent["evaluate", "down"] + sent["evaluate", "up"],
             "mask_change": rounds.mask_change if rounds else 0.0,
             "update_variance": rounds.update_variance if rounds else None,
+            "guidance_cosine": rounds.guidance_cosine if rounds else None,
+            "flops": flops,
             "dropped": len(rounds.dropped) if rounds else None,
             "seconds": round(now - self._last, 3),
         }
         self._counted = Counter(self._grid.sent)
+        self._samples = Counter(self._trained_samples())
+        self._flops += flops
         self._last = now
         with self._metrics.open("a") as lines:
             lines.write(json.dumps(self._row) + "\n")
+        if self._board is not None:
+            for key, value in self._row.items():
+                if key != "round" and value is not None:
+                    self._board.add_scalar(key, value, server_round)
+            self._board.flush()
+
+    def _trained_samples(self) -> dict[str, float]:
+        """Return samples times epochs so far, by phase."""
+        counted = self._grid.samples
+        epochs = self._settings.training.epochs
+        return {"explore": counted["explore"], "train": epochs * counted["train"]}
 
     def finish(
         self, arrays: Params, *, parameters: int, costs: Mapping[str, Any]
@@ -112,6 +145,8 @@ class RunLog:
                 "dense_equivalent": sum(grid.dense.values()),
             },
             **costs,
+            "flops": {**costs["flops"], "trained": self._flops},
+            "samples": self._trained_samples(),
             "seconds": {
                 "explore": round(grid.seconds["explore"], 3),
                 "train": round(grid.seconds["train"], 3),
@@ -129,6 +164,8 @@ class RunLog:
             )
         text = json.dumps(summary, indent=2) + "\n"
         (self.directory / "summary.json").write_text(text)
+        if self._board is not None:
+            self._board.close()
         return summary
 
 
@@ -178,10 +215,28 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         _megabytes(dense["peak_bytes"]),
     )
     _log.info(
+        "  training took   %.3g multiply-accumulates, exploration included",
+        flops["trained"],
+    )
+    _log.info(
         "  seconds         %.1f (exploration %.1f)",
         summary["seconds"]["total"],
         summary["seconds"]["explore"],
     )
+
+
+def _board(settings: Settings, directory: Path) -> Any:
+    """Return a writer for TensorBoard where it is asked for, or None."""
+    if not settings.log.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SettingsError(
+            "log.tensorboard needs the package tensorboard: "
+            "pip install 'autoflip-flwr[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(directory))
 
 
 def _new_name(settings: Settings) -> str:

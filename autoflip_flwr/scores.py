@@ -29,9 +29,14 @@ def saliency_score(
     shape; `guidance` is written over and returned.
     """
     np.sqrt(guidance, out=guidance)
-    weight = np.abs(initial, dtype=np.float32)
-    weight += np.float32(SALIENCY_OFFSET)
-    return np.multiply(guidance, weight, out=guidance)
+    return np.multiply(guidance, weight_size(initial), out=guidance)
+
+
+def weight_size(initial: Array) -> NDArray[np.float32]:
+    """Return what `saliency_score` takes for the size of a weight, float32, > 0."""
+    size = np.abs(initial, dtype=np.float32)
+    size += np.float32(SALIENCY_OFFSET)
+    return size
 
 
 #: Name of a score -> function of (guidance, initial weights) of one tensor.

@@ -14,20 +14,28 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from autoflip_flwr.errors import SettingsError
-from autoflip_flwr.types import Mode, Normalization, ScoreName, ValueType
+from autoflip_flwr.types import (
+    MethodName,
+    Mode,
+    Normalization,
+    ScoreName,
+    ValueType,
+)
 
 G = TypeVar("G")
 
 ServerStrategy = Literal["fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "krum"]
 PrunedWeights = Literal["zero", "keep"]
+Agreement = Literal["none", "vote", "sign"]
+StrategyName = Literal["fedavg", MethodName]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategySettings:
     """Who takes part in a round, and how replies are aggregated."""
 
-    name: Literal["autoflip", "fedavg"] = "autoflip"  # fedavg: dense, the baseline
-    server: ServerStrategy = "fedavg"  # the inner strategy of both
+    name: StrategyName = "autoflip"  # fedavg: dense, the baseline
+    server: ServerStrategy = "fedavg"  # the inner strategy of all
     fraction_train: float = 1.0  # share of the connected nodes that train
     fraction_evaluate: float = 0.0  # share that evaluates on its own held-out data
     min_nodes: int = 2  # connected nodes to wait for before each sampling
@@ -58,6 +66,7 @@ class ExplorationSettings:
     fraction: float = 1.0  # share of the nodes that explore
     patience: int = 5  # epochs without a lower loss before an explorer stops
     every: int = 0  # explore again every so many rounds; 0: once
+    warm_start: bool = False  # begin where the explorers on average ended, not at W0
     timeout: float = 3600.0  # seconds to wait for the explorers
 
     def __post_init__(self) -> None:
@@ -81,6 +90,8 @@ class PruningSettings:
     floor: float = 0.01  # least share of every tensor that is kept
     exclude: tuple[str, ...] = ()  # name patterns that are never pruned
     pruned_weights: PrunedWeights = "zero"  # at the server
+    agreement: Agreement = "none"  # of clients, mixed into the score
+    agreement_weight: float = 0.5  # its share of the score
     units: float = 0.0  # share of what is pruned that falls on whole units
     min_units: int = 1  # least units of every group that are kept
     unit_multiple: int = 1  # groups are cut to multiples of this; 8 or 16 is faster
@@ -93,9 +104,35 @@ class PruningSettings:
             _within("pruning.threshold", self.threshold, 0, 1)
         _within("pruning.population-weight", self.population_weight, 0, 1)
         _within("pruning.floor", self.floor, 0, 1)
+        _within("pruning.agreement-weight", self.agreement_weight, 0, 1)
+        if self.agreement != "none" and self.mode == "value":
+            raise SettingsError(
+                "pruning.agreement needs a number of weights to keep: pruning.mode "
+                "quantile or compression, got value"
+            )
         _within("pruning.units", self.units, 0, 1)
         _at_least("pruning.min-units", self.min_units, 1)
         _at_least("pruning.unit-multiple", self.unit_multiple, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RivalSettings:
+    """What only the methods that AutoFLIP is compared with have."""
+
+    dense_rounds: int = 2  # before weights are judged: magnitude, l1, ..., eflprune
+    every: int = 10  # rounds from one adjustment to the next: prunefl, feddst
+    replaced: float = 0.5  # feddst: share of a layer's kept weights, at first
+    # feddst: last round that may adjust. None: half of a run's rounds; where their
+    # number is not known, all, and the share stays as it is.
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types("rivals", self)
+        _at_least("rivals.dense-rounds", self.dense_rounds, 0)
+        _at_least("rivals.every", self.every, 1)
+        _within("rivals.replaced", self.replaced, 0, 1)
+        if self.until is not None:
+            _at_least("rivals.until", self.until, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +140,13 @@ class WireSettings:
     """What travels."""
 
     values: ValueType = "float32"  # type of the kept values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    """What a run writes beside its own files."""
+
+    tensorboard: bool = False  # metrics of every round, for TensorBoard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +229,9 @@ class Settings:
     strategy: StrategySettings = field(default_factory=StrategySettings)
     exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
     pruning: PruningSettings = field(default_factory=PruningSettings)
+    rivals: RivalSettings = field(default_factory=RivalSettings)
     wire: WireSettings = field(default_factory=WireSettings)
+    log: LogSettings = field(default_factory=LogSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -201,6 +247,9 @@ class Settings:
                 "client's samples that it does not train on"
             )
         _at_least("rounds", self.rounds, 1)
+        if self.rivals.until is None:
+            rivals = dataclasses.replace(self.rivals, until=self.rounds // 2)
+            object.__setattr__(self, "rivals", rivals)
         _at_least("seed", self.seed, 0)
 
     def as_yaml(self) -> str:

@@ -37,6 +37,10 @@ class GuidanceStore:
     def __iter__(self) -> Iterator[int]:
         return iter(self._statistics)
 
+    def check(self, frame: bytes) -> None:
+        """Refuse a frame that does not fit the shapes with a WireError."""
+        dequantize(frame, self._shapes)
+
     def put(self, node_id: int, frame: bytes) -> QuantizedGuidance:
         """Keep a node's frame, replacing an earlier one.
 

@@ -14,14 +14,17 @@ from torch import nn
 
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
-from autoflip_flwr.rounds import Rounds
+from autoflip_flwr.pruners import NEEDS_UNITS
+from autoflip_flwr.rounds import Answer, Rounds
 from autoflip_flwr.settings import (
+    Agreement,
     ExplorationSettings,
     PrunedWeights,
     PruningSettings,
+    RivalSettings,
 )
 from autoflip_flwr.training import trainable_names
-from autoflip_flwr.types import Mode, Normalization, ScoreName, ValueType
+from autoflip_flwr.types import MethodName, Mode, Normalization, ScoreName, ValueType
 from autoflip_flwr.units import ExampleInputs, Units, trace
 
 _log = logging.getLogger("flwr")
@@ -41,6 +44,11 @@ class AutoFLIP(Strategy):
     ----------
     strategy : Strategy, optional
         Any strategy of Flower's Message API; ``FedAvg()`` by default.
+    method : str
+        What makes the masks: ``autoflip``, or a rival to compare it with (``random``,
+        ``magnitude``, ``l1``, ``l2``, ``similarity``, ``bn``, ``eflprune``, ``ssfl``,
+        ``prunefl``, ``feddst``; see `autoflip_flwr.pruners`). A rival reads
+        `threshold`, `mode`, `floor` and `exclude` of the pruning.
     threshold : float
         With the default mode, the share of the parameters to prune, in [0, 1]. At 0
         nothing is pruned and the result is the inner strategy's.
@@ -63,6 +71,12 @@ class AutoFLIP(Strategy):
     pruned_weights : {"zero", "keep"}
         What the server does with pruned weights: zero (Alg. 1), or remember the
         last value and offer it again when a later mask lets it back.
+    agreement : {"none", "vote", "sign"}
+        What clients agree on, mixed into the score: ``vote``, the share of explorers
+        whose own guidance alone would keep a parameter; ``sign``, how far the updates
+        of the rounds so far have one direction. Ours, not the paper's.
+    agreement_weight : float
+        In [0, 1]: its share of the score.
     units : float
         In [0, 1]: share of the pruned parameters that falls on whole units (filters,
         neurons, hidden units), so that clients can train a smaller network; the rest
@@ -86,6 +100,11 @@ class AutoFLIP(Strategy):
         Explore again, from the global model, every so many rounds; 0: once.
     exploration_timeout : float
         Seconds to wait for the explorers.
+    warm_start : bool
+        Begin the training where the explorers on average ended, not at `W0`: they send
+        the signs of their updates too, an eighth of a byte per parameter.
+    rivals : RivalSettings, optional
+        What only the rivals have: rounds between adjustments and the like.
     values : {"float32", "float16"}
         Type of the kept values on the wire.
     min_replies : int
@@ -111,6 +130,7 @@ class AutoFLIP(Strategy):
         self,
         strategy: Strategy | None = None,
         *,
+        method: MethodName = "autoflip",
         threshold: float = 0.8,
         mode: Mode = "quantile",
         score: ScoreName = "guidance",
@@ -120,6 +140,8 @@ class AutoFLIP(Strategy):
         exclude: Sequence[str] = (),
         prunable: Sequence[str] | None = None,
         pruned_weights: PrunedWeights = "zero",
+        agreement: Agreement = "none",
+        agreement_weight: float = 0.5,
         units: float = 0.0,
         min_units: int = 1,
         unit_multiple: int = 1,
@@ -130,6 +152,8 @@ class AutoFLIP(Strategy):
         exploration_patience: int = 5,
         exploration_every: int = 0,
         exploration_timeout: float = 3600.0,
+        warm_start: bool = False,
+        rivals: RivalSettings | None = None,
         values: ValueType = "float32",
         min_replies: int = 1,
         store: Path | None = None,
@@ -140,6 +164,7 @@ class AutoFLIP(Strategy):
             raise SettingsError(f"expected min_replies >= 1, got {min_replies}")
         self.strategy = strategy if strategy is not None else FedAvg()
         self.min_replies = min_replies
+        self.method = method
         self.rounds = Rounds(
             PruningSettings(
                 threshold=threshold,
@@ -150,6 +175,8 @@ class AutoFLIP(Strategy):
                 floor=floor,
                 exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
                 pruned_weights=pruned_weights,
+                agreement=agreement,
+                agreement_weight=agreement_weight,
                 units=units,
                 min_units=min_units,
                 unit_multiple=unit_multiple,
@@ -160,12 +187,15 @@ class AutoFLIP(Strategy):
                 patience=exploration_patience,
                 every=exploration_every,
                 timeout=exploration_timeout,
+                warm_start=warm_start,
             ),
+            method=method,
+            rivals=rivals,
             values=values,
             prunable=prunable_of(prunable, model),
             store=store,
             seed=seed,
-            units=units_of(units, model, example_inputs),
+            units=units_of(units, model, example_inputs, method=method),
         )
         self._current: ArrayRecord | None = None  # the inner strategy's global model
         self._returned: ArrayRecord | None = None  # what `start` knows of it
@@ -176,7 +206,7 @@ class AutoFLIP(Strategy):
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
         pruning, exploration = self.rounds.pruning, self.rounds.exploration
-        _log.info("\t├──> AutoFLIP settings:")
+        _log.info("\t├──> AutoFLIP settings (method %s):", self.method)
         _log.info(
             "\t│\t├── Pruning: %s %s of the %s, normalized by %s, population weight "
             "%s, %s of it on whole units",
@@ -209,7 +239,7 @@ class AutoFLIP(Strategy):
             return []
         sampled = [message.metadata.dst_node_id for message in messages]
         self._explore(server_round, sampled, messages[0], grid)
-        plan = self.rounds.begin(sampled)
+        plan = self.rounds.begin(server_round, sampled)
         self._sent, self._packed = messages, {}
         return [self._pack(message, plan, "train") for message in messages]
 
@@ -234,9 +264,9 @@ class AutoFLIP(Strategy):
         for name, value in self.rounds.arrays.items():
             aggregated[name] = FlowerArray(value)
         self._current = aggregated
-        keep = self.rounds.pruning.pruned_weights == "keep"
+        restores = self.rounds.restores
         self._returned = (
-            wire.record_of(self.rounds.masked_arrays()) if keep else aggregated
+            wire.record_of(self.rounds.masked_arrays()) if restores else aggregated
         )
         return self._returned, metrics
 
@@ -274,33 +304,32 @@ class AutoFLIP(Strategy):
     def _explore(
         self, server_round: int, sampled: Sequence[int], like: Message, grid: Grid
     ) -> None:
-        """Send `W0` to those who are to explore and keep what they found."""
-        asked = self.rounds.explorers(
+        """Let those who are to explore do so, and keep what they found."""
+        ask = self.rounds.asks(
             server_round, connected=list(grid.get_node_ids()), sampled=sampled
         )
-        if not asked:
+        if ask is None:
             return
-        exploration = self.rounds.exploration
         config_key, config = wire.only_config(like.content)
         array_key, _ = wire.only_array_record(like.content)
-        entries = wire.explore_entries(
-            self.rounds.manifest,
-            epochs=exploration.epochs,
-            patience=exploration.patience,
-        )
+        arrays, entries = self.rounds.exploration_of(ask)
         content = RecordDict(dict(like.content))
-        content[array_key] = wire.record_of(self.rounds.initial)
+        content[array_key] = arrays
         content[config_key] = ConfigRecord({**config, **entries})
         kind = like.metadata.message_type
-        for batch in self.rounds.batches(asked):
+        timeout = self.rounds.exploration.timeout
+        for batch in self.rounds.batches(ask.nodes):
             _log.info("exploration: %d nodes explore", len(batch))
             messages = [Message(content, node_id, kind) for node_id in batch]
-            replies = grid.send_and_receive(messages, timeout=exploration.timeout)
+            replies = grid.send_and_receive(messages, timeout=timeout)
             nodes = wire.nodes_by_message(messages)
-            self.rounds.explored(
-                batch, {wire.node_of(r, nodes): _guidance_of(r) for r in replies}
-            )
-        self.rounds.check_explored()
+            answers = {wire.node_of(r, nodes): _answer_of(r) for r in replies}
+            self.rounds.explored(ask, batch, answers)
+        if self.rounds.end_exploration():
+            # The messages hold the very record that the inner strategy works on.
+            assert self._current is not None
+            for name, value in self.rounds.arrays.items():
+                self._current[name] = FlowerArray(value)
 
     def _pack(self, message: Message, plan: wire.Plan, phase: wire.Phase) -> Message:
         """Replace a message's arrays by what travels; equal ones are packed once."""
@@ -323,7 +352,9 @@ class AutoFLIP(Strategy):
         key, record = wire.only_array_record(message.content)
         arrays = plan.unpack(record, fill=self.rounds.arrays)
         _, sent = next(iter(self._packed.values()))
-        self.rounds.observe(sent[wire.VALUES].data, record[wire.VALUES].data)
+        self.rounds.observe(
+            sent[wire.VALUES].data, record[wire.VALUES].data, _examples_of(message)
+        )
         message.content[key] = wire.record_of(arrays)
 
     def _valid(
@@ -373,10 +404,14 @@ def prunable_of(
 
 
 def units_of(
-    share: float, model: nn.Module | None, example_inputs: ExampleInputs | None
+    share: float,
+    model: nn.Module | None,
+    example_inputs: ExampleInputs | None,
+    *,
+    method: MethodName = "autoflip",
 ) -> Units | None:
-    """Trace a model whose units are to be pruned."""
-    if share == 0 or model is None:
+    """Trace a model whose units are to be pruned, or looked at."""
+    if (share == 0 and method not in NEEDS_UNITS) or model is None:
         return None
     if example_inputs is None:
         raise SettingsError(
@@ -386,12 +421,14 @@ def units_of(
     return trace(model, example_inputs)
 
 
-def _guidance_of(reply: Message) -> bytes | str:
-    """Return an explorer's frame, or the reason why there is none."""
+def _answer_of(reply: Message) -> Answer | str:
+    """Return what an explorer found, or the reason why there is nothing."""
     try:
         if reply.has_error():
             return f"it carries the error: {reply.error.reason}"
-        return wire.guidance_frame(wire.only_array_record(reply.content)[1])
+        frame, signs = wire.guidance_frames(wire.only_array_record(reply.content)[1])
+        _check_metrics(reply)
+        return Answer(frame, signs, _examples_of(reply))
     except WireError as error:
         return str(error)
 

@@ -140,6 +140,89 @@ def untouched(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+class Gradients:
+    """What `gradients_of` saw, one float32 array per parameter, in the model's order.
+
+    Attributes
+    ----------
+    steps : int
+        Steps an optimizer would have taken.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Take the gradients of one batch."""
+        if not self._sums:
+            self._sums = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
+            self._squares = [torch.zeros_like(total) for total in self._sums]
+        self.steps += 1
+        for total, square, gradient in zip(
+            self._sums, self._squares, gradients, strict=True
+        ):
+            total.add_(gradient)
+            square.addcmul_(gradient, gradient)
+
+    def mean(self) -> list[Array]:
+        """Return the mean gradient over the batches."""
+        return [(total / self.steps).cpu().numpy() for total in self._sums]
+
+    def mean_square(self) -> list[Array]:
+        """Return the mean of the batches' squared gradients."""
+        return [(square / self.steps).cpu().numpy() for square in self._squares]
+
+
+@contextmanager
+def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
+    """Collect the gradients of a model that only its optimizer shows; train nothing.
+
+    Inside the block a step of an optimizer that holds exactly parameters of these
+    shapes in this order changes nothing: whatever trains the model passes over the
+    data at fixed weights. Any other optimizer is left alone.
+
+    Parameters
+    ----------
+    shapes : sequence of tuple of int
+        Of the trainable parameters, in the model's order.
+    """
+    found = Gradients()
+
+    def collect(held: Sequence[nn.Parameter]) -> None:
+        found.add(
+            [
+                torch.zeros_like(p) if p.grad is None else p.grad.detach().to_dense()
+                for p in held
+            ]
+        )
+        for parameter in held:
+            parameter.grad = None  # an optimizer passes over what has no gradient
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        held = _parameters_of(optimizer)
+        if [tuple(parameter.shape) for parameter in held] != list(shapes):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            collect(held)
+            return None
+
+        def still() -> Any:  # the gradients are there once the closure has run
+            loss = closure()
+            collect(held)
+            return loss
+
+        return args[:1], {**kwargs, "closure": still}
+
+    handle = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 #: Parameters whose masks an open `enforce` looks after.
 _enforced: ContextVar[frozenset[int]] = ContextVar("enforced", default=frozenset())
 

@@ -32,3 +32,25 @@ ScoreName: TypeAlias = Literal["guidance", "saliency"]
 
 #: What the pruning threshold means (Eq. 4).
 Mode: TypeAlias = Literal["quantile", "value", "compression"]
+
+#: What makes the masks: the method, or one of its rivals.
+MethodName: TypeAlias = Literal[
+    "autoflip",
+    "random",
+    "magnitude",
+    "l1",
+    "l2",
+    "similarity",
+    "bn",
+    "eflprune",
+    "ssfl",
+    "prunefl",
+    "feddst",
+]
+
+#: What a node measures of each parameter: how far training moves it (squared); the
+#: same and whether upwards; or from the gradients of one epoch at fixed weights:
+#: |weight x mean gradient|, |mean gradient|, mean squared gradient.
+Measure: TypeAlias = Literal[
+    "deviation", "update", "saliency", "gradient", "squared-gradient"
+]

@@ -8,7 +8,7 @@ ours start with ``autoflip.``. docs/wire-format.md shows them on one screen.
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from flwr.app import Array as FlowerArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from autoflip_flwr import codec
 from autoflip_flwr.errors import WireError
 from autoflip_flwr.manifest import Entry, Manifest
-from autoflip_flwr.types import Array, Masks, Params, ValueType
+from autoflip_flwr.types import Array, Masks, Measure, Params, ValueType
 
 Phase: TypeAlias = Literal["explore", "train", "evaluate"]
 
@@ -31,11 +31,13 @@ MASK = "autoflip.mask"
 VALUE_TYPE = "autoflip.value-type"
 EPOCHS = "autoflip.epochs"  # exploration: at most so many; in the reply: done
 PATIENCE = "autoflip.patience"
+MEASURE = "autoflip.measure"  # exploration: of what the reply's frame tells
 EPOCH = "autoflip.epoch"  # exploration: set by the mod before each call of the app
 
 # Entries of an ArrayRecord, either way.
 VALUES = "autoflip.values"
 GUIDANCE = "autoflip.guidance"
+SIGNS = "autoflip.signs"  # exploring for a warm start
 
 
 _RAW = "autoflip.raw"  # serialization type: the bytes of a frame, without a header
@@ -129,20 +131,68 @@ class Plan:
         }
 
 
-def explore_entries(
-    manifest: Manifest, *, epochs: int, patience: int
-) -> dict[str, str | bytes | int]:
-    """Return the ConfigRecord's entries that ask a client to explore."""
-    return {
-        PHASE: "explore",
-        MANIFEST: manifest.to_bytes(),
-        EPOCHS: epochs,
-        PATIENCE: patience,
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exploration:
+    """What a client is asked to explore.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    plan : Plan or None
+        How the weights it starts from are packed; None: dense.
+    epochs, patience : int
+        At most so many epochs, and without a lower loss so many; each >= 1.
+    measure : Measure
+        What the reply's frame tells of each parameter.
+    """
+
+    manifest: Manifest
+    plan: Plan | None = None
+    epochs: int = 1
+    patience: int = 1
+    measure: Measure = "deviation"
+
+    def entries(self) -> dict[str, str | bytes | int]:
+        """Return the ConfigRecord's entries that tell a client of it."""
+        packed = self.plan.entries("explore") if self.plan else {}
+        return {
+            **packed,
+            PHASE: "explore",
+            MANIFEST: self.manifest.to_bytes(),
+            EPOCHS: self.epochs,
+            PATIENCE: self.patience,
+            MEASURE: self.measure,
+        }
+
+    def pack(self, arrays: Params) -> ArrayRecord:
+        """Return the weights to start from as they travel."""
+        return self.plan.pack(arrays) if self.plan else record_of(arrays)
+
+    def unpack(self, record: ArrayRecord) -> dict[str, Array]:
+        """Return the weights to start from, dense, by name."""
+        if self.plan is None:
+            return named_arrays(record, self.manifest)
+        return self.plan.unpack(named(record, self.plan))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Exploration":
+        """Read it out of a config; a bad entry is a WireError."""
+        epochs, patience = _exploration_of(config)
+        measure = _required(config, MEASURE, str)
+        if measure not in get_args(Measure):
+            raise WireError(
+                f"{MEASURE}: expected one of {list(get_args(Measure))}, got {measure!r}"
+            )
+        return cls(
+            manifest=manifest_of(config),
+            plan=Plan.of(config) if MASK in config else None,
+            epochs=epochs,
+            patience=patience,
+            measure=cast(Measure, measure),
+        )
 
 
-def exploration_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return epochs and patience of an exploration, each >= 1."""
+def _exploration_of(config: Mapping[str, Any]) -> tuple[int, int]:
     epochs = _required(config, EPOCHS, int)
     patience = _required(config, PATIENCE, int)
     if epochs < 1 or patience < 1:
@@ -167,16 +217,23 @@ def manifest_of(config: Mapping[str, Any]) -> Manifest:
     return Manifest.from_bytes(_required(config, MANIFEST, bytes))
 
 
-def guidance_record(frame: bytes) -> ArrayRecord:
-    """Wrap quantised local guidance for the way to the server."""
-    return ArrayRecord({GUIDANCE: _raw(frame, "uint8")})
+def guidance_record(frame: bytes, signs: bytes | None = None) -> ArrayRecord:
+    """Wrap what an explorer found for the way to the server."""
+    arrays = {GUIDANCE: _raw(frame, "uint8")}
+    if signs is not None:
+        arrays[SIGNS] = _raw(signs, "uint8")
+    return ArrayRecord(arrays)
 
 
-def guidance_frame(record: ArrayRecord) -> bytes:
-    """Return the guidance frame of an exploration reply."""
-    if set(record) != {GUIDANCE}:
-        raise WireError(f"expected the array [{GUIDANCE!r}], got {sorted(record)}")
-    return _frame(record[GUIDANCE], "uint8")
+def guidance_frames(record: ArrayRecord) -> tuple[bytes, bytes | None]:
+    """Return the guidance frame of an exploration reply, and the signs' if sent."""
+    if set(record) not in ({GUIDANCE}, {GUIDANCE, SIGNS}):
+        raise WireError(
+            f"expected the array [{GUIDANCE!r}], for a warm start {SIGNS!r} too, "
+            f"got {sorted(record)}"
+        )
+    signs = _frame(record[SIGNS], "uint8") if SIGNS in record else None
+    return _frame(record[GUIDANCE], "uint8"), signs
 
 
 def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array:

@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from autoflip_flwr import codec, models, units
-from autoflip_flwr.pruner import Pruner
+from autoflip_flwr.pruners import AutoFlipPruner
 from autoflip_flwr.settings import PruningSettings
 
 SAMPLED = 5
@@ -72,16 +72,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tracemalloc.start()
             before = tracemalloc.get_traced_memory()[0]
-            pruner = Pruner(weights, chosen, Path(folder), found)
+            pruner = AutoFlipPruner(weights, chosen, Path(folder), found)
             for node_id in range(explorers):
-                pruner.add(node_id, frames[node_id % SAMPLED])
+                pruner.add(node_id, frames[node_id % SAMPLED], 1.0, weights)
             tracemalloc.reset_peak()
-            pruner.masks(range(SAMPLED))
+            pruner.masks(range(SAMPLED), weights, 1)
             peak = tracemalloc.get_traced_memory()[1] - before
             tracemalloc.stop()
             result[f"explorers_{explorers}"] = {
                 **paired(
-                    lambda pruner=pruner: pruner.masks(range(SAMPLED)),
+                    lambda pruner=pruner: pruner.masks(range(SAMPLED), weights, 1),
                     lambda: fedavg.aggregate_train(1, messages),
                     pairs=15,
                 ),

@@ -8,6 +8,7 @@ from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.models import build, names, xavier_normal_
 
 IMAGES = {
+    "cnn_bn": ((3, 32, 32), 10, 277_706),
     "cnn": ((1, 28, 28), 10, 215_370),
     "cnn6": ((3, 32, 32), 10, 7_634_442),
     "efficientnet_b3": ((3, 32, 32), 10, 10_711_602),
@@ -43,6 +44,7 @@ def xavier_std(rows, columns, receptive=1):
 def test_names_are_in_the_documented_order():
     assert list(names()) == [
         "cnn",
+        "cnn_bn",
         "cnn6",
         "efficientnet_b3",
         "resnet50",
@@ -202,7 +204,8 @@ def test_xavier_takes_the_projection_of_an_lstm_as_one_matrix():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(SettingsError, match=r"'vgg'; known: cnn, cnn6, .*char_lstm"):
+    message = r"'vgg'; known: cnn, cnn_bn, cnn6, .*char_lstm"
+    with pytest.raises(SettingsError, match=message):
         build("vgg", num_classes=10, input_shape=(1, 8, 8))
 
 

@@ -9,8 +9,8 @@ from numpy.testing import assert_array_equal
 from autoflip_flwr import codec, mask
 from autoflip_flwr.errors import ExplorationError, MaskError, WireError
 from autoflip_flwr.guidance import NORMALIZATIONS, combine
-from autoflip_flwr.pruner import Pruner
-from autoflip_flwr.settings import PruningSettings
+from autoflip_flwr.pruners import AutoFlipPruner
+from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 
 SHAPES = {"conv": (6, 3, 3, 3), "fc": (40, 30), "bias": (40,)}
 INITIAL = {
@@ -36,10 +36,14 @@ def dense(node_id):
 
 def pruner_of(directory, explorers=(), **settings):
     chosen = {"threshold": 0.7, "floor": 0.0, "score": "guidance", **settings}
-    pruner = Pruner(INITIAL, PruningSettings(**chosen), directory)
+    pruner = AutoFlipPruner(INITIAL, PruningSettings(**chosen), directory)
     for node_id in explorers:
-        pruner.add(node_id, frame(node_id))
+        pruner.add(node_id, frame(node_id), 1.0, INITIAL)
     return pruner
+
+
+def masks_of(pruner, sampled):
+    return pruner.masks(sampled, INITIAL, 1)
 
 
 def reference_scores(explorers, sampled, normalization, mu, score="guidance"):
@@ -89,7 +93,7 @@ def test_masks_agree_with_dense_matrices(tmp_path, sampled, normalization, mu):
         tmp_path, explorers, normalization=normalization, population_weight=mu
     )
     expected = reference_scores(explorers, sampled, normalization, mu)
-    found = pruner.masks(sampled)
+    found = masks_of(pruner, sampled)
     assert {n: k.shape for n, k in found.items()} == SHAPES
     assert_keeps_the_best(found, expected, pruned=round(0.7 * TOTAL))
 
@@ -98,8 +102,8 @@ def test_masks_agree_with_dense_matrices(tmp_path, sampled, normalization, mu):
 def test_saliency_weighs_the_guidance_with_the_initial_weights(tmp_path, mu):
     pruner = pruner_of(tmp_path, [0, 1], score="saliency", population_weight=mu)
     expected = reference_scores([0, 1], [1], "client", mu, score="saliency")
-    assert_keeps_the_best(pruner.masks([1]), expected, pruned=round(0.7 * TOTAL))
-    again = pruner.masks([1])  # scores are written in place: not into what is held
+    assert_keeps_the_best(masks_of(pruner, [1]), expected, pruned=round(0.7 * TOTAL))
+    again = masks_of(pruner, [1])  # scores are written in place: not into what is held
     assert_keeps_the_best(again, expected, pruned=round(0.7 * TOTAL))
 
 
@@ -113,7 +117,7 @@ def test_value_and_floor_reach_the_mask(tmp_path):
         floor=0.25,
         population_weight=0.0,
     )
-    found = pruner.masks([0])
+    found = masks_of(pruner, [0])
     # next to nothing comes near a tensor's maximum, so the floor decides: ceil(n / 4)
     assert {n: int(k.sum()) for n, k in found.items()} == {
         "conv": 41,  # ceil(162 / 4)
@@ -124,15 +128,15 @@ def test_value_and_floor_reach_the_mask(tmp_path):
 
 def test_a_different_sample_makes_a_different_mask_without_population(tmp_path):
     pruner = pruner_of(tmp_path, [0, 1, 2], population_weight=0.0)
-    assert mask.change(pruner.masks([0]), pruner.masks([1])) > 0.05
+    assert mask.change(masks_of(pruner, [0]), masks_of(pruner, [1])) > 0.05
 
 
 def test_at_population_weight_one_the_mask_is_made_once(tmp_path):
     pruner = pruner_of(tmp_path, [0, 1], population_weight=1.0)
-    first = pruner.masks([0])
-    assert pruner.masks([1, 5]) is first
-    pruner.add(2, frame(2))
-    later = pruner.masks([0])
+    first = masks_of(pruner, [0])
+    assert masks_of(pruner, [1, 5]) is first
+    pruner.add(2, frame(2), 1.0, INITIAL)
+    later = masks_of(pruner, [0])
     expected = reference_scores([0, 1, 2], [0], "client", 1.0)
     assert_keeps_the_best(later, expected, pruned=round(0.7 * TOTAL))
     assert mask.change(first, later) > 0
@@ -143,7 +147,7 @@ def test_strangers_and_explorers_are_not_served_each_others_mask(tmp_path):
     for sampled in ([7, 8], [1], [7, 8], [0]):  # 7 and 8 never explored
         expected = reference_scores([0, 1], sampled, "client", 0.3)
         assert_keeps_the_best(
-            pruner.masks(sampled), expected, pruned=round(0.7 * TOTAL)
+            masks_of(pruner, sampled), expected, pruned=round(0.7 * TOTAL)
         )
 
 
@@ -156,83 +160,94 @@ def test_an_explorer_that_explores_again_replaces_its_guidance(
         tmp_path, [0, 1], normalization=normalization, population_weight=0.5
     )
     if asked_before:
-        pruner.masks([0])
-    pruner.add(0, frame(2))
-    pruner.add(3, frame(3))
+        masks_of(pruner, [0])
+    pruner.add(0, frame(2), 1.0, INITIAL)
+    pruner.add(3, frame(3), 1.0, INITIAL)
     fresh = pruner_of(
         tmp_path / "fresh", normalization=normalization, population_weight=0.5
     )
     for node_id, explored in ((0, 2), (1, 1), (3, 3)):
-        fresh.add(node_id, frame(explored))
+        fresh.add(node_id, frame(explored), 1.0, INITIAL)
     assert pruner.explorers == 3
-    assert mask.change(fresh.masks([0, 3]), pruner.masks([0, 3])) < 2 / TOTAL
+    assert mask.change(masks_of(fresh, [0, 3]), masks_of(pruner, [0, 3])) < 2 / TOTAL
 
 
 def test_a_single_explorer_may_explore_again(tmp_path):
     pruner = pruner_of(tmp_path, [0], population_weight=1.0)
-    pruner.add(0, frame(4))
+    pruner.add(0, frame(4), 1.0, INITIAL)
     fresh = pruner_of(tmp_path / "fresh", population_weight=1.0)
-    fresh.add(0, frame(4))
-    for name, keep in fresh.masks([0]).items():
-        assert_array_equal(pruner.masks([0])[name], keep)
+    fresh.add(0, frame(4), 1.0, INITIAL)
+    for name, keep in masks_of(fresh, [0]).items():
+        assert_array_equal(masks_of(pruner, [0])[name], keep)
 
 
 def test_a_bad_frame_changes_nothing(tmp_path):
     pruner = pruner_of(tmp_path, [0, 1], population_weight=0.8)
-    before = pruner.masks([0])
+    before = masks_of(pruner, [0])
     for node_id in (0, 5):
         with pytest.raises(WireError):
-            pruner.add(node_id, frame(3)[:-1])
+            pruner.add(node_id, frame(3)[:-1], 1.0, INITIAL)
     assert pruner.explorers == 2
-    assert mask.change(before, pruner.masks([0])) == 0
+    assert mask.change(before, masks_of(pruner, [0])) == 0
 
 
 def test_without_explorers_there_is_no_mask(tmp_path):
     with pytest.raises(ExplorationError, match="one node or more, got 0"):
-        pruner_of(tmp_path).masks([0])
+        masks_of(pruner_of(tmp_path), [0])
 
 
 def test_a_mask_that_cuts_a_layer_off_is_refused(tmp_path):
     pruner = pruner_of(tmp_path, [0], threshold=1.0)
     with pytest.raises(MaskError, match=r"conv.*floor"):
-        pruner.masks([0])
+        masks_of(pruner, [0])
 
 
-def test_restart_forgets_everyone(tmp_path):
-    pruner = pruner_of(tmp_path, [0, 1], population_weight=1.0)
-    pruner.masks([0])
-    pruner.restart(INITIAL)
-    assert pruner.explorers == 0
-    with pytest.raises(ExplorationError):
-        pruner.masks([0])
-    with pytest.raises(ExplorationError):
-        pruner.masks([0])
-    pruner.add(4, frame(4))
+def test_exploring_again_forgets_everyone_once_somebody_has(tmp_path):
+    pruner = pruner_of(tmp_path, population_weight=1.0)
+    pruner = AutoFlipPruner(
+        INITIAL,
+        pruner.settings,
+        tmp_path,
+        exploration=ExplorationSettings(every=2),
+    )
+    ask = pruner.asks(1, connected=[0, 1], sampled=[0])
+    assert (list(ask.nodes), ask.renew) == ([0, 1], False)
+    for node_id in ask.nodes:
+        pruner.add(node_id, frame(node_id), 1.0, INITIAL)
+    before = masks_of(pruner, [0])
+    assert pruner.asks(2, connected=[0, 1], sampled=[0]) is None
+    ask = pruner.asks(3, connected=[4], sampled=[4])
+    assert (list(ask.nodes), ask.renew) == ([4], True)
+    assert mask.change(masks_of(pruner, [0]), before) == 0, "nobody's came yet"
+    with pytest.raises(WireError):
+        pruner.add(4, frame(4)[:-1], 1.0, INITIAL)
+    assert pruner.explorers == 2
+    pruner.add(4, frame(4), 1.0, INITIAL)
     fresh = pruner_of(tmp_path / "fresh", [4], population_weight=1.0)
-    assert mask.change(fresh.masks([4]), pruner.masks([4])) == 0
+    assert mask.change(masks_of(fresh, [4]), masks_of(pruner, [4])) == 0
 
 
 def test_no_sample_is_served_everyones_mask(tmp_path):
     pruner = pruner_of(tmp_path, [0, 1], population_weight=0.0)
     expected = reference_scores([0, 1], [0], "client", 1.0)
-    assert_keeps_the_best(pruner.masks([]), expected, pruned=round(0.7 * TOTAL))
+    assert_keeps_the_best(masks_of(pruner, []), expected, pruned=round(0.7 * TOTAL))
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_memory_does_not_grow_with_the_explorers(tmp_path, normalization):
     shapes = {"w": (300, 200)}  # 60,000 B quantised, 240,000 B dense
-    pruner = Pruner(
+    pruner = AutoFlipPruner(
         {"w": np.ones((300, 200), np.float32)},
         PruningSettings(normalization=normalization),
         tmp_path,
     )
     frames = [frame(0, shapes), frame(1, shapes)]
-    pruner.add(0, frames[0])
-    pruner.masks([0])
+    pruner.add(0, frames[0], 1.0, INITIAL)
+    masks_of(pruner, [0])
     tracemalloc.start()
     try:
         for node_id in range(1, 51):
-            pruner.add(node_id, frames[node_id % 2])
+            pruner.add(node_id, frames[node_id % 2], 1.0, INITIAL)
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -1,5 +1,6 @@
 """One byte per parameter is enough: masks of real explorations hardly change."""
 
+import numpy as np
 import pytest
 
 from autoflip_flwr import codec, data, guidance, mask, models, scores, training
@@ -50,3 +51,14 @@ def test_a_code_takes_one_byte_where_a_float_takes_four(explored):
     initial, matrices = explored
     size = sum(value.size for value in initial.values())
     assert len(codec.quantize(matrices[0])) == size + 8 * len(initial)
+
+
+def test_updates_are_told_to_a_few_percent(explored):
+    """The root of the guidance is how far a weight moved: a warm start's material."""
+    initial, matrices = explored
+    shapes = {name: value.shape for name, value in initial.items()}
+    for exact in matrices:
+        stored = codec.dequantize(codec.quantize(exact), shapes).dense()
+        for name, value in exact.items():
+            error = np.sqrt(stored[name]) - np.sqrt(value)
+            assert np.linalg.norm(error) <= 0.03 * np.linalg.norm(np.sqrt(value))

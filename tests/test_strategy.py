@@ -53,7 +53,7 @@ from inprocess import (
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
-from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, models
+from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, models, wire
 from autoflip_flwr.errors import (
     AutoFlipError,
     ExplorationError,
@@ -1150,3 +1150,108 @@ def test_a_model_of_ones_own_reaches_each_node():
     assert len(sent) == len(NODES)
     for position, values in enumerate(sent):
         assert_allclose(values, sent[0] + position, rtol=1e-4, atol=1e-5)
+
+
+# --- warm start -----------------------------------------------------------------------
+
+
+def warm(inner=None, **settings):
+    inner = inner or FedAvg(fraction_evaluate=0)
+    return AutoFLIP(inner, warm_start=True, seed=0, **settings)
+
+
+def start_of_training(grid, model):
+    """The weights of the first training messages, as the kept values have them."""
+    first = next(sent for sent in grid.down if sent.phase == "train")
+    masks = masks_in(first, model)
+    return masks, values_in(first, masks)
+
+
+def test_training_begins_where_the_explorers_on_average_ended():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    run(warm(threshold=0.0), grid, model, 1)
+    _, found = start_of_training(grid, model)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    total, weight = {n: np.zeros(s) for n, s in shapes.items()}, 0.0
+    for reply in grid.up:
+        if reply.phase != "explore":
+            continue
+        frame, signs = wire.guidance_frames(reply.arrays)
+        size = codec.dequantize(frame, shapes).dense()
+        rises = codec.unpack_mask(signs, shapes)
+        for name in shapes:
+            moved = np.where(rises[name], 1, -1) * np.sqrt(size[name])
+            total[name] += reply.metrics["num-examples"] * moved
+        weight += reply.metrics["num-examples"]
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach().numpy() + total[name] / weight
+        assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+        assert not np.array_equal(found[name], parameter.detach().numpy())
+
+
+def test_a_warm_start_costs_an_eighth_of_a_byte_per_parameter():
+    model = net()
+    grids = [LocalGrid(toy_app(), NODES) for _ in range(2)]
+    run(AutoFLIP(FedAvg(fraction_evaluate=0)), grids[0], model, 1)
+    run(warm(), grids[1], model, 1)
+    size = sum(p.numel() for p in model.parameters())
+    cold, hot = (
+        next(s for s in grid.up if s.phase == "explore").arrays for grid in grids
+    )
+    extra = len(hot["autoflip.signs"].data)
+    assert extra == math.ceil(size / 8)
+    assert len(hot["autoflip.guidance"].data) == len(cold["autoflip.guidance"].data)
+
+
+def test_the_callers_record_is_left_as_it_is_by_a_warm_start():
+    model = net()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    record = ArrayRecord(model.state_dict())
+    data = {name: array.data for name, array in record.items()}
+    warm().start(LocalGrid(toy_app(), NODES), record, num_rounds=1)
+    assert {name: array.data for name, array in record.items()} == data
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_momentum_at_the_server_starts_from_the_warm_weights():
+    """A pseudo-gradient that held the way from W0 would leap."""
+    model = net()
+    inner = FedAvgM(fraction_evaluate=0, server_momentum=0.9)
+    app, still = toy_app(), nudging_app(scale=0.0)
+
+    def only_explores(message, context):
+        configs = message.content.config_records.values()
+        explores = any(c.get("autoflip.phase") == "explore" for c in configs)
+        return (app if explores else still)(message, context)
+
+    grid = LocalGrid(only_explores, NODES)
+    seen, _ = run(warm(inner, threshold=0.0), grid, model, 3)
+    _, start = start_of_training(grid, model)
+    for arrays in seen[1:]:
+        for name, value in start.items():
+            assert_allclose(arrays[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_an_explorer_without_signs_is_left_out_of_a_warm_start(caplog):
+    def unsigned(reply):
+        (key,) = reply.content.array_records
+        record = reply.content[key]
+        reply.content[key] = ArrayRecord(
+            {"autoflip.guidance": record["autoflip.guidance"]}
+        )
+
+    tamper = only_in("explore", [NODES[0]], unsigned)
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    run(warm(), grid, net(), 1)
+    assert f"node {NODES[0]} is left out: expected signs" in caplog.text
+
+
+def test_exploring_again_does_not_move_the_weights():
+    grid = LocalGrid(toy_app(), NODES)
+    run(warm(exploration_every=1), grid, net(), 2)
+    first, second = [
+        [s for s in grid.down if s.phase == "explore"][i] for i in (0, len(NODES))
+    ]
+    assert first.config["autoflip.measure"] == "update"
+    assert second.config["autoflip.measure"] == "deviation"

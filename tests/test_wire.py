@@ -231,10 +231,33 @@ def test_a_plan_comes_back_out_of_a_config(phase, values):
 
 def test_an_exploration_comes_back_out_of_a_config():
     manifest = Manifest.of(model())
-    config = ConfigRecord(wire.explore_entries(manifest, epochs=3, patience=2))
+    asked = wire.Exploration(
+        manifest=manifest, epochs=3, patience=2, measure="gradient"
+    )
+    config = ConfigRecord(asked.entries())
     assert wire.phase_of(config) == "explore"
-    assert wire.exploration_of(config) == (3, 2)
-    assert wire.manifest_of(config) == manifest
+    assert wire.Exploration.of(config) == asked
+    dense = asked.unpack(asked.pack(model()))
+    for name, values in model().items():
+        assert_array_equal(dense[name], values)
+
+
+def test_an_exploration_under_a_mask_sends_the_kept_values_alone():
+    plan = plan_of()
+    asked = wire.Exploration(manifest=plan.manifest, plan=plan)
+    found = wire.Exploration.of(ConfigRecord(asked.entries()))
+    record = asked.pack(model())
+    assert record.count_bytes() == plan.pack(model()).count_bytes()
+    dense = found.unpack(record)
+    for name, keep in plan.masks.items():
+        assert_array_equal(dense[name], np.where(keep, model()[name], 0))
+
+
+@pytest.mark.parametrize("measure", ["hessian", "", 3, None])
+def test_an_unknown_measure_is_refused(measure):
+    entries = wire.Exploration(manifest=Manifest.of(model())).entries()
+    with pytest.raises(WireError, match=r"autoflip\.measure"):
+        wire.Exploration.of({**entries, wire.MEASURE: measure})
 
 
 def test_a_message_without_our_phase_is_not_ours():
@@ -273,8 +296,9 @@ def test_an_unknown_phase_is_refused(phase):
     ("epochs", "patience"), [(0, 1), (1, 0), (-1, 1), ("1", 1), (1, None), (1.0, 1)]
 )
 def test_an_impossible_exploration_is_refused(epochs, patience):
+    entries = wire.Exploration(manifest=Manifest.of(model())).entries()
     with pytest.raises(WireError, match=r"epochs|patience"):
-        wire.exploration_of({wire.EPOCHS: epochs, wire.PATIENCE: patience})
+        wire.Exploration.of({**entries, wire.EPOCHS: epochs, wire.PATIENCE: patience})
 
 
 @pytest.mark.parametrize(
@@ -533,15 +557,15 @@ def test_arrays_of_reads_whatever_a_record_holds():
 
 def test_a_guidance_frame_comes_back():
     record = wire.guidance_record(b"\1\2\3")
-    assert wire.guidance_frame(record) == b"\1\2\3"
+    assert wire.guidance_frames(record) == (b"\1\2\3", None)
 
 
 def test_a_reply_without_guidance_is_refused():
     with pytest.raises(WireError, match=r"expected the array \['autoflip.guidance'\]"):
-        wire.guidance_frame(wire.record_of(model()))
+        wire.guidance_frames(wire.record_of(model()))
     dense = ArrayRecord({wire.GUIDANCE: FlowerArray(np.zeros(3, np.uint8))})
     with pytest.raises(WireError, match=r"serialized as 'autoflip\.raw'"):
-        wire.guidance_frame(dense)
+        wire.guidance_frames(dense)
 
 
 def test_a_message_has_one_array_record_and_one_config():

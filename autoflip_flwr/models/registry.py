@@ -43,6 +43,9 @@ _MODELS: Mapping[str, _Model] = {
     "cnn": _Model(
         make=vision.cnn, smallest=4, defaults={"channels": (16, 32), "hidden": 128}
     ),
+    "cnn_bn": _Model(
+        make=vision.cnn_bn, smallest=4, defaults={"channels": (16, 32), "hidden": 128}
+    ),
     "cnn6": _Model(make=vision.cnn6, smallest=22),
     "efficientnet_b3": _Model(make=vision.efficientnet_b3, channels=3, smallest=32),
     "resnet50": _Model(make=vision.resnet50, channels=3, smallest=32),

@@ -32,6 +32,19 @@ def cnn(
     )
 
 
+def cnn_bn(
+    num_classes: int, shape: Shape, *, channels: tuple[int, int], hidden: int
+) -> nn.Module:
+    """`cnn` with a BatchNorm behind each convolution."""
+    plain = cnn(num_classes, shape, channels=channels, hidden=hidden)
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, module in plain.named_children():
+        modules[name] = module
+        if isinstance(module, nn.Conv2d):
+            modules[name.replace("conv", "norm")] = nn.BatchNorm2d(module.out_channels)
+    return nn.Sequential(modules)
+
+
 def cnn6(num_classes: int, shape: Shape) -> nn.Module:
     """Six weight layers for CIFAR: three unpadded 3x3 convolutions, three linear.
 

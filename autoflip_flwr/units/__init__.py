@@ -30,6 +30,7 @@ __all__ = [
     "kept_indices",
     "loses_units",
     "mask_units",
+    "operations_left",
     "pays",
     "shrink",
     "small_masks",
@@ -135,6 +136,27 @@ def compact_if_it_pays(
     None as well, with a warning, for a model that cannot be traced, and for one with
     hooks on its parameters: the mask still works, on the whole model.
     """
+    found = _used_if_it_pays(model, masks, example_inputs)
+    return None if found is None else _small(model, masks, *found)
+
+
+def operations_left(
+    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
+) -> float:
+    """Return the share of the operations that a client's network needs, in (0, 1].
+
+    1 where it trains the whole model, see `compact_if_it_pays`; nothing is made.
+    """
+    found = _used_if_it_pays(model, masks, example_inputs)
+    if found is None:
+        return 1.0
+    units, used = found
+    return units.operations(units.levelled(used)) / units.operations()
+
+
+def _used_if_it_pays(
+    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
+) -> tuple[Units, Keep] | None:
     if not loses_units(masks):
         return None
     _check_names(model, masks, "mask")
@@ -146,9 +168,7 @@ def compact_if_it_pays(
         _log.warning("the model is trained whole: %s", error)
         return None
     used = found.used(masks)
-    if not pays(found, used):
-        return None
-    return _small(model, masks, found, used)
+    return (found, used) if pays(found, used) else None
 
 
 def pays(units: Units, keep: Keep) -> bool:

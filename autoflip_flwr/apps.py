@@ -1,0 +1,119 @@
+"""What our ServerApp and ClientApp do: read settings, compose, nothing else."""
+
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from autoflip_flwr import costs, experiment, training, wire
+from autoflip_flwr.grid import PARTITION_ID, RunGrid
+from autoflip_flwr.inner import build_strategy
+from autoflip_flwr.mod import AutoFlipMod, exploring, masked
+from autoflip_flwr.runlog import RunLog, log_summary
+from autoflip_flwr.strategy import AutoFLIP
+
+
+def serve(grid: Grid, context: Context) -> None:
+    """Run the experiment that the run config names."""
+    settings = experiment.settings_of(context.run_config)
+    model = experiment.build_model(settings)
+    example = experiment.example_inputs(settings)
+    test = experiment.held_out(settings)
+    initial = wire.record_of(training.state_arrays(model))
+    run_grid = RunGrid(grid, seed=settings.seed, dense_bytes=initial.count_bytes())
+    strategy = build_strategy(settings, model, example)
+    rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
+    operations = costs.Operations(model, example)
+    output = str(context.run_config["output-dir"])
+    log = RunLog(output, settings, run_grid, rounds, operations)
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        run_grid.begin(server_round + 1)
+        if server_round == 0:
+            return None
+        training.load_arrays(model, wire.arrays_of(arrays))
+        found = training.evaluate(
+            model, test.x, test.y, device=settings.training.device
+        )
+        log.round(server_round, found)
+        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
+
+    experiment.warn_of_few_nodes(settings, len(run_grid.get_node_ids()))
+    strategy.start(
+        run_grid,
+        initial,
+        num_rounds=settings.rounds,
+        timeout=settings.strategy.timeout,
+        evaluate_fn=evaluate,
+    )
+    masks = rounds.plan.masks if rounds and rounds.plan else {}
+    summary = log.finish(
+        training.state_arrays(model),
+        parameters=costs.parameters(model),
+        costs=costs.summary(model, test.x, test.y, masks, settings.training),
+    )
+    log_summary(summary, log.directory)
+
+
+def client_app() -> ClientApp:
+    """Return the app of every node: train, explore, evaluate, answer the roll call."""
+    app = ClientApp(mods=[AutoFlipMod()])
+    app.train()(train)
+    app.evaluate()(evaluate)
+    app.query()(query)
+    return app
+
+
+def train(message: Message, context: Context) -> Message:
+    """Train on the node's samples; exploring, for one epoch."""
+    settings = experiment.settings_of(context.run_config)
+    samples, _ = experiment.node_samples(settings, context.node_config)
+    model = experiment.build_model(settings)
+    _, arrays = wire.only_array_record(message.content)
+    _, config = wire.only_config(message.content)
+    training.load_arrays(model, wire.arrays_of(arrays))
+    with masked(model, message, experiment.example_inputs(settings)) as net:
+        loss = training.train(
+            net,
+            samples.x,
+            samples.y,
+            experiment.training_of_round(settings, config),
+            epochs=1 if exploring(message) else settings.training.epochs,
+            seed=experiment.call_seed(settings, config, context.node_config),
+            proximal_mu=experiment.proximal_mu(config),
+        )
+    metrics = MetricRecord({"num-examples": len(samples), "train-loss": loss})
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": metrics,
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the global model on the node's held-out samples."""
+    settings = experiment.settings_of(context.run_config)
+    _, samples = experiment.node_samples(settings, context.node_config)
+    model = experiment.build_model(settings)
+    _, arrays = wire.only_array_record(message.content)
+    training.load_arrays(model, wire.arrays_of(arrays))
+    with masked(model, message, experiment.example_inputs(settings)) as net:
+        found = training.evaluate(
+            net, samples.x, samples.y, device=settings.training.device
+        )
+    metrics = MetricRecord(
+        {
+            "num-examples": found.samples,
+            "loss": found.loss,
+            "accuracy": found.accuracy,
+        }
+    )
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def query(message: Message, context: Context) -> Message:
+    """Answer the roll call."""
+    partition_id = int(context.node_config.get("partition-id", -1))
+    metrics = MetricRecord({PARTITION_ID: partition_id})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)

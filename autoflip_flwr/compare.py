@@ -1,0 +1,292 @@
+"""Strategies side by side, over seeds: `autoflip compare`."""
+
+import itertools
+import logging
+import math
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from autoflip_flwr import settings as presets
+from autoflip_flwr.errors import AutoFlipError, SettingsError
+from autoflip_flwr.settings import Settings, StrategyName
+
+STRATEGIES: tuple[StrategyName, ...] = ("fedavg", "autoflip")
+STRATEGY_NAMES: tuple[str, ...] = get_args(StrategyName)
+
+#: How often the progress is looked at, in seconds.
+_TICK = 0.5
+
+#: (rounds done, rounds of all runs, what is going on) -> None
+Progress = Callable[[int, int, str], None]
+
+
+class ComparisonError(AutoFlipError, RuntimeError):
+    """Runs of a comparison failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One run of a comparison."""
+
+    directory: Path
+    preset: str
+    overrides: str
+    settings: Settings
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was run to its end."""
+        return (self.directory / "summary.json").exists()
+
+    @property
+    def partial(self) -> Path:
+        """Where it is run, until it is finished."""
+        return self.directory.with_name(self.directory.name + ".partial")
+
+    def rounds_done(self) -> int:
+        """Count the rounds that it has logged."""
+        if self.finished:
+            return self.settings.rounds
+        try:
+            return (self.partial / "metrics.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+
+def plan(
+    preset: str,
+    *,
+    output: Path,
+    strategies: Sequence[str] = STRATEGIES,
+    seeds: int = 3,
+    vary: Mapping[str, Sequence[str]] | None = None,
+    overrides: str = "",
+) -> list[Planned]:
+    """List the runs of a comparison: every strategy, variation and seed.
+
+    Parameters
+    ----------
+    preset : str
+        A name in conf/.
+    output : Path
+        Runs get the folders ``output/<preset>/<strategy>[,<key>=<value>...]-<seed>``.
+    strategies : sequence of str
+        Values of `strategy.name`.
+    seeds : int
+        Every arm is run with the seeds 0 to `seeds` - 1.
+    vary : mapping of dotted key -> values, optional
+        All combinations are run; dense FedAvg only those that change it.
+    overrides : str
+        Dotted ``key=value`` pairs for all runs.
+
+    Raises
+    ------
+    SettingsError
+        If a strategy or value is impossible, or a folder holds a finished run of
+        other settings.
+    """
+    if seeds < 1:
+        raise SettingsError(f"expected one seed or more, got {seeds}")
+    unknown = [name for name in strategies if name not in STRATEGY_NAMES]
+    if unknown or not strategies:
+        raise SettingsError(
+            f"unknown strategies {unknown}; known: {list(STRATEGY_NAMES)}"
+        )
+    varied = vary or {}
+    for key in varied:
+        if key in ("seed", "strategy.name"):
+            raise SettingsError(f"{key} is varied by --seeds or --strategies")
+    found: dict[tuple[Settings, int], Planned] = {}
+    for name, values, seed in itertools.product(
+        dict.fromkeys(strategies), itertools.product(*varied.values()), range(seeds)
+    ):
+        pairs = dict(zip(varied, values, strict=True))
+        if name == "fedavg":  # nothing of the pruning changes it
+            pairs = {
+                key: value
+                for key, value in pairs.items()
+                if key.partition(".")[0] not in ("pruning", "exploration", "rivals")
+            }
+        words = [f"{key}={value}" for key, value in pairs.items()]
+        chosen = shlex.join([f"strategy.name={name}", *words, f"seed={seed}"])
+        every = f"{overrides} {chosen}".strip()
+        settings = presets.load(preset, every)
+        folder = ",".join([name, *words]).replace("/", "_")
+        run = Planned(
+            directory=(output / preset / f"{folder}-{seed}").resolve(),
+            preset=preset,
+            overrides=every,
+            settings=settings,
+        )
+        _check_finished(run)
+        found.setdefault((settings, seed), run)
+    return list(found.values())
+
+
+def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
+    """Run what is not finished: in this process's Ray, clients on all cores.
+
+    A run is written to a folder of its own that gets its name when it is finished;
+    what an interruption left behind is begun anew.
+
+    Parameters
+    ----------
+    planned : sequence of Planned
+    progress : callable, optional
+        Called a few times a second.
+
+    Raises
+    ------
+    ComparisonError
+        If runs failed; the others are finished first.
+    """
+    left = [run for run in planned if not run.finished]
+    if not left:
+        return
+    import ray  # seconds to import
+
+    from autoflip_flwr.simulation import simulate
+
+    owned = not ray.is_initialized()
+    if owned:
+        # Clients ask for no GPU; it stays visible, as with `flwr run`, and Ray's hint
+        # about it is not for users.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cores = int(resources.get("CPU", os.cpu_count() or 1))
+    total = sum(run.settings.rounds for run in planned)
+    waiting, failed = left[::-1], []
+    running: dict[Any, Planned] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < _runs_at_once(waiting[-1], cores):
+                run = waiting.pop()
+                running[_start(simulate, run)] = run
+            done, _ = ray.wait(list(running), timeout=_TICK)
+            for task in done:
+                run = running.pop(task)
+                try:
+                    ray.get(task)
+                    run.partial.rename(run.directory)
+                except Exception as error:
+                    failed.append((run, error))
+            if progress:
+                rounds = sum(run.rounds_done() for run in planned)
+                names = ", ".join(run.directory.name for run in running.values())
+                progress(rounds, total, names)
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)
+        if owned:
+            ray.shutdown()
+    if failed:
+        told = "\n".join(f"{run.partial}: {_reason(error)}" for run, error in failed)
+        raise ComparisonError(
+            f"{len(failed)} of {len(left)} runs failed (see their log.txt):\n{told}"
+        )
+
+
+def _start(simulate: Any, run: Planned) -> Any:
+    """Submit a run, in a folder without traces of an earlier try."""
+    shutil.rmtree(run.partial, ignore_errors=True)
+    run.partial.mkdir(parents=True)
+    config = {
+        "preset": run.preset,
+        "overrides": run.overrides,
+        "output-dir": str(run.partial),
+    }
+    nodes = run.settings.strategy.min_nodes
+    return simulate.remote(nodes, config, str(run.partial / "log.txt"))
+
+
+def _runs_at_once(run: Planned, cores: int) -> int:
+    """Return how many runs keep all cores busy.
+
+    While one's server works, another's clients train.
+    """
+    chosen = run.settings.strategy
+    clients = max(1, round(chosen.fraction_train * chosen.min_nodes))
+    return 1 + math.ceil(cores / clients)
+
+
+def _check_finished(run: Planned) -> None:
+    """Refuse to take a finished run of other settings for this one."""
+    if not run.finished:
+        return
+    found = presets.read(run.directory / "settings.yaml")
+    if _without_place(found) != _without_place(run.settings):
+        raise SettingsError(
+            f"{run.directory} holds a finished run of other settings; name another "
+            "output, or move that folder away"
+        )
+
+
+def _without_place(settings: Settings) -> Settings:
+    return replace(settings, data=replace(settings.data, dir=""))
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+
+
+@contextmanager
+def bar() -> Iterator[Progress]:
+    """Show a progress bar on the terminal that tells what is left."""
+    columns = (
+        TextColumn("{task.percentage:3.0f} %"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rounds,"),
+        TimeRemainingColumn(),
+        TextColumn("left; {task.description}"),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task("starting", total=None)
+
+        def update(done: int, total: int, running: str) -> None:
+            shown.update(task, completed=done, total=total, description=running)
+
+        yield update
+
+
+def parse_vary(words: Iterable[str]) -> dict[str, list[str]]:
+    """Read ``key=value,value,...``; a value may be a list in brackets.
+
+    Raises
+    ------
+    SettingsError
+        If a word has another form.
+    """
+    found = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        values = [value for value in _split(text) if value]
+        if not (key and equals and values):
+            raise SettingsError(f"--vary: expected key=value,value,..., got {word!r}")
+        found[key] = values
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside of brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts

@@ -1,0 +1,307 @@
+"""AutoFLIP (Internò et al., arXiv:2405.10271): frames in, masks out.
+
+Data moves one way: exploration replies -> guidance -> scores -> mask.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.codec import QuantizedGuidance
+from autoflip_flwr.errors import ExplorationError, GuidanceError
+from autoflip_flwr.groups import Units
+from autoflip_flwr.guidance import Rescaling, Statistics, rescaling
+from autoflip_flwr.parallel import parallel_map
+from autoflip_flwr.pruners import agreement as agreements
+from autoflip_flwr.pruners.base import Ask, Pruner, limits_of
+from autoflip_flwr.scores import SCORES, weight_size
+from autoflip_flwr.settings import ExplorationSettings, PruningSettings
+from autoflip_flwr.store import GuidanceStore
+from autoflip_flwr.types import Masks, Params, Scores
+
+
+class AutoFlipPruner(Pruner):
+    """Holds what the explorers found and makes the mask of a round.
+
+    Parameters
+    ----------
+    initial : mapping of name -> array
+        The prunable weights everyone explored from (`W0`).
+    settings : PruningSettings
+    directory : Path
+        Where the local guidance lives.
+    units : Units, optional
+        The model's units, where whole ones are to be pruned.
+    exploration : ExplorationSettings
+        Says who explores, and when again.
+    seed : int, optional
+        Decides who explores where only a share does.
+    trainable_known : bool
+        Whether somebody said what is trainable: then what moves for nobody is no error.
+
+    Notes
+    -----
+    Memory does not grow with the number of explorers: their matrices stay on disk,
+    and the mean over all of them is kept as one running sum. A round's guidance is
+    summed tensor by tensor out of the explorers' one-byte codes.
+    """
+
+    def __init__(
+        self,
+        initial: Params,
+        settings: PruningSettings,
+        directory: Path,
+        units: Units | None = None,
+        *,
+        exploration: ExplorationSettings | None = None,
+        seed: int | None = None,
+        trainable_known: bool = True,
+    ) -> None:
+        super().__init__(initial, settings, units)
+        self.restores = settings.pruned_weights == "keep"
+        self._exploration = exploration or ExplorationSettings()
+        self._rng = np.random.default_rng(seed)
+        self._trainable_known = trainable_known
+        self._check_units(initial)
+        self._asked: set[int] = set()
+        self._renewing = False
+        self._store = GuidanceStore(directory, self._shapes)
+        self._population: dict[str, NDArray[np.float32]] | None = None
+        self._masks: Masks | None = None
+        voted = settings.agreement == "vote"
+        self._votes = agreements.Votes(self._shapes if voted else {})
+        signed = settings.agreement == "sign"
+        self._signs = agreements.Signs(self._shapes if signed else {})
+        self._store.clear()
+
+    @property
+    def explorers(self) -> int:
+        """How many nodes have explored."""
+        return len(self._store)
+
+    def asks(
+        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+    ) -> Ask | None:
+        """Tell who explores: a share of all, later of those sampled for the first time.
+
+        Every `exploration.every` rounds all begin anew, from the global model.
+        """
+        every, fraction = self._exploration.every, self._exploration.fraction
+        if every and server_round > 1 and (server_round - 1) % every == 0:
+            self._asked.clear()
+            self._renewing = True  # the old guidance stays until there is new
+        first = not self._asked
+        candidates = connected if first else sampled
+        new = [node_id for node_id in candidates if node_id not in self._asked]
+        self._asked.update(new)
+        if fraction < 1.0 and first and new:
+            count = max(1, round(fraction * len(new)))
+            chosen = set(self._rng.choice(len(new), size=count, replace=False).tolist())
+            new = [node_id for i, node_id in enumerate(new) if i in chosen]
+        elif fraction < 1.0:
+            new = [node_id for node_id in new if self._rng.random() < fraction]
+        return Ask(nodes=new, renew=self._renewing and first) if new else None
+
+    def add(self, node_id: int, frame: bytes, weight: float, start: Params) -> None:
+        """Take a node's local guidance; nodes count alike, whatever their weight."""
+        del weight
+        self._store.check(frame)
+        if self._renewing:
+            self._initial = dict(start)
+            self._forget()
+            self._renewing = False
+        replaced = node_id in self._store
+        guidance = self._store.put(node_id, frame)
+        self._masks = None
+        if replaced:  # summed anew from disk when next needed
+            self._population = None
+            self._votes.forget()
+        elif self._population is not None or len(self._store) == 1:
+            self._add_to_population(node_id, guidance)
+
+    def check(self, reasons: Mapping[int, str]) -> None:
+        """Refuse to go on without guidance, or with parameters nobody trains.
+
+        Raises
+        ------
+        ExplorationError
+            If nobody's guidance came.
+        GuidanceError
+            If a tensor moved for no explorer and nobody said what is trainable: it
+            is frozen or a buffer, and would be the first to be pruned.
+        """
+        if self.explorers == 0:
+            raise ExplorationError(
+                f"none of {len(reasons)} nodes completed its exploration, so no "
+                f"mask can be made; reasons by node: {dict(reasons)}"
+            )
+        found = [self._store.statistics(node_id) for node_id in self._store]
+        still = [n for n in self._shapes if not any(each.high[n] for each in found)]
+        if still and not self._trainable_known:
+            raise GuidanceError(
+                f"{still} moved for none of {self.explorers} explorers: frozen "
+                "parameters or buffers, which pruning would take first; name them in "
+                "`exclude`, or the trainable parameters in `prunable`"
+            )
+
+    def masks(
+        self, sampled: Sequence[int], weights: Params, server_round: int
+    ) -> Masks:
+        """Make the mask for the sampled nodes (Eq. 3, Eq. 4).
+
+        The guidance is ``(1 - mu) * mean over the sampled + mu * mean over all
+        explorers``. A sampled node that never explored counts as the mean of all.
+
+        Raises
+        ------
+        ExplorationError
+            If nobody has explored.
+        MaskError
+            If the mask would cut a layer off.
+        """
+        del weights, server_round
+        if self.explorers == 0:
+            raise ExplorationError("expected local guidance of one node or more, got 0")
+        known = [node_id for node_id in sampled if node_id in self._store]
+        missing = 1 - len(known) / len(sampled) if sampled else 1.0
+        mu = self.settings.population_weight
+        share = mu + (1 - mu) * missing
+        if share == 1.0 and self._masks is not None:
+            return self._masks  # one mask for all rounds until somebody explores
+        scores = self._scores(known, share)
+        agreement = self._agreement()
+        mixture = scores
+        if agreement is not None:
+            weight = self.settings.agreement_weight
+            mixture = agreements.mixed(scores, agreement, weight=weight)
+        # Written over is what whole units prune, and no kept entry.
+        budget = int(self.settings.units * self.pruned_count(mixture))
+        masks = self.cut(mixture, unit_budget=budget, overwrite=True)
+        self.kept_guidance = self._guidance_of(scores, masks)
+        fixed = share == 1.0 and self.settings.agreement != "sign"
+        self._masks = masks if fixed else None
+        return masks
+
+    def learn(self, agreement: NDArray[np.float32] | None, masks: Masks) -> None:
+        """Take what the clients of a round agreed on."""
+        if agreement is not None and self.settings.agreement == "sign":
+            self._signs.learn(agreement, masks)
+
+    def _agreement(self) -> Mapping[str, NDArray[np.float32]] | None:
+        if self.settings.agreement == "vote":
+            return self._votes.of(self._store, self.settings)
+        return self._signs.of() if self.settings.agreement == "sign" else None
+
+    def _guidance_of(self, scores: Scores, masks: Masks) -> NDArray[np.float32]:
+        """Return the guidance of kept entries, flat."""
+        kept = np.concatenate([scores[name][keep] for name, keep in masks.items()])
+        if self.settings.score == "saliency":
+            kept /= weight_size(
+                np.concatenate([self._initial[n][keep] for n, keep in masks.items()])
+            )
+            np.square(kept, out=kept)
+        return kept.astype(np.float32, copy=False)
+
+    def _forget(self) -> None:
+        """Start without any guidance."""
+        self._store.clear()
+        self._population = None
+        self._masks = None
+        self._votes.forget()
+
+    def _check_units(self, initial: Params) -> None:
+        """Refuse more units than there are, before there are scores."""
+        settings = self.settings
+        if settings.units == 0:
+            return
+        units = self._known_units()
+        if settings.mode != "value":  # there the scores say how many
+            budget = int(settings.units * self.pruned_count(initial))
+            units.check_budget(initial, budget=budget, limits=limits_of(settings))
+
+    def _scores(
+        self, sampled: Sequence[int], population_share: float
+    ) -> dict[str, NDArray[np.float32]]:
+        score = SCORES[self.settings.score]
+        local = [self._store.get(n) for n in sampled] if population_share < 1 else []
+        found = [self._store.statistics(n) for n in sampled]
+        everyone = self._population_sum() if population_share > 0 else {}
+        every = [self._store.statistics(node_id) for node_id in self._store]
+
+        def one(name: str) -> NDArray[np.float32]:
+            total = np.zeros(self._size(name), np.float32)
+            if local:
+                scale = self._rescaling(found, name)
+                _accumulate(total, name, local, scale, 1 - population_share)
+            if everyone:
+                mean = self._population_rescaling(every, name)
+                total += np.float32(population_share * mean.scales[0]) * everyone[name]
+                total += np.float32(population_share * mean.offset)
+            np.maximum(total, 0, out=total)  # rounding may leave a hair below zero
+            initial = self._initial[name].reshape(-1)
+            return score(total, initial).reshape(self._shapes[name])
+
+        return dict(zip(self._shapes, parallel_map(one, self._shapes), strict=True))
+
+    def _population_sum(self) -> Mapping[str, NDArray[np.float32]]:
+        """Sum of all explorers' matrices, for `client` each divided by its mean."""
+        if self._population is None:
+            for node_id in self._store:
+                self._add_to_population(node_id, self._store.get(node_id))
+        assert self._population is not None
+        return self._population
+
+    def _add_to_population(self, node_id: int, guidance: QuantizedGuidance) -> None:
+        if self._population is None:
+            self._population = {
+                name: np.zeros(self._size(name), np.float32) for name in self._shapes
+            }
+        population = self._population
+        if self.settings.normalization == "client":
+            alone = [self._store.statistics(node_id)]
+            scale = rescaling(alone, next(iter(self._shapes)), normalization="client")
+        else:
+            scale = Rescaling([1.0], 0.0)
+        parallel_map(
+            lambda name: _accumulate(population[name], name, [guidance], scale, 1.0),
+            self._shapes,
+        )
+
+    def _rescaling(self, explorers: Sequence[Statistics], name: str) -> Rescaling:
+        return rescaling(explorers, name, normalization=self.settings.normalization)
+
+    def _population_rescaling(
+        self, explorers: Sequence[Statistics], name: str
+    ) -> Rescaling:
+        """How the running sum becomes the normalized mean over all explorers."""
+        if self.settings.normalization == "client":
+            return Rescaling([1.0 / len(explorers)], 0.0)
+        return self._rescaling(explorers, name)
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._shapes[name], dtype=np.int64))
+
+
+def _accumulate(
+    total: NDArray[np.float32],
+    name: str,
+    matrices: Sequence[QuantizedGuidance],
+    rescale: Rescaling,
+    weight: float,
+) -> None:
+    """Add ``weight * (sum_k scale_k * G_k + offset)`` to `total`, flat, in place."""
+    block = 1 << 17  # in the cache, and long enough for threads not to wait in turn
+    tables = [
+        (matrix.tables[name] * np.float32(scale * weight), matrix.codes[name])
+        for scale, matrix in zip(rescale.scales, matrices, strict=True)
+    ]
+    buffer = np.empty(min(block, total.size), np.float32)
+    for start in range(0, total.size, block):
+        part = total[start : start + block]
+        part += np.float32(rescale.offset * weight)
+        values = buffer[: part.size]
+        for table, codes in tables:
+            np.take(table, codes[start : start + block], out=values, mode="clip")
+            part += values

@@ -1,0 +1,294 @@
+"""Rivals that ask nodes for gradients, at fixed weights and over one epoch.
+
+All are pruned to the density of the settings. Biases and scales of normalization are
+kept, as in the sources.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.codec import dequantize
+from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
+from autoflip_flwr.groups import Units
+from autoflip_flwr.pruners.base import Ask, Pruner
+from autoflip_flwr.pruners.mean import WeightedMean
+from autoflip_flwr.pruners.weights import but_vectors, magnitudes
+from autoflip_flwr.settings import PruningSettings, RivalSettings
+from autoflip_flwr.types import Masks, Params
+
+
+class GradientPruner(Pruner):
+    """Means what nodes measure, weighted by their examples."""
+
+    def __init__(
+        self,
+        initial: Params,
+        settings: PruningSettings,
+        units: Units | None = None,
+        *,
+        rivals: RivalSettings | None = None,
+    ) -> None:
+        super().__init__(initial, settings, units)
+        self._rivals = rivals or RivalSettings()
+        self._chosen: Masks | None = None
+        self._measured = WeightedMean()
+
+    def add(self, node_id: int, frame: bytes, weight: float, start: Params) -> None:
+        """Add to the weighted mean."""
+        del node_id, start
+        self._measured.add(dequantize(frame, self._shapes).dense(), weight)
+
+    def check(self, reasons: Mapping[int, str]) -> None:
+        """Refuse to go on without any mask."""
+        if self._chosen is None and not self._measured.weight:
+            raise ExplorationError(
+                f"none of {len(reasons)} nodes measured its gradients, so no mask can "
+                f"be made; reasons by node: {dict(reasons)}"
+            )
+
+    def _due(self, server_round: int) -> bool:
+        """Tell whether the mask is to be adjusted before this round."""
+        return server_round > 1 and (server_round - 1) % self._rivals.every == 0
+
+
+class SsflPruner(GradientPruner):
+    """One mask from the saliency |gradient x weight| of all clients at the start.
+
+    Ohib et al., SSFL: Discovering Sparse Unified Subnetworks at Initialization for
+    Efficient Federated Learning (arXiv:2405.09037): ranked over all layers, the mean
+    weighted by the clients' examples; here the gradient is the mean over the batches
+    of all local samples.
+    """
+
+    def asks(
+        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+    ) -> Ask | None:
+        """Ask all nodes, once."""
+        del server_round, sampled
+        if self._chosen is not None:
+            return None
+        return Ask(nodes=connected, measure="saliency")
+
+    def masks(
+        self, sampled: Sequence[int], weights: Params, server_round: int
+    ) -> Masks:
+        """Return the one mask."""
+        del sampled, weights, server_round
+        if self._chosen is None:
+            measured = self._measured.take()
+            self._chosen = self.cut(but_vectors(measured), overwrite=True)
+        return self._chosen
+
+
+class PruneFlPruner(GradientPruner):
+    """Squared gradient over time: first at one client, then with regrowth.
+
+    Jiang et al., Model Pruning Enables Efficient Federated Learning on Edge Devices
+    (arXiv:1909.12326; jiangyuang/PruneFL). Importance is ``g^2 / t``; `t` is the time
+    a parameter costs, here one share for its bytes and one for each thirty
+    multiplications it is used for, which fits the constants of the authors' FEMNIST
+    network. In an adjustment all pruned weights compete with the smallest 30 % of each
+    layer's kept ones; a weight that comes back has the value it had.
+
+    Notes
+    -----
+    The authors let the number of weights follow from the importance; here it is the
+    density asked for. Their first client prunes step by step for hundreds of steps;
+    here it measures once, at `W0`.
+    """
+
+    restores = True
+    _competing = 0.3
+    _uses_per_share = 30.0
+
+    def __init__(
+        self,
+        initial: Params,
+        settings: PruningSettings,
+        units: Units | None = None,
+        *,
+        rivals: RivalSettings | None = None,
+    ) -> None:
+        super().__init__(initial, settings, units, rivals=rivals)
+        uses = units.uses if units else {}  # without the model all cost the same
+        self._time = {
+            name: 1 + uses.get(name, 0) / self._uses_per_share for name in self._shapes
+        }
+
+    def asks(
+        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+    ) -> Ask | None:
+        """Ask one node at the start, and those sampled at every adjustment."""
+        if self._chosen is None:
+            return Ask(nodes=connected[:1], measure="squared-gradient")
+        if self._due(server_round):
+            return Ask(nodes=sampled, measure="squared-gradient", current=True)
+        return None
+
+    def masks(
+        self, sampled: Sequence[int], weights: Params, server_round: int
+    ) -> Masks:
+        """Return the mask, adjusted where new gradients have come."""
+        del sampled, server_round
+        if self._measured.weight:
+            scores = {
+                name: squared / np.float32(self._time[name])
+                for name, squared in self._measured.take().items()
+            }
+            if self._chosen is not None:
+                self._protect(scores, weights, self._chosen)
+            self._chosen = self.cut(but_vectors(scores), overwrite=True)
+        assert self._chosen is not None
+        return self._chosen
+
+    def _protect(
+        self, scores: dict[str, NDArray[np.float32]], weights: Params, kept: Masks
+    ) -> None:
+        """Keep all but the smallest kept weights out of the contest."""
+        for name, keep in kept.items():
+            size = magnitudes({name: weights[name]})[name]
+            active = size[keep]
+            going = int(self._competing * active.size)
+            if going < active.size:
+                bar = np.partition(active, going)[going]
+                scores[name][keep & (size >= bar)] = np.inf
+
+
+class FedDstPruner(GradientPruner):
+    """A sparse mask that drops by magnitude and grows by gradient.
+
+    Bibikar et al., Federated Dynamic Sparse Training: Computing Less, Communicating
+    Less, Yet Learning Better (arXiv:2112.09824; bibikar/feddst). It starts with the
+    largest weights of the random start, layer by layer at the densities of
+    Erdos-Renyi-Kernel (Evci et al., arXiv:1911.11134). Every
+    `RivalSettings.every` rounds, until round `until`, the smallest weights of a layer
+    are dropped and as many of those that were pruned grow, from zero, where the mean
+    gradient is largest; the share falls as a cosine from `replaced` to 0.
+
+    Notes
+    -----
+    In the paper clients adjust their own masks and the server cuts their union back.
+    Here the server adjusts the one mask by the gradients of the sampled clients, so
+    that both sides know it and only kept values travel.
+    """
+
+    def __init__(
+        self,
+        initial: Params,
+        settings: PruningSettings,
+        units: Units | None = None,
+        *,
+        rivals: RivalSettings | None = None,
+    ) -> None:
+        super().__init__(initial, settings, units, rivals=rivals)
+        if settings.mode == "value":
+            raise SettingsError(
+                "feddst needs the number of weights to keep: pruning.mode quantile or "
+                "compression, got value"
+            )
+        total = sum(math.prod(shape) for shape in self._shapes.values())
+        kept = total - self.pruned_count(initial)
+        budgets = layer_budgets(self._shapes, kept, floor=settings.floor)
+        sizes = magnitudes(initial)
+        self._chosen = {n: top(sizes[n], budgets[n]) for n in self._shapes}
+
+    def asks(
+        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+    ) -> Ask | None:
+        """Ask those sampled, at every adjustment."""
+        del connected
+        if self._due(server_round) and self._share(server_round) > 0:
+            return Ask(nodes=sampled, measure="gradient", current=True)
+        return None
+
+    def masks(
+        self, sampled: Sequence[int], weights: Params, server_round: int
+    ) -> Masks:
+        """Return the mask, adjusted where new gradients have come."""
+        del sampled
+        assert self._chosen is not None
+        if self._measured.weight:
+            share, gradients = self._share(server_round), self._measured.take()
+            sizes = magnitudes(weights)
+            self._chosen = {
+                name: _adjusted(keep, sizes[name], gradients[name], share)
+                for name, keep in self._chosen.items()
+            }
+        return self._chosen
+
+    def _share(self, server_round: int) -> float:
+        until = self._rivals.until
+        if until is None:
+            return self._rivals.replaced
+        if server_round > until:
+            return 0.0
+        past = (server_round - 1) / max(1, until)
+        return self._rivals.replaced / 2 * (1 + math.cos(math.pi * past))
+
+
+def layer_budgets(
+    shapes: Mapping[str, tuple[int, ...]], kept: int, *, floor: float = 0.0
+) -> dict[str, int]:
+    """Divide kept weights among layers: Erdos-Renyi-Kernel.
+
+    A layer's density is in proportion to the sum of its dimensions over their product
+    (arXiv:1911.11134, section 3), at least `floor` and one weight, at most 1; vectors
+    are kept whole.
+
+    Returns
+    -------
+    dict of name -> int
+        Their sum is `kept`.
+
+    Raises
+    ------
+    MaskError
+        If `kept` is not enough for the vectors and the least of every layer.
+    """
+    sizes = np.array([math.prod(shape) for shape in shapes.values()], np.int64)
+    whole = np.array([len(shape) < 2 for shape in shapes.values()])
+    least = np.where(whole, sizes, np.maximum(1, np.ceil(floor * sizes))).astype(int)
+    least = np.minimum(least, sizes)
+    if not least.sum() <= kept <= sizes.sum():
+        raise MaskError(
+            f"expected to keep {least.sum()} (the vectors, and the least of every "
+            f"layer) to {sizes.sum()} weights, got {kept}; prune less, or lower the "
+            "floor"
+        )
+    widths = np.array([sum(shape) for shape in shapes.values()], np.float64)
+    low, high = 0.0, float(sizes.sum())
+    for _ in range(200):  # bisection for the scale at which the budgets sum to `kept`
+        scale = (low + high) / 2
+        over = np.clip(scale * widths, least, sizes).sum() > kept
+        low, high = (low, scale) if over else (scale, high)
+    quotas = np.clip(low * widths, least, sizes)
+    budgets = np.floor(quotas + 1e-9).astype(int)
+    for index in np.argsort(budgets - quotas, kind="stable"):  # largest remainders
+        if budgets.sum() < kept and budgets[index] < sizes[index]:
+            budgets[index] += 1
+    return dict(zip(shapes, budgets.tolist(), strict=True))
+
+
+def top(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+    """Keep the `count` largest entries; of equal ones the first."""
+    keep = np.zeros(scores.size, np.bool_)
+    order = np.argsort(-scores.reshape(-1), kind="stable")
+    keep[order[:count]] = True
+    return keep.reshape(scores.shape)
+
+
+def _adjusted(
+    keep: NDArray[np.bool_],
+    size: NDArray[np.float32],
+    gradient: NDArray[np.float32],
+    share: float,
+) -> NDArray[np.bool_]:
+    """Drop the smallest kept weights, grow as many of those that were pruned."""
+    kept = int(np.count_nonzero(keep))
+    count = min(int(share * kept), keep.size - kept)
+    stay = top(np.where(keep, size, -np.inf).astype(np.float32), kept - count)
+    grown = top(np.where(keep, -np.inf, gradient).astype(np.float32), count)
+    return stay | grown

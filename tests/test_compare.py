@@ -1,0 +1,200 @@
+"""Comparisons: what is run, side by side on Ray, and picked up again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_runlog import go
+
+from autoflip_flwr import compare, settings
+from autoflip_flwr.errors import SettingsError
+
+SMALL = "rounds=2 strategy.min-nodes=4 data.max-samples=160 data.max-test-samples=80"
+
+
+def names(planned):
+    return [run.directory.name for run in planned]
+
+
+def test_every_strategy_is_run_with_every_seed(tmp_path):
+    planned = compare.plan(
+        "smoke", output=tmp_path, strategies=["fedavg", "l1"], seeds=2
+    )
+    assert names(planned) == ["fedavg-0", "fedavg-1", "l1-0", "l1-1"]
+    assert {run.directory.parent for run in planned} == {tmp_path / "smoke"}
+    assert [run.settings.seed for run in planned] == [0, 1, 0, 1]
+    assert planned[2].settings == settings.load("smoke", "strategy.name=l1 seed=0")
+
+
+def test_an_ablation_is_one_plan_and_dense_runs_are_made_once(tmp_path):
+    planned = compare.plan(
+        "smoke",
+        output=tmp_path,
+        seeds=1,
+        vary=compare.parse_vary(["pruning.threshold=0.1,0.3", "rounds=2,3"]),
+        overrides="pruning.units=0",
+    )
+    assert names(planned) == [
+        "fedavg,rounds=2-0",
+        "fedavg,rounds=3-0",
+        "autoflip,pruning.threshold=0.1,rounds=2-0",
+        "autoflip,pruning.threshold=0.1,rounds=3-0",
+        "autoflip,pruning.threshold=0.3,rounds=2-0",
+        "autoflip,pruning.threshold=0.3,rounds=3-0",
+    ]
+    last = planned[-1].settings
+    assert (last.pruning.threshold, last.pruning.units, last.rounds) == (0.3, 0.0, 3)
+
+
+def test_a_list_may_be_varied():
+    found = compare.parse_vary(["model.channels=[4,8],[8,16]", "seedless=1"])
+    assert found == {"model.channels": ["[4,8]", "[8,16]"], "seedless": ["1"]}
+
+
+@pytest.mark.parametrize("word", ["rounds", "=3", "rounds=", "rounds=,"])
+def test_a_mistaken_variation_is_refused(word):
+    with pytest.raises(SettingsError, match=r"--vary: expected key=value,value"):
+        compare.parse_vary([word])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategies": ["fedavg", "l3"]}, r"unknown strategies \['l3'\]; known: .*l1"),
+        ({"strategies": []}, "unknown strategies"),
+        ({"seeds": 0}, "one seed or more, got 0"),
+        ({"vary": {"seed": ["1"]}}, "--seeds"),
+        ({"vary": {"pruning.treshold": ["1"]}}, "unknown pruning keys"),
+        ({"overrides": "rounds=0"}, "rounds"),
+    ],
+)
+def test_impossible_plans_are_refused_before_anything_runs(tmp_path, options, message):
+    with pytest.raises(SettingsError, match=message):
+        compare.plan("smoke", output=tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    (run,) = compare.plan("smoke", output=tmp_path, strategies=["l1"], seeds=1)
+    run.directory.mkdir(parents=True)
+    (run.directory / "settings.yaml").write_text(run.settings.as_yaml())
+    (run.directory / "summary.json").write_text("{}")
+    (again,) = compare.plan(
+        "smoke", output=tmp_path, strategies=["l1"], seeds=1, overrides="data.dir=x"
+    )
+    assert again.finished
+    with pytest.raises(SettingsError, match=r"l1-0 holds a finished run of other"):
+        compare.plan(
+            "smoke", output=tmp_path, strategies=["l1"], seeds=1, overrides="rounds=9"
+        )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two strategies, run by the command."""
+    output = tmp_path_factory.mktemp("compare")
+    done = subprocess.run(command(output), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output / "smoke", done
+
+
+def command(output, *more):
+    return [
+        *[str(Path(sys.executable).with_name("autoflip")), "compare", "smoke"],
+        *["--strategies", "fedavg,autoflip", "--seeds", "1", "--output", str(output)],
+        *["--overrides", SMALL, *more],
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_command_runs_all_and_ends_with_a_table(compared):
+    folder, done = compared
+    assert sorted(path.name for path in folder.iterdir()) == ["autoflip-0", "fedavg-0"]
+    assert "autoflip" in done.stdout
+    assert "top-1" in done.stdout
+    summary = json.loads((folder / "autoflip-0" / "summary.json").read_text())
+    assert f"{summary['accuracy']:.4f}" in done.stdout
+    assert "AutoFLIP run finished" in (folder / "autoflip-0" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_compared_run_is_the_run_itself(compared, tmp_path):
+    """Bit for bit the weights of the same apps on another grid."""
+    folder, _ = compared
+    for name in ("fedavg", "autoflip"):
+        go(tmp_path / name, f"{SMALL} strategy.name={name} seed=0", preset="smoke")
+        expected = load_file(tmp_path / name / "model.safetensors")
+        found = load_file(folder / f"{name}-0" / "model.safetensors")
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_finished_comparison_is_not_run_again(compared):
+    folder, first = compared
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = subprocess.run(
+        command(folder.parent), capture_output=True, text=True, check=False
+    )
+    assert done.stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
+    words = command(tmp_path)
+    words[words.index(SMALL)] = f"{SMALL} rounds=30"
+    words[words.index("fedavg,autoflip")] = "fedavg,autoflip,random"
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    first = tmp_path / "smoke" / "fedavg-0" / "summary.json"
+    try:
+        _wait_for(first, process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    written = first.stat().st_mtime_ns
+    begun = sorted(path.name for path in (tmp_path / "smoke").iterdir())
+    assert any(name.endswith(".partial") for name in begun), begun
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == written
+    ended = sorted(path.name for path in (tmp_path / "smoke").iterdir())
+    assert ended == ["autoflip-0", "fedavg-0", "random-0"]
+    rows = (tmp_path / "smoke" / "autoflip-0" / "metrics.jsonl").read_text()
+    assert [json.loads(row)["round"] for row in rows.splitlines()] == [*range(1, 31)]
+
+
+def _wait_for(path, process):
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, "it ended too soon"
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
+    words = command(tmp_path, "--vary", "pruning.floor=0.9,0.01")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "1 of 3 runs failed" in done.stderr
+    assert "the floor keeps at least" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sum((path / "summary.json").exists() for path in tmp_path.glob("*/*")) == 2

@@ -1,0 +1,265 @@
+"""The report: complete, self-contained, safe, and pleasant in a real browser."""
+
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_results import write_run
+
+from autoflip_flwr.errors import DataError, SettingsError
+from autoflip_flwr.report import write_report
+
+CHARTS = {
+    "accuracy-by-round",
+    "accuracy-by-megabytes",
+    "bytes",
+    "density-by-layer",
+    "mask-change",
+    "guidance-cosine",
+    "update-variance",
+}
+
+
+def masks(density, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"conv1.weight": (8, 1, 3, 3), "conv1.bias": (8,), "fc1.weight": (10, 64)}
+    return {name: rng.random(shape) < density for name, shape in shapes.items()}
+
+
+def write_arm(folder, overrides="", *, density=0.2, seeds=2, top=0.9, **options):
+    """Write runs that learn, a little differently from seed to seed."""
+    dense = "fedavg" in overrides
+    for seed in range(seeds):
+        n = np.arange(1, 31)
+        noise = np.random.default_rng(seed).normal(0, 0.01, len(n))
+        write_run(
+            folder.with_name(f"{folder.name}-{seed}"),
+            f"{overrides} seed={seed}",
+            accuracy=list(map(float, top * (1 - np.exp(-n / 6)) + noise)),
+            explore=(0, 0) if dense else (500_000, 125_000),
+            sent=(int(1e6 * density), int(1e6 * density), 20_000),
+            dense=2_000_000,
+            density=density,
+            masks=None if dense else masks(density, seed),
+            **options,
+        )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Write a report on two arms, and one on twelve of another preset."""
+    root = tmp_path_factory.mktemp("report")
+    write_arm(root / "two" / "dense", "strategy.name=fedavg", density=1.0)
+    write_arm(root / "two" / "ours", "")
+    for i in range(12):
+        threshold = 0.3 + 0.05 * i
+        write_arm(
+            root / "twelve" / f"arm{i:02}",
+            f"pruning.threshold={threshold:.2f} pruning.units=0.5 data.alpha=0.3",
+            density=1 - threshold,
+            top=0.9 - 0.02 * i,
+            preset="smoke",
+        )
+    page = write_report([root / "two", root / "twelve"], root / "out")
+    return page, page.read_text(encoding="utf-8")
+
+
+def test_every_chart_is_in_the_page_and_a_picture_of_a_sane_size(report):
+    page, text = report
+    expected = {f"{p}-{c}.png" for p in ("quickstart", "smoke") for c in CHARTS}
+    assert {path.name for path in page.parent.glob("*.png")} == expected
+    assert text.count("<svg") == text.count("<figcaption>") == len(expected)
+    for path in page.parent.glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+            assert 600 < image.width < 900
+            assert 150 < image.height < 2500
+
+
+def test_the_page_asks_nothing_of_the_network(report):
+    _, text = report
+    assert "<script" not in text
+    assert "<link" not in text
+    assert "@import" not in text
+    for reference in re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)""", text):
+        assert reference.startswith("#"), reference
+    for reference in re.findall(r"url\(([^)]*)\)", text):
+        assert reference.startswith("#"), reference
+
+
+def test_ids_are_unique_and_references_lead_somewhere(report):
+    _, text = report
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    for target in re.findall(r'(?:href="|url\()#([^")]*)', text):
+        assert target in ids
+
+
+def test_the_page_is_made_for_readers_of_every_kind(report):
+    _, text = report
+    assert '<html lang="en">' in text
+    assert 'name="viewport"' in text
+    assert text.count('role="img" aria-label="') == 2 * len(CHARTS)
+    assert text.count("<th ") == text.count('<th scope="'), "every header has a scope"
+    assert "@media print" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_tells_the_numbers_and_how_to_read_them(report):
+    _, text = report
+    for words in (
+        "fedavg",
+        "autoflip threshold=0.35",
+        "autoflip pruning.threshold=0.35",
+        "Top-1 of the global model on held-out data",
+        "standard error of the mean over seeds",
+        "0.99 of the lowest arm",
+        "num-supernodes=10",
+        "strategy.name=fedavg",
+    ):
+        assert words in text, words
+
+
+def test_two_reports_on_the_same_runs_are_the_same(tmp_path):
+    write_arm(tmp_path / "runs" / "a")
+    first = write_report([tmp_path / "runs"], tmp_path / "1").read_bytes()
+    assert write_report([tmp_path / "runs"], tmp_path / "2").read_bytes() == first
+
+
+def test_hostile_names_are_text(tmp_path):
+    evil = "<script>alert(1)</script>\"'&$x_1$"
+    write_run(tmp_path / "runs" / "a")
+    folder = write_run(tmp_path / "runs" / "b")
+    written = (folder / "settings.yaml").read_text()
+    quoted = "'" + evil.replace("'", "''") + "'"
+    written = written.replace("name: digits", f"name: {quoted}")
+    (folder / "settings.yaml").write_text(written)
+    other = write_run(tmp_path / "runs" / "c" / "<b>folder</b>")
+    written = (other / "settings.yaml").read_text()
+    (other / "settings.yaml").write_text(
+        written.replace("preset: quickstart", "preset: ../../<i>up</i>")
+    )
+    page = write_report([tmp_path / "runs"], tmp_path / "out" / "deep")
+    text = page.read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)" in text
+    for tag in ("<script", "<i>up", "<b>folder"):
+        assert tag not in text
+    pictures = [p for p in tmp_path.rglob("*.png") if p.parent != page.parent]
+    assert not pictures, "a preset's name leads to no other folder"
+
+
+def test_a_single_run_without_masks_accuracy_or_costs_makes_a_page(tmp_path):
+    write_run(
+        tmp_path / "run",
+        "strategy.name=fedavg",
+        accuracy=(None,),
+        explore=(0, 0),
+        flops={},
+        seconds={},
+    )
+    page = write_report([tmp_path / "run"], tmp_path / "out")
+    assert [path.name for path in page.parent.glob("*.png")] == ["quickstart-bytes.png"]
+
+
+def test_no_run_a_torn_mask_or_an_impossible_target_are_helpful_errors(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="finished runs"):
+        write_report([tmp_path / "empty"], tmp_path / "out")
+    folder = write_run(tmp_path / "torn")
+    with pytest.raises(SettingsError, match=r"\[0, 1\], got 95"):
+        write_report([folder], tmp_path / "out", 95)
+    (folder / "mask.npz").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(DataError, match=r"torn/mask\.npz"):
+        write_report([folder], tmp_path / "out")
+
+
+def test_a_target_that_is_asked_for_is_used(tmp_path):
+    write_run(tmp_path / "run")
+    text = write_report([tmp_path / "run"], tmp_path / "out", 0.5).read_text()
+    assert "target accuracy 0.5000" in text
+    assert "The accuracy 0.5, as asked for." in text
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no Chromium on this machine (looked for {', '.join(names)})")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield browser
+        browser.close()
+
+
+def opened(chromium, page, width, **options):
+    """Open the report; return it with what it asked of the network or complained."""
+    context = chromium.new_context(viewport={"width": width, "height": 800}, **options)
+    view, noise = context.new_page(), []
+
+    def watch(route):
+        if route.request.url == page.as_uri():
+            route.continue_()
+        else:
+            noise.append(route.request.url)
+            route.abort()
+
+    context.route("**/*", watch)
+    view.on("console", lambda message: noise.append(message.text))
+    view.on("pageerror", lambda error: noise.append(str(error)))
+    view.goto(page.as_uri(), wait_until="load")
+    return view, noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_shows_all_without_network_or_sideways_scroll(
+    report, chromium, width, scheme
+):
+    view, noise = opened(chromium, report[0], width, color_scheme=scheme)
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = [chart.bounding_box() for chart in view.locator("svg").all()]
+    assert len(boxes) == 2 * len(CHARTS)
+    for box in boxes:
+        assert min(300, width - 60) < box["width"] <= width
+        assert box["height"] > 80
+        assert box["x"] >= 0
+    wide = view.locator(".scroll").all()
+    assert len(wide) == 6
+    for table in wide:
+        assert table.bounding_box()["width"] <= width
+    ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    image = Image.open(io.BytesIO(view.locator("svg").first.screenshot()))
+    assert len(image.convert("RGB").getcolors(1 << 24)) > 20, "something is drawn"
+    assert noise == []
+    view.context.close()
+
+
+@pytest.mark.slow
+def test_on_paper_details_are_open_and_nothing_is_cut_off(report, chromium):
+    view, noise = opened(chromium, report[0], 794)  # A4 at 96 dpi
+    details = view.locator("details dl").first
+    assert not details.is_visible()
+    view.emulate_media(media="print")
+    assert details.is_visible()
+    assert view.evaluate("document.documentElement.scrollWidth") <= 794
+    assert view.pdf().startswith(b"%PDF")
+    assert noise == []
+    view.context.close()
