@@ -257,3 +257,26 @@ def test_single_weights_make_nothing_smaller():
     bits = 4 * sum(mask.size for mask in masks.values() if not mask.all())
     assert pruned["peak_bytes"] == dense["peak_bytes"] + bits
     assert found["flops"]["unstructured_in_theory"] < 0.6 * found["flops"]["dense"]
+
+
+def test_operations_follow_the_masks_of_the_rounds():
+    model = build("cnn", num_classes=10, input_shape=(1, 8, 8), seed=0)
+    example = torch.zeros(1, 1, 8, 8)
+    counted = costs.Operations(model, example)
+    assert counted.dense == costs.flops(model, example)
+    whole = {n: np.ones(tuple(p.shape), bool) for n, p in model.named_parameters()}
+    half = units.mask_units(
+        model,
+        {n: np.arange(keep.size).reshape(keep.shape) for n, keep in whole.items()},
+        share=0.7,
+        example_inputs=example,
+    )
+    small = units.compact(model, half, example)
+    assert counted.of(whole) == counted.dense
+    assert counted.of(half) == pytest.approx(costs.flops(small, example), rel=0.01)
+    assert counted.of(half) < 0.8 * counted.dense
+    # by hand: three passes a sample, explorers through the whole model
+    assert counted.trained(half, explore=10, train=100) == round(
+        3 * (10 * counted.dense + 100 * counted.of(half))
+    )
+    assert counted.trained({}, explore=0, train=1) == 3 * counted.dense

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -160,6 +161,53 @@ def test_bytes_add_up_over_rounds_phases_and_messages(finished):
     assert sum(line["bytes_evaluate"] for line in lines) == (
         counted["evaluate_down"] + counted["evaluate_up"]
     )
+
+
+def test_the_flops_trained_are_those_of_every_sample_of_every_epoch(finished):
+    """Three forward passes a sample: explorers through the whole model."""
+    folder, grid = finished
+    summary = summary_of(folder)
+    counted = {"explore": 0, "train": 0}
+    for sent in grid.up:
+        if sent.phase in counted:
+            epochs = sent.metrics.get("autoflip.epochs", 1)
+            counted[sent.phase] += sent.metrics["num-examples"] * epochs
+    assert summary["samples"] == counted  # an epoch a round in this run
+    assert counted["explore"] > 0
+    flops = summary["flops"]
+    assert flops["pruned"] < flops["dense"]
+    expected = counted["explore"] * flops["dense"] + counted["train"] * flops["pruned"]
+    assert flops["trained"] == pytest.approx(3 * expected, rel=1e-3)
+    assert flops["trained"] == sum(line["flops"] for line in lines_of(folder))
+
+
+def test_guidance_and_updates_are_compared(finished):
+    folder, _ = finished
+    for line in lines_of(folder):
+        assert 0 < line["guidance_cosine"] <= 1
+
+
+def test_tensorboard_gets_every_rounds_metrics(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    go(tmp_path / "run", "log.tensorboard=true")
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    lines = lines_of(tmp_path / "run")
+    for key in ("accuracy", "loss", "bytes_up", "density", "mask_change"):
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [
+            (line["round"], pytest.approx(line[key], rel=1e-6)) for line in lines
+        ]
+    go(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("events.*"))
+
+
+def test_tensorboard_that_is_missing_is_said_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SettingsError, match=r"pip install 'autoflip-flwr\[tensorboard"):
+        go(tmp_path / "run", "log.tensorboard=true")
 
 
 def test_the_model_loads_and_is_zero_where_the_mask_says_so(finished):

@@ -1,0 +1,72 @@
+"""What `autoflip compare` costs beside the bare runs it makes.
+
+    python benchmarks/compare.py quickstart --overrides "rounds=20"
+
+The bare runs are made one after another on a Ray that is up already, clients on all
+cores; the comparison starts and ends its own Ray. Below 1 it is faster: while one run's
+server works, another's clients train.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+from common import report
+
+from autoflip_flwr import compare
+from autoflip_flwr.simulation import simulate
+
+
+def main() -> None:
+    """Make the runs twice and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("preset")
+    parser.add_argument("--strategies", default="fedavg,autoflip")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--overrides", default="")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        planned = {
+            kind: compare.plan(
+                arguments.preset,
+                output=Path(folder) / kind,
+                strategies=arguments.strategies.split(","),
+                seeds=arguments.seeds,
+                overrides=arguments.overrides,
+            )
+            for kind in ("bare", "compared")
+        }
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        bare = 0.0
+        for number, run in enumerate([planned["bare"][0], *planned["bare"]]):
+            run.partial.mkdir(parents=True, exist_ok=True)
+            config = {
+                "preset": run.preset,
+                "overrides": run.overrides,
+                "output-dir": str(run.partial / str(number)),
+            }
+            nodes = run.settings.strategy.min_nodes
+            log = str(run.partial / f"log-{number}.txt")
+            start = time.perf_counter()
+            ray.get(simulate.remote(nodes, config, log))
+            if number:  # the first one warms the workers
+                bare += time.perf_counter() - start
+        ray.shutdown()
+        start = time.perf_counter()
+        compare.run(planned["compared"])
+        seconds = time.perf_counter() - start
+    report(
+        {
+            "runs": len(planned["bare"]),
+            "bare_seconds": bare,
+            "compare_seconds": seconds,
+            "ratio": seconds / bare,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
