@@ -39,7 +39,9 @@ def main() -> None:
             )
             for kind in ("bare", "compared")
         }
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
         bare = 0.0
         for number, run in enumerate([planned["bare"][0], *planned["bare"]]):
             run.partial.mkdir(parents=True, exist_ok=True)
