@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoflip_flwr import settings
-from autoflip_flwr.errors import AutoFlipError
+from autoflip_flwr.errors import AutoFlipError, SettingsError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AutoFlipError as error:
         print(f"autoflip: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "autoflip: interrupted; the same command goes on with what is left",
+            file=sys.stderr,
+        )
+        return 130
     return 0
 
 
@@ -114,6 +120,7 @@ def _compare(chosen: argparse.Namespace) -> str:
     from autoflip_flwr import compare, results
     from autoflip_flwr.report.table import compared
 
+    _check_target(chosen.target)
     planned = compare.plan(
         chosen.preset,
         output=chosen.output,
@@ -129,8 +136,14 @@ def _compare(chosen: argparse.Namespace) -> str:
     return compared(experiment)
 
 
+def _check_target(target: float | None) -> None:
+    if target is not None and not 0 <= target <= 1:
+        raise SettingsError(f"--target: expected an accuracy in [0, 1], got {target}")
+
+
 def _report(chosen: argparse.Namespace) -> str:
     from autoflip_flwr.report import write_report
 
+    _check_target(chosen.target)
     output = chosen.output or chosen.folders[0] / "report"
     return str(write_report(chosen.folders, output, chosen.target))

@@ -1,5 +1,6 @@
 """Strategies side by side, over seeds: `autoflip compare`."""
 
+import fcntl
 import itertools
 import logging
 import math
@@ -7,10 +8,10 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -85,7 +86,7 @@ def plan(
     seeds : int
         Every arm is run with the seeds 0 to `seeds` - 1.
     vary : mapping of dotted key -> values, optional
-        All combinations are run; dense FedAvg only those that change it.
+        All combinations are run; of a strategy that does not read a key, one.
     overrides : str
         Dotted ``key=value`` pairs for all runs.
 
@@ -107,16 +108,12 @@ def plan(
         if key in ("seed", "strategy.name"):
             raise SettingsError(f"{key} is varied by --seeds or --strategies")
     found: dict[tuple[Settings, int], Planned] = {}
+    names = [cast(StrategyName, name) for name in dict.fromkeys(strategies)]
     for name, values, seed in itertools.product(
-        dict.fromkeys(strategies), itertools.product(*varied.values()), range(seeds)
+        names, itertools.product(*varied.values()), range(seeds)
     ):
         pairs = dict(zip(varied, values, strict=True))
-        if name == "fedavg":  # nothing of the pruning changes it
-            pairs = {
-                key: value
-                for key, value in pairs.items()
-                if key.partition(".")[0] not in ("pruning", "exploration", "rivals")
-            }
+        pairs = {k: v for k, v in pairs.items() if presets.reads(name, k)}
         words = [f"{key}={value}" for key, value in pairs.items()]
         chosen = shlex.join([f"strategy.name={name}", *words, f"seed={seed}"])
         every = f"{overrides} {chosen}".strip()
@@ -128,7 +125,13 @@ def plan(
             overrides=every,
             settings=settings,
         )
-        _check_finished(run)
+        if run.finished:
+            _check_finished(run, run.directory)
+        elif run.directory.exists():
+            raise SettingsError(
+                f"{run.directory} is in the way: it holds no finished run; move it "
+                "away, or name another output"
+            )
         found.setdefault((settings, seed), run)
     return list(found.values())
 
@@ -150,7 +153,20 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
     ComparisonError
         If runs failed; the others are finished first.
     """
-    left = [run for run in planned if not run.finished]
+    for folder in sorted({one.directory.parent for one in planned}):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        for folder in sorted({one.directory.parent for one in planned}):
+            held.enter_context(_alone_in(folder))
+        _run(planned, progress)
+
+
+def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
+    for one in planned:  # killed between its last line and its name
+        if not one.finished and (one.partial / "summary.json").exists():
+            _check_finished(one, one.partial)
+            one.partial.rename(one.directory)
+    left = [one for one in planned if not one.finished]
     if not left:
         return
     import ray  # seconds to import
@@ -167,25 +183,25 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
         )
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cores = int(resources.get("CPU", os.cpu_count() or 1))
-    total = sum(run.settings.rounds for run in planned)
+    total = sum(one.settings.rounds for one in planned)
     waiting, failed = left[::-1], []
     running: dict[Any, Planned] = {}
     try:
         while waiting or running:
             while waiting and len(running) < _runs_at_once(waiting[-1], cores):
-                run = waiting.pop()
-                running[_start(simulate, run)] = run
+                one = waiting.pop()
+                running[_start(simulate, one)] = one
             done, _ = ray.wait(list(running), timeout=_TICK)
             for task in done:
-                run = running.pop(task)
+                one = running.pop(task)
                 try:
                     ray.get(task)
-                    run.partial.rename(run.directory)
+                    one.partial.rename(one.directory)
                 except Exception as error:
-                    failed.append((run, error))
+                    failed.append((one, error))
             if progress:
-                rounds = sum(run.rounds_done() for run in planned)
-                names = ", ".join(run.directory.name for run in running.values())
+                rounds = sum(one.rounds_done() for one in planned)
+                names = ", ".join(one.directory.name for one in running.values())
                 progress(rounds, total, names)
     finally:
         for task in running:
@@ -193,7 +209,7 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
         if owned:
             ray.shutdown()
     if failed:
-        told = "\n".join(f"{run.partial}: {_reason(error)}" for run, error in failed)
+        told = "\n".join(f"{one.partial}: {_reason(error)}" for one, error in failed)
         raise ComparisonError(
             f"{len(failed)} of {len(left)} runs failed (see their log.txt):\n{told}"
         )
@@ -222,24 +238,40 @@ def _runs_at_once(run: Planned, cores: int) -> int:
     return 1 + math.ceil(cores / clients)
 
 
-def _check_finished(run: Planned) -> None:
+def _check_finished(run: Planned, folder: Path) -> None:
     """Refuse to take a finished run of other settings for this one."""
-    if not run.finished:
-        return
-    found = presets.read(run.directory / "settings.yaml")
-    if _without_place(found) != _without_place(run.settings):
+    found = presets.read(folder / "settings.yaml")
+    if replace(found, log=run.settings.log) != run.settings:
         raise SettingsError(
-            f"{run.directory} holds a finished run of other settings; name another "
-            "output, or move that folder away"
+            f"{folder} holds a finished run of other settings; name another output, "
+            "or move that folder away"
         )
 
 
-def _without_place(settings: Settings) -> Settings:
-    return replace(settings, data=replace(settings.data, dir=""))
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that no other comparison writes to its runs.
+
+    Raises
+    ------
+    ComparisonError
+        If another one does.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ComparisonError(
+                f"another comparison is at work in {folder}; wait for it, or name "
+                "another output"
+            ) from error
+        yield
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 @contextmanager

@@ -34,9 +34,13 @@ from torch import nn
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
 from autoflip_flwr.rounds import Answer, Rounds
-from autoflip_flwr.settings import ExplorationSettings, PruningSettings
+from autoflip_flwr.settings import (
+    ExplorationSettings,
+    PruningSettings,
+    RivalSettings,
+)
 from autoflip_flwr.strategy import prunable_of, units_of
-from autoflip_flwr.types import Array, Params, ValueType
+from autoflip_flwr.types import Array, MethodName, Params, ValueType
 from autoflip_flwr.units import ExampleInputs
 
 _log = logging.getLogger("flwr")
@@ -63,6 +67,8 @@ class AutoFLIP(Strategy):
     store : Path, optional
         Where the local guidance lives; a temporary folder by default.
     seed : int, optional
+    method, rivals
+        What makes the masks: see `autoflip_flwr.AutoFLIP`.
     model : nn.Module, optional
         Tells `names` and `prunable`, and, with `example_inputs`, the units.
     example_inputs : torch.Tensor or tuple, optional
@@ -70,7 +76,8 @@ class AutoFLIP(Strategy):
     **pruning
         ``threshold``, ``mode``, ``score``, ``normalization``, ``population_weight``,
         ``floor``, ``exclude``, ``pruned_weights``, ``agreement``,
-        ``agreement_weight``, ``units``, ``min_units``,
+        ``agreement_weight``, ``refresh``, ``refresh_every``, ``refresh_until``,
+        ``units``, ``min_units``,
         ``unit_multiple``: see `autoflip_flwr.AutoFLIP`.
 
     Attributes
@@ -89,6 +96,8 @@ class AutoFLIP(Strategy):
         exploration: ExplorationSettings | None = None,
         store: Path | None = None,
         seed: int | None = None,
+        method: MethodName = "autoflip",
+        rivals: RivalSettings | None = None,
         model: nn.Module | None = None,
         example_inputs: ExampleInputs | None = None,
         **pruning: Any,
@@ -104,7 +113,11 @@ class AutoFLIP(Strategy):
             prunable=prunable_of(prunable, model),
             store=store,
             seed=seed,
-            units=units_of(pruning.get("units", 0.0), model, example_inputs),
+            method=method,
+            rivals=rivals,
+            units=units_of(
+                pruning.get("units", 0.0), model, example_inputs, method=method
+            ),
         )
         self._names = None if names is None else list(names)
         self._returned: list[bytes] | None = None
@@ -126,6 +139,7 @@ class AutoFLIP(Strategy):
         """Let new clients explore, make the mask, pack the inner instructions."""
         if parameters.tensors != self._returned:
             self.rounds.adopt(self._named(parameters))
+            self._returned = parameters.tensors
         current = _parameters_of(self.rounds.arrays)
         instructions = self.strategy.configure_fit(
             server_round, current, client_manager

@@ -273,11 +273,13 @@ def flat(chosen: Settings) -> dict[str, Any]:
 
 def telling(chosen: Settings) -> dict[str, Any]:
     """Return the settings that tell one arm from another."""
-    unread: tuple[str, ...] = ("seed", "data.dir", "log.")
-    if chosen.strategy.name == "fedavg":
-        unread += ("exploration.", "pruning.", "rivals.")
-    found = flat(chosen).items()
-    return {key: value for key, value in found if not key.startswith(unread)}
+    unread = ("seed", "data.dir", "log.")
+    name = chosen.strategy.name
+    return {
+        key: value
+        for key, value in flat(chosen).items()
+        if not key.startswith(unread) and settings.reads(name, key)
+    }
 
 
 def as_override(value: Any) -> str:
@@ -335,12 +337,16 @@ def cost_row(arm: Arm, target: float | None) -> CostRow:
     rate, epochs = strategy.fraction_train, arm.settings.training.epochs
     goal = math.inf if target is None else target
     rounds = [rounds_to(run, goal) for run in runs]
-    kept = [run.summary["density"] * run.summary["parameters"] for run in runs]
+    whole = [run.summary["parameters"] for run in runs]
+    kept = [
+        run.summary.get("kept_parameters", run.summary["density"] * size)
+        for run, size in zip(runs, whole, strict=True)
+    ]
     communication = [
         None if n is None else k * n * strategy.min_nodes * rate
         for k, n in zip(kept, rounds, strict=True)
     ]
-    density = _mean_of(run.summary["density"] for run in runs)
+    density = _mean_of(k / size for k, size in zip(kept, whole, strict=True))
     sent = [run.summary["bytes"] for run in runs]
     return CostRow(
         name=arm.name,

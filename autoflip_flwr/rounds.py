@@ -96,6 +96,8 @@ class Rounds:
         if method not in METHODS:
             raise SettingsError(f"unknown method {method!r}; known: {list(METHODS)}")
         self._method = method
+        if rivals is not None and not isinstance(rivals, RivalSettings):
+            raise SettingsError(f"expected RivalSettings, got {rivals!r}")
         self._rivals = rivals or RivalSettings()
         self._seed = seed
         if store is None:
@@ -109,6 +111,7 @@ class Rounds:
         self._spread: _Spread | None = None
         self._reasons: dict[int, str] = {}
         self._warmth = WeightedMean()
+        self._warm = False  # whether the weights have been moved
 
     @property
     def manifest(self) -> Manifest:
@@ -174,7 +177,7 @@ class Rounds:
     def _warms(self, ask: Ask) -> bool:
         """Tell whether these explorers' weights are to be the start of the training."""
         wanted = self.exploration.warm_start and ask.measure == "deviation"
-        return wanted and self.plan is None
+        return wanted and not self._warm
 
     def _start_of(self, ask: Ask) -> Params:
         return self.arrays if ask.current else self._initial
@@ -229,6 +232,7 @@ class Rounds:
         """
         self.pruner.check(self._reasons)
         moved = self._warmth.take()
+        self._warm = self._warm or bool(moved)
         for name, value in moved.items():
             start = self.arrays[name]
             self.arrays = {**self.arrays, name: (start + value).astype(start.dtype)}
@@ -309,6 +313,12 @@ class Rounds:
     def density(self) -> float:
         """Share of the prunable parameters that the current mask keeps."""
         return 1.0 if self.plan is None else masking.density(self.plan.masks)
+
+    @property
+    def pruned(self) -> int:
+        """Number of parameters that the current mask prunes."""
+        masks = {} if self.plan is None else self.plan.masks
+        return sum(int(keep.size - np.count_nonzero(keep)) for keep in masks.values())
 
     def _check_units(self, arrays: Params) -> None:
         """Refuse units of another model than the one that travels."""

@@ -53,6 +53,8 @@ class RunLog:
         rounds: Rounds | None,
         operations: Operations,
     ) -> None:
+        # Asked for in vain, nothing is written.
+        writer = _writer() if settings.log.tensorboard else None
         self.directory = Path(directory or _new_name(settings)).resolve()
         self._metrics = self.directory / "metrics.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ class RunLog:
         self._operations = operations
         self._samples: Counter[str] = Counter()
         self._flops = 0
-        self._board = _board(settings, self.directory)
+        self._board = writer(str(self.directory)) if writer else None
         self._started = self._last = time.monotonic()
         self._counted: Counter[tuple[str, Direction]] = Counter()
         self._row: dict[str, Any] = {}
@@ -127,7 +129,7 @@ class RunLog:
 
         `costs` is what `costs.summary` returns.
         """
-        sent, grid = self._grid.sent, self._grid
+        sent, grid, rounds = self._grid.sent, self._grid, self._rounds
         phases = ("explore", "train", "evaluate")
         summary = {
             "strategy": self._settings.strategy.name,
@@ -137,7 +139,8 @@ class RunLog:
             "accuracy_top5": self._row.get("accuracy_top5"),
             "loss": self._row.get("loss"),
             "parameters": parameters,
-            "density": self._rounds.density if self._rounds else 1.0,
+            "kept_parameters": parameters - (rounds.pruned if rounds else 0),
+            "density": rounds.density if rounds else 1.0,
             "bytes": {
                 **{f"{p}_{d}": sent[p, d] for p in phases for d in ("down", "up")},
                 "roll_call": sent["roll-call", "up"],
@@ -181,9 +184,10 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         summary["strategy"],
     )
     _log.info(
-        "  density         %.4f of %d parameters",
-        summary["density"],
+        "  kept            %d of %d parameters; density %.4f of the prunable ones",
+        summary["kept_parameters"],
         summary["parameters"],
+        summary["density"],
     )
     _log.info(
         "  bytes sent      %s (exploration %s); FedAvg would have sent %s: %.3f of it",
@@ -225,10 +229,8 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
     )
 
 
-def _board(settings: Settings, directory: Path) -> Any:
-    """Return a writer for TensorBoard where it is asked for, or None."""
-    if not settings.log.tensorboard:
-        return None
+def _writer() -> Any:
+    """Return what writes for TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -236,7 +238,7 @@ def _board(settings: Settings, directory: Path) -> Any:
             "log.tensorboard needs the package tensorboard: "
             "pip install 'autoflip-flwr[tensorboard]'"
         ) from error
-    return SummaryWriter(str(directory))
+    return SummaryWriter
 
 
 def _new_name(settings: Settings) -> str:

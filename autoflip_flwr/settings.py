@@ -92,6 +92,13 @@ class PruningSettings:
     pruned_weights: PrunedWeights = "zero"  # at the server
     agreement: Agreement = "none"  # of clients, mixed into the score
     agreement_weight: float = 0.5  # its share of the score
+    # Share of a layer's kept weights that is exchanged at first: small weights for
+    # such with large gradients at the sampled clients. 0: none.
+    refresh: float = 0.0
+    # Rounds from one exchange to the next, and the last that may. None: a tenth and
+    # half of a run's rounds; where their number is not known, 10, and no end.
+    refresh_every: int | None = None
+    refresh_until: int | None = None
     units: float = 0.0  # share of what is pruned that falls on whole units
     min_units: int = 1  # least units of every group that are kept
     unit_multiple: int = 1  # groups are cut to multiples of this; 8 or 16 is faster
@@ -105,6 +112,17 @@ class PruningSettings:
         _within("pruning.population-weight", self.population_weight, 0, 1)
         _within("pruning.floor", self.floor, 0, 1)
         _within("pruning.agreement-weight", self.agreement_weight, 0, 1)
+        _within("pruning.refresh", self.refresh, 0, 1)
+        if self.refresh_every is not None:
+            _at_least("pruning.refresh-every", self.refresh_every, 1)
+        if self.refresh_until is not None:
+            _at_least("pruning.refresh-until", self.refresh_until, 0)
+        if self.refresh and (self.population_weight < 1 or self.agreement == "sign"):
+            raise SettingsError(
+                "pruning.refresh exchanges weights of one mask for all rounds, so it "
+                "needs pruning.population-weight 1 and an agreement other than sign, "
+                f"got {self.population_weight} and {self.agreement!r}"
+            )
         if self.agreement != "none" and self.mode == "value":
             raise SettingsError(
                 "pruning.agreement needs a number of weights to keep: pruning.mode "
@@ -120,7 +138,9 @@ class RivalSettings:
     """What only the methods that AutoFLIP is compared with have."""
 
     dense_rounds: int = 2  # before weights are judged: magnitude, l1, ..., eflprune
-    every: int = 10  # rounds from one adjustment to the next: prunefl, feddst
+    # Rounds from one adjustment to the next: prunefl, feddst. None: a twentieth of a
+    # run's rounds; where their number is not known, 10.
+    every: int | None = None
     replaced: float = 0.5  # feddst: share of a layer's kept weights, at first
     # feddst: last round that may adjust. None: half of a run's rounds; where their
     # number is not known, all, and the share stays as it is.
@@ -129,7 +149,8 @@ class RivalSettings:
     def __post_init__(self) -> None:
         _check_types("rivals", self)
         _at_least("rivals.dense-rounds", self.dense_rounds, 0)
-        _at_least("rivals.every", self.every, 1)
+        if self.every is not None:
+            _at_least("rivals.every", self.every, 1)
         _within("rivals.replaced", self.replaced, 0, 1)
         if self.until is not None:
             _at_least("rivals.until", self.until, 0)
@@ -247,14 +268,45 @@ class Settings:
                 "client's samples that it does not train on"
             )
         _at_least("rounds", self.rounds, 1)
-        if self.rivals.until is None:
-            rivals = dataclasses.replace(self.rivals, until=self.rounds // 2)
-            object.__setattr__(self, "rivals", rivals)
+        half = self.rounds // 2
+        self._resolve("rivals", until=half, every=max(1, self.rounds // 20))
+        self._resolve(
+            "pruning", refresh_until=half, refresh_every=max(1, self.rounds // 10)
+        )
         _at_least("seed", self.seed, 0)
+
+    def _resolve(self, group: str, **defaults: int) -> None:
+        """Set what was left open and follows from the number of rounds."""
+        values = getattr(self, group)
+        left = {k: v for k, v in defaults.items() if getattr(values, k) is None}
+        # Frozen, but not made yet.
+        object.__setattr__(self, group, dataclasses.replace(values, **left))
 
     def as_yaml(self) -> str:
         """Return all values, resolved, in a preset's form."""
         return yaml.safe_dump(_plain(self), sort_keys=False)
+
+
+def reads(name: StrategyName, key: str) -> bool:
+    """Tell whether a strategy looks at a setting, by its dotted key."""
+    group, _, rest = key.partition(".")
+    if name == "autoflip":
+        return group != "rivals"
+    if name == "fedavg":
+        return group not in ("pruning", "exploration", "rivals", "wire")
+    if group == "pruning":
+        return rest in _PRUNING_OF_RIVALS
+    return group != "exploration" or rest == "timeout"
+
+
+_PRUNING_OF_RIVALS = (
+    "threshold",
+    "mode",
+    "floor",
+    "exclude",
+    "min-units",
+    "unit-multiple",
+)
 
 
 def presets() -> tuple[str, ...]:

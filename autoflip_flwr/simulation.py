@@ -7,11 +7,12 @@ the same weights as this.
 
 import logging
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -31,10 +32,18 @@ class RayGrid(Grid):
     num_nodes : int
     run_config : mapping
         As `flwr run` would hand it to the apps.
+    client_app : callable
+        Makes the app of every node.
     """
 
-    def __init__(self, num_nodes: int, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        num_nodes: int,
+        run_config: Mapping[str, Any],
+        client_app: Callable[[], ClientAppCallable] = apps.client_app,
+    ) -> None:
         _identify()
+        self._client_app = client_app
         self._contexts = {
             _FIRST_NODE + index: Context(
                 run_id=1,
@@ -57,15 +66,19 @@ class RayGrid(Grid):
         tasks = {}
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-            node_id = message.metadata.dst_node_id
-            tasks[_answer.remote(message, self._contexts[node_id])] = node_id
+            context = self._contexts[message.metadata.dst_node_id]
+            tasks[_answer.remote(self._client_app, message, context)] = message
         done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout)
         for task in late:
             ray.cancel(task, force=True)
         replies = []
         for task in done:
-            reply, context = ray.get(task)
-            self._contexts[tasks[task]] = context
+            message = tasks[task]
+            try:
+                reply, context = ray.get(task)
+                self._contexts[message.metadata.dst_node_id] = context
+            except ray.exceptions.RayError as error:  # its worker died
+                reply = _error(message, error)
             replies.append(reply)
         return replies
 
@@ -92,20 +105,25 @@ class RayGrid(Grid):
         raise NotImplementedError("use send_and_receive")
 
 
-@ray.remote(num_cpus=1)
-def _answer(message: Message, context: Context) -> tuple[Message, Context]:
+@ray.remote(num_cpus=1, max_retries=0)
+def _answer(
+    client_app: Callable[[], ClientAppCallable], message: Message, context: Context
+) -> tuple[Message, Context]:
     """Be a node; an exception becomes an error reply, as a SuperNode's does."""
     _identify()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
-        return apps.client_app()(message, context), context
+        return client_app()(message, context), context
     except Exception as error:
-        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        reason = f"{type(error).__name__}: {error}"
-        return Message(Error(code, reason), reply_to=message), context
+        return _error(message, error), context
 
 
-@ray.remote(num_cpus=0)
+def _error(message: Message, error: Exception) -> Message:
+    code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
 def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
     """Run the ServerApp of one run, its log in a file; the cores are for its clients.
 
@@ -118,8 +136,8 @@ def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
         Path of the file for Flower's log.
     """
     grid = RayGrid(num_nodes, run_config)
-    logger = logging.getLogger("flwr")
-    logger.handlers = [logging.FileHandler(log)]
+    logger, file = logging.getLogger("flwr"), logging.FileHandler(log)
+    logger.handlers = [file]
     logger.setLevel(logging.INFO)
     context = Context(
         run_id=1,
@@ -133,6 +151,9 @@ def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
     except Exception:
         logger.exception("the run failed")
         raise
+    finally:  # the process may be a node's next
+        logger.handlers = []
+        file.close()
 
 
 def _identify() -> None:

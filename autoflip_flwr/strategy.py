@@ -48,7 +48,8 @@ class AutoFLIP(Strategy):
         What makes the masks: ``autoflip``, or a rival to compare it with (``random``,
         ``magnitude``, ``l1``, ``l2``, ``similarity``, ``bn``, ``eflprune``, ``ssfl``,
         ``prunefl``, ``feddst``; see `autoflip_flwr.pruners`). A rival reads
-        `threshold`, `mode`, `floor` and `exclude` of the pruning.
+        `threshold`, `mode`, `floor`, `exclude`, `min_units` and `unit_multiple` of the
+        pruning, and nothing of the exploration but its timeout.
     threshold : float
         With the default mode, the share of the parameters to prune, in [0, 1]. At 0
         nothing is pruned and the result is the inner strategy's.
@@ -77,6 +78,15 @@ class AutoFLIP(Strategy):
         of the rounds so far have one direction. Ours, not the paper's.
     agreement_weight : float
         In [0, 1]: its share of the score.
+    refresh : float
+        In [0, 1]: share of a layer's kept weights that is exchanged at first, small
+        ones for such with large gradients at the sampled clients, which send them in a
+        byte per parameter; the share falls as a cosine. 0: the mask stays. It needs
+        the population weight 1.
+    refresh_every : int, optional
+        Rounds from one exchange to the next; 10 by default.
+    refresh_until : int, optional
+        The last round that may exchange; by default all may, and the share stays.
     units : float
         In [0, 1]: share of the pruned parameters that falls on whole units (filters,
         neurons, hidden units), so that clients can train a smaller network; the rest
@@ -102,7 +112,8 @@ class AutoFLIP(Strategy):
         Seconds to wait for the explorers.
     warm_start : bool
         Begin the training where the explorers on average ended, not at `W0`: they send
-        the signs of their updates too, an eighth of a byte per parameter.
+        the signs of their updates too, an eighth of a byte per parameter. Buffers and
+        excluded parameters stay as in `W0`.
     rivals : RivalSettings, optional
         What only the rivals have: rounds between adjustments and the like.
     values : {"float32", "float16"}
@@ -142,6 +153,9 @@ class AutoFLIP(Strategy):
         pruned_weights: PrunedWeights = "zero",
         agreement: Agreement = "none",
         agreement_weight: float = 0.5,
+        refresh: float = 0.0,
+        refresh_every: int | None = None,
+        refresh_until: int | None = None,
         units: float = 0.0,
         min_units: int = 1,
         unit_multiple: int = 1,
@@ -165,6 +179,13 @@ class AutoFLIP(Strategy):
         self.strategy = strategy if strategy is not None else FedAvg()
         self.min_replies = min_replies
         self.method = method
+        inner = type(self.strategy).__name__
+        if warm_start and inner.startswith("DifferentialPrivacy"):
+            raise SettingsError(
+                "warm_start would move the model by the explorers' updates, unclipped "
+                f"and without the noise of {inner}; use one or "
+                "the other"
+            )
         self.rounds = Rounds(
             PruningSettings(
                 threshold=threshold,
@@ -177,6 +198,9 @@ class AutoFLIP(Strategy):
                 pruned_weights=pruned_weights,
                 agreement=agreement,
                 agreement_weight=agreement_weight,
+                refresh=refresh,
+                refresh_every=refresh_every,
+                refresh_until=refresh_until,
                 units=units,
                 min_units=min_units,
                 unit_multiple=unit_multiple,
@@ -202,27 +226,34 @@ class AutoFLIP(Strategy):
         # By id of the inner strategy's record, which is held so that no other gets it.
         self._packed: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
         self._sent: list[Message] = []
+        # By id of a reply: the frames that went out and came back.
+        self._received: dict[int, tuple[bytes, bytes]] = {}
 
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
         pruning, exploration = self.rounds.pruning, self.rounds.exploration
-        _log.info("\t├──> AutoFLIP settings (method %s):", self.method)
+        _log.info("\t├──> AutoFLIP settings:")
         _log.info(
-            "\t│\t├── Pruning: %s %s of the %s, normalized by %s, population weight "
-            "%s, %s of it on whole units",
+            "\t│\t├── Pruning by %s: %s %s",
+            self.method,
             pruning.mode,
             pruning.threshold,
-            pruning.score,
-            pruning.normalization,
-            pruning.population_weight,
-            pruning.units,
         )
-        _log.info(
-            "\t│\t└── Exploration: %d epochs, fraction %s, patience %d",
-            exploration.epochs,
-            exploration.fraction,
-            exploration.patience,
-        )
+        if self.method == "autoflip":
+            _log.info(
+                "\t│\t├── Score: %s, normalized by %s, population weight %s, %s of it "
+                "on whole units",
+                pruning.score,
+                pruning.normalization,
+                pruning.population_weight,
+                pruning.units,
+            )
+            _log.info(
+                "\t│\t├── Exploration: %d epochs, fraction %s, patience %d",
+                exploration.epochs,
+                exploration.fraction,
+                exploration.patience,
+            )
         self.strategy.summary()
 
     def configure_train(
@@ -230,15 +261,22 @@ class AutoFLIP(Strategy):
     ) -> Iterable[Message]:
         """Let new nodes explore, make the mask, pack the inner strategy's messages."""
         current = self._adopt(arrays)
-        messages = list(
-            self.strategy.configure_train(
-                server_round, current, ConfigRecord(dict(config)), grid
-            )
-        )
+
+        def inner_messages() -> list[Message]:
+            own = ConfigRecord(dict(config))
+            return list(self.strategy.configure_train(server_round, current, own, grid))
+
+        messages = inner_messages()
         if not messages:
             return []
         sampled = [message.metadata.dst_node_id for message in messages]
-        self._explore(server_round, sampled, messages[0], grid)
+        if self._explore(server_round, sampled, messages[0], grid):
+            # A warm start: FedAvgM holds on to the very record it was given, FedAdam
+            # has copied it, so both are told again.
+            for name, value in self.rounds.arrays.items():
+                current[name] = FlowerArray(value)
+            messages = inner_messages()
+            sampled = [message.metadata.dst_node_id for message in messages]
         plan = self.rounds.begin(server_round, sampled)
         self._sent, self._packed = messages, {}
         return [self._pack(message, plan, "train") for message in messages]
@@ -247,7 +285,11 @@ class AutoFLIP(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Unpack the valid replies and let the inner strategy aggregate them."""
+        self._received = {}
         valid = self._valid(server_round, replies, self._unpack)
+        for reply in valid:
+            sent, frame = self._received[id(reply)]
+            self.rounds.observe(sent, frame, _examples_of(reply))
         if len(valid) < self.min_replies:
             reason = f"{len(valid)} valid replies, expected {self.min_replies} or more"
             self.rounds.abandon(server_round, reason)
@@ -303,13 +345,13 @@ class AutoFLIP(Strategy):
 
     def _explore(
         self, server_round: int, sampled: Sequence[int], like: Message, grid: Grid
-    ) -> None:
-        """Let those who are to explore do so, and keep what they found."""
+    ) -> bool:
+        """Let those who are to explore do so; tell whether the weights changed."""
         ask = self.rounds.asks(
             server_round, connected=list(grid.get_node_ids()), sampled=sampled
         )
         if ask is None:
-            return
+            return False
         config_key, config = wire.only_config(like.content)
         array_key, _ = wire.only_array_record(like.content)
         arrays, entries = self.rounds.exploration_of(ask)
@@ -325,11 +367,7 @@ class AutoFLIP(Strategy):
             nodes = wire.nodes_by_message(messages)
             answers = {wire.node_of(r, nodes): _answer_of(r) for r in replies}
             self.rounds.explored(ask, batch, answers)
-        if self.rounds.end_exploration():
-            # The messages hold the very record that the inner strategy works on.
-            assert self._current is not None
-            for name, value in self.rounds.arrays.items():
-                self._current[name] = FlowerArray(value)
+        return self.rounds.end_exploration()
 
     def _pack(self, message: Message, plan: wire.Plan, phase: wire.Phase) -> Message:
         """Replace a message's arrays by what travels; equal ones are packed once."""
@@ -352,9 +390,8 @@ class AutoFLIP(Strategy):
         key, record = wire.only_array_record(message.content)
         arrays = plan.unpack(record, fill=self.rounds.arrays)
         _, sent = next(iter(self._packed.values()))
-        self.rounds.observe(
-            sent[wire.VALUES].data, record[wire.VALUES].data, _examples_of(message)
-        )
+        frames = (sent[wire.VALUES].data, record[wire.VALUES].data)
+        self._received[id(message)] = frames
         message.content[key] = wire.record_of(arrays)
 
     def _valid(
@@ -411,7 +448,15 @@ def units_of(
     method: MethodName = "autoflip",
 ) -> Units | None:
     """Trace a model whose units are to be pruned, or looked at."""
-    if (share == 0 and method not in NEEDS_UNITS) or model is None:
+    needed = share > 0 if method == "autoflip" else method in NEEDS_UNITS
+    if method == "prunefl":  # without units all weights cost the same
+        needed = model is not None and example_inputs is not None
+    elif needed and model is None and method != "autoflip":
+        raise SettingsError(
+            f"{method} looks at the model's units: AutoFLIP(..., model=Net(), "
+            "example_inputs=one_sample)"
+        )
+    if not needed or model is None:
         return None
     if example_inputs is None:
         raise SettingsError(

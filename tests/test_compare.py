@@ -1,5 +1,6 @@
 """Comparisons: what is run, side by side on Ray, and picked up again."""
 
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_runlog import go
 
-from autoflip_flwr import compare, settings
+from autoflip_flwr import cli, compare, settings
 from autoflip_flwr.errors import SettingsError
 
 SMALL = "rounds=2 strategy.min-nodes=4 data.max-samples=160 data.max-test-samples=80"
@@ -87,13 +88,82 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
     (run.directory / "settings.yaml").write_text(run.settings.as_yaml())
     (run.directory / "summary.json").write_text("{}")
     (again,) = compare.plan(
-        "smoke", output=tmp_path, strategies=["l1"], seeds=1, overrides="data.dir=x"
+        "smoke",
+        output=tmp_path,
+        strategies=["l1"],
+        seeds=1,
+        overrides="log.tensorboard=true",
     )
     assert again.finished
     with pytest.raises(SettingsError, match=r"l1-0 holds a finished run of other"):
         compare.plan(
             "smoke", output=tmp_path, strategies=["l1"], seeds=1, overrides="rounds=9"
         )
+
+
+def test_a_folder_in_the_way_is_not_deleted(tmp_path):
+    mine = tmp_path / "smoke" / "l1-0" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years")
+    with pytest.raises(SettingsError, match=r"l1-0 is in the way"):
+        compare.plan("smoke", output=tmp_path, strategies=["l1"], seeds=1)
+    assert mine.read_text() == "years"
+
+
+def test_strategies_are_not_repeated_for_what_they_do_not_read(tmp_path):
+    planned = compare.plan(
+        "smoke",
+        output=tmp_path,
+        strategies=["fedavg", "l1", "autoflip"],
+        seeds=1,
+        vary={
+            "pruning.population-weight": ["0.5", "1"],
+            "wire.values": ["float16", "float32"],
+        },
+    )
+    assert names(planned) == [
+        "fedavg-0",
+        "l1,wire.values=float16-0",
+        "l1,wire.values=float32-0",
+        *(
+            f"autoflip,pruning.population-weight={weight},wire.values=float{bits}-0"
+            for weight in ("0.5", "1")
+            for bits in (16, 32)
+        ),
+    ]
+
+
+def test_two_comparisons_do_not_write_to_one_folder(tmp_path):
+    planned = compare.plan("smoke", output=tmp_path, strategies=["l1"], seeds=1)
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(compare.ComparisonError, match="another comparison"):
+            compare.run(planned)
+
+
+def test_a_run_killed_before_it_got_its_name_gets_it(tmp_path):
+    (run,) = compare.plan("smoke", output=tmp_path, strategies=["l1"], seeds=1)
+    run.partial.mkdir(parents=True)
+    (run.partial / "settings.yaml").write_text(run.settings.as_yaml())
+    (run.partial / "summary.json").write_text("{}")
+    compare.run([run])
+    assert run.finished
+    assert not run.partial.exists()
+
+
+def test_an_error_without_a_message_is_named_all_the_same():
+    assert compare._reason(MemoryError()) == "MemoryError: no message"
+    assert compare._reason(KeyError("x")) == "KeyError: 'x'"
+
+
+@pytest.mark.parametrize("target", ["95", "-0.1"])
+def test_a_target_that_is_no_accuracy_is_refused_first(target, tmp_path, capsys):
+    words = ["compare", "smoke", "--output", str(tmp_path), "--target", target]
+    assert cli.main(words) == 2
+    assert "--target: expected an accuracy in [0, 1]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +173,10 @@ def compared(tmp_path_factory):
     done = subprocess.run(command(output), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return output / "smoke", done
+
+
+def runs_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def command(output, *more):
@@ -117,7 +191,7 @@ def command(output, *more):
 @pytest.mark.timeout(300)
 def test_the_command_runs_all_and_ends_with_a_table(compared):
     folder, done = compared
-    assert sorted(path.name for path in folder.iterdir()) == ["autoflip-0", "fedavg-0"]
+    assert runs_in(folder) == ["autoflip-0", "fedavg-0"]
     assert "autoflip" in done.stdout
     assert "top-1" in done.stdout
     summary = json.loads((folder / "autoflip-0" / "summary.json").read_text())
@@ -142,12 +216,12 @@ def test_a_compared_run_is_the_run_itself(compared, tmp_path):
 @pytest.mark.timeout(300)
 def test_a_finished_comparison_is_not_run_again(compared):
     folder, first = compared
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     done = subprocess.run(
         command(folder.parent), capture_output=True, text=True, check=False
     )
     assert done.stdout == first.stdout
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
 
 
 @pytest.mark.slow
@@ -169,13 +243,12 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     written = first.stat().st_mtime_ns
-    begun = sorted(path.name for path in (tmp_path / "smoke").iterdir())
+    begun = runs_in(tmp_path / "smoke")
     assert any(name.endswith(".partial") for name in begun), begun
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert first.stat().st_mtime_ns == written
-    ended = sorted(path.name for path in (tmp_path / "smoke").iterdir())
-    assert ended == ["autoflip-0", "fedavg-0", "random-0"]
+    assert runs_in(tmp_path / "smoke") == ["autoflip-0", "fedavg-0", "random-0"]
     rows = (tmp_path / "smoke" / "autoflip-0" / "metrics.jsonl").read_text()
     assert [json.loads(row)["round"] for row in rows.splitlines()] == [*range(1, 31)]
 
@@ -198,3 +271,57 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     assert "the floor keeps at least" in done.stderr
     assert "Traceback" not in done.stderr
     assert sum((path / "summary.json").exists() for path in tmp_path.glob("*/*")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_node_that_fails_dies_or_is_late_ends_no_run(tmp_path):
+    """On a Ray of its own, in a process of its own."""
+    script = tmp_path / "nodes.py"
+    script.write_text(NODES)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "100": "fine",
+        "101": "ValueError: no data",
+        "102": "WorkerCrashedError",
+        "103": None,
+    }
+
+
+NODES = """
+import json, logging, os, time
+import ray
+from flwr.app import Message, MetricRecord, RecordDict
+from autoflip_flwr import apps, simulation
+
+def app():
+    def answer(message, context):
+        if context.node_id == 101:
+            raise ValueError("no data")
+        if context.node_id == 102:
+            os._exit(1)
+        if context.node_id == 103:
+            time.sleep(600)
+        content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
+        return Message(content, reply_to=message)
+    return answer
+
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
+         logging_level=logging.ERROR)
+grid = simulation.RayGrid(4, {}, client_app=app)
+messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+found = dict.fromkeys(grid.get_node_ids())
+nodes = {m.metadata.dst_node_id: m for m in messages}
+for reply in grid.send_and_receive(messages, timeout=40):
+    sent = next(
+        n for n, m in nodes.items()
+        if m.metadata.message_id == reply.metadata.reply_to_message_id
+    )
+    text = reply.error.reason if reply.has_error() else "fine"
+    found[sent] = text if "Worker" not in text else text.partition(":")[0]
+print(json.dumps(found))
+ray.shutdown()
+"""

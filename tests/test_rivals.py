@@ -1230,7 +1230,7 @@ def test_feddst_keeps_its_first_mask_where_no_optimizer_shows_gradients(caplog):
 def test_a_rival_of_units_needs_the_model():
     with pytest.raises(SettingsError, match=r"example_inputs"):
         rival("l1", example_inputs=None)
-    with pytest.raises(SettingsError, match=r"whole units.*needs the model"):
+    with pytest.raises(SettingsError, match=r"l1 looks at .*model=Net"):
         ran("l1", model=None, app=nudging_app())
 
 

@@ -11,7 +11,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from inprocess import ROOT, LocalGrid, load_script
 from safetensors.numpy import load_file
 
-from autoflip_flwr import experiment, training
+from autoflip_flwr import experiment, results, training
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.settings import load
 
@@ -179,6 +179,23 @@ def test_the_flops_trained_are_those_of_every_sample_of_every_epoch(finished):
     expected = counted["explore"] * flops["dense"] + counted["train"] * flops["pruned"]
     assert flops["trained"] == pytest.approx(3 * expected, rel=1e-3)
     assert flops["trained"] == sum(line["flops"] for line in lines_of(folder))
+
+
+def test_kept_parameters_count_those_that_are_never_pruned(tmp_path):
+    go(tmp_path / "run", "pruning.exclude=[fc1*] pruning.units=0")
+    summary = summary_of(tmp_path / "run")
+    masks = np.load(tmp_path / "run" / "mask.npz")
+    kept = sum(int(masks[name].sum()) for name in masks.files)
+    whole = sum(
+        value.size
+        for name, value in load_file(tmp_path / "run" / "model.safetensors").items()
+        if name.startswith("fc1")
+    )
+    assert summary["density"] == pytest.approx(0.2, abs=0.01)
+    assert summary["kept_parameters"] == kept + whole
+    run = results.read_run(tmp_path / "run")
+    row = results.cost_row(results.arms([run])[0], None)
+    assert row.density == pytest.approx((kept + whole) / summary["parameters"])
 
 
 def test_guidance_and_updates_are_compared(finished):

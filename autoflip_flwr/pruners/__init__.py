@@ -50,9 +50,9 @@ _BY_GRADIENTS: dict[MethodName, type[GradientPruner]] = {
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
-#: Methods that look at the model's units, whatever share `pruning.units` asks for.
+#: Rivals that prune whole units.
 NEEDS_UNITS: frozenset[MethodName] = frozenset(
-    {"l1", "l2", "similarity", "bn", "eflprune", "prunefl"}
+    {"l1", "l2", "similarity", "bn", "eflprune"}
 )
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.codec import QuantizedGuidance
+from autoflip_flwr.codec import QuantizedGuidance, dequantize
 from autoflip_flwr.errors import ExplorationError, GuidanceError
 from autoflip_flwr.groups import Units
 from autoflip_flwr.guidance import Rescaling, Statistics, rescaling
 from autoflip_flwr.parallel import parallel_map
 from autoflip_flwr.pruners import agreement as agreements
+from autoflip_flwr.pruners.adjust import EVERY, adjusted, cosine_share
 from autoflip_flwr.pruners.base import Ask, Pruner, limits_of
+from autoflip_flwr.pruners.mean import WeightedMean
 from autoflip_flwr.scores import SCORES, weight_size
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.store import GuidanceStore
@@ -67,6 +69,8 @@ class AutoFlipPruner(Pruner):
         self._check_units(initial)
         self._asked: set[int] = set()
         self._renewing = False
+        self._refreshing = False
+        self._gradients = WeightedMean()
         self._store = GuidanceStore(directory, self._shapes)
         self._population: dict[str, NDArray[np.float32]] | None = None
         self._masks: Masks | None = None
@@ -102,11 +106,31 @@ class AutoFlipPruner(Pruner):
             new = [node_id for i, node_id in enumerate(new) if i in chosen]
         elif fraction < 1.0:
             new = [node_id for node_id in new if self._rng.random() < fraction]
-        return Ask(nodes=new, renew=self._renewing and first) if new else None
+        if new:
+            self._refreshing = False
+            return Ask(nodes=new, renew=self._renewing and first)
+        settings = self.settings
+        every = settings.refresh_every or EVERY
+        due = server_round > 1 and (server_round - 1) % every == 0
+        self._refreshing = due and self._refresh_share(server_round) > 0
+        if not self._refreshing:
+            return None
+        return Ask(nodes=sampled, measure="gradient", current=True)
+
+    def _refresh_share(self, server_round: int) -> float:
+        settings = self.settings
+        return cosine_share(
+            settings.refresh, server_round, until=settings.refresh_until
+        )
 
     def add(self, node_id: int, frame: bytes, weight: float, start: Params) -> None:
-        """Take a node's local guidance; nodes count alike, whatever their weight."""
-        del weight
+        """Take a node's local guidance, or its gradients for a refresh.
+
+        In the guidance nodes count alike, whatever their weight.
+        """
+        if self._refreshing:
+            self._gradients.add(dequantize(frame, self._shapes).dense(), weight)
+            return
         self._store.check(frame)
         if self._renewing:
             self._initial = dict(start)
@@ -161,7 +185,6 @@ class AutoFlipPruner(Pruner):
         MaskError
             If the mask would cut a layer off.
         """
-        del weights, server_round
         if self.explorers == 0:
             raise ExplorationError("expected local guidance of one node or more, got 0")
         known = [node_id for node_id in sampled if node_id in self._store]
@@ -169,7 +192,10 @@ class AutoFlipPruner(Pruner):
         mu = self.settings.population_weight
         share = mu + (1 - mu) * missing
         if share == 1.0 and self._masks is not None:
+            if self._gradients.weight:
+                self._masks = self._refreshed(self._masks, weights, server_round)
             return self._masks  # one mask for all rounds until somebody explores
+        self._gradients.take()
         scores = self._scores(known, share)
         agreement = self._agreement()
         mixture = scores
@@ -183,6 +209,27 @@ class AutoFlipPruner(Pruner):
         fixed = share == 1.0 and self.settings.agreement != "sign"
         self._masks = masks if fixed else None
         return masks
+
+    def _refreshed(self, masks: Masks, weights: Params, server_round: int) -> Masks:
+        """Exchange small weights for such with large gradients, in living units."""
+        share, gradients = self._refresh_share(server_round), self._gradients.take()
+        alive: Masks = {}
+        if self._units is not None:
+            alive = self._units.masks(self._units.used(masks), masks)
+        found = {
+            name: adjusted(
+                keep,
+                np.abs(weights[name], dtype=np.float32),
+                gradients[name],
+                share,
+                free=alive.get(name),
+            )
+            if keep.ndim > 1
+            else keep
+            for name, keep in masks.items()
+        }
+        self.kept_guidance = None  # of the first mask
+        return found
 
     def learn(self, agreement: NDArray[np.float32] | None, masks: Masks) -> None:
         """Take what the clients of a round agreed on."""

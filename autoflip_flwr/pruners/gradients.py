@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from autoflip_flwr.codec import dequantize
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
 from autoflip_flwr.groups import Units
+from autoflip_flwr.pruners.adjust import EVERY, adjusted, cosine_share, top
 from autoflip_flwr.pruners.base import Ask, Pruner
 from autoflip_flwr.pruners.mean import WeightedMean
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
@@ -51,7 +52,8 @@ class GradientPruner(Pruner):
 
     def _due(self, server_round: int) -> bool:
         """Tell whether the mask is to be adjusted before this round."""
-        return server_round > 1 and (server_round - 1) % self._rivals.every == 0
+        every = self._rivals.every or EVERY
+        return server_round > 1 and (server_round - 1) % every == 0
 
 
 class SsflPruner(GradientPruner):
@@ -214,19 +216,14 @@ class FedDstPruner(GradientPruner):
             share, gradients = self._share(server_round), self._measured.take()
             sizes = magnitudes(weights)
             self._chosen = {
-                name: _adjusted(keep, sizes[name], gradients[name], share)
+                name: adjusted(keep, sizes[name], gradients[name], share)
                 for name, keep in self._chosen.items()
             }
         return self._chosen
 
     def _share(self, server_round: int) -> float:
-        until = self._rivals.until
-        if until is None:
-            return self._rivals.replaced
-        if server_round > until:
-            return 0.0
-        past = (server_round - 1) / max(1, until)
-        return self._rivals.replaced / 2 * (1 + math.cos(math.pi * past))
+        rivals = self._rivals
+        return cosine_share(rivals.replaced, server_round, until=rivals.until)
 
 
 def layer_budgets(
@@ -270,25 +267,3 @@ def layer_budgets(
         if budgets.sum() < kept and budgets[index] < sizes[index]:
             budgets[index] += 1
     return dict(zip(shapes, budgets.tolist(), strict=True))
-
-
-def top(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """Keep the `count` largest entries; of equal ones the first."""
-    keep = np.zeros(scores.size, np.bool_)
-    order = np.argsort(-scores.reshape(-1), kind="stable")
-    keep[order[:count]] = True
-    return keep.reshape(scores.shape)
-
-
-def _adjusted(
-    keep: NDArray[np.bool_],
-    size: NDArray[np.float32],
-    gradient: NDArray[np.float32],
-    share: float,
-) -> NDArray[np.bool_]:
-    """Drop the smallest kept weights, grow as many of those that were pruned."""
-    kept = int(np.count_nonzero(keep))
-    count = min(int(share * kept), keep.size - kept)
-    stay = top(np.where(keep, size, -np.inf).astype(np.float32), kept - count)
-    grown = top(np.where(keep, -np.inf, gradient).astype(np.float32), count)
-    return stay | grown

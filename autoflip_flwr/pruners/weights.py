@@ -244,9 +244,10 @@ def magnitudes(weights: Params) -> dict[str, NDArray[np.float32]]:
 
 
 def but_vectors(scores: Scores) -> dict[str, NDArray[np.float32]]:
-    """Give biases and scales of normalization a score that is never pruned.
+    """Keep biases and scales of normalization out of the contest of single weights.
 
-    The sources of the rivals prune the weights of layers alone.
+    The sources of the rivals prune the weights of layers alone. Those of a unit go
+    with it all the same.
     """
     return {
         name: score if score.ndim > 1 else np.full(score.shape, np.inf, np.float32)

@@ -4,7 +4,6 @@ import io
 import re
 import string
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from autoflip_flwr.report import formats
 from autoflip_flwr.results import Arm
 
 #: Text, axes and the first arm. In the page it becomes the colour of the text, so
@@ -99,7 +99,7 @@ class Chart:
 def style(arms: Sequence[Arm]) -> list[Styled]:
     """Give every arm its letter and line; up to 12 differ in colour and dash."""
     letters = string.ascii_uppercase
-    names = _short_names([arm.name for arm in arms])
+    names = formats.short_names([arm.name for arm in arms])
     return [
         Styled(
             arm,
@@ -111,18 +111,6 @@ def style(arms: Sequence[Arm]) -> list[Styled]:
         )
         for i, (arm, name) in enumerate(zip(arms, names, strict=True))
     ]
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """Write ``threshold=0.3`` for ``pruning.threshold=0.3`` where no other is meant."""
-    keys = {key for name in names for key in re.findall(r" ([\w.-]+)=", name)}
-    last = Counter(key.rpartition(".")[2] for key in keys)
-
-    def short(found: re.Match[str]) -> str:
-        end = found[1].rpartition(".")[2]
-        return f" {end}=" if last[end] == 1 else found[0]
-
-    return [re.sub(r" ([\w.-]+)=", short, name) for name in names]
 
 
 @contextmanager

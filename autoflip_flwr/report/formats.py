@@ -1,6 +1,9 @@
 """Numbers as people read them."""
 
 import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 
 from autoflip_flwr.results import Estimate
 
@@ -48,3 +51,15 @@ def accuracy(value: Estimate | None) -> str:
         return NONE
     error = "" if value.error is None else f" ± {value.error:.4f}"
     return f"{value.mean:.4f}{error}"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Write ``threshold=0.3`` for ``pruning.threshold=0.3`` where no other is meant."""
+    keys = {key for name in names for key in re.findall(r" ([\w.-]+)=", name)}
+    last = Counter(key.rpartition(".")[2] for key in keys)
+
+    def short(found: re.Match[str]) -> str:
+        end = found[1].rpartition(".")[2]
+        return f" {end}=" if last[end] == 1 else found[0]
+
+    return [re.sub(r" ([\w.-]+)=", short, name) for name in names]

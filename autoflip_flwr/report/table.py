@@ -14,15 +14,8 @@ def compared(experiment: Experiment) -> str:
     """Return the table that `autoflip compare` ends with."""
     target = experiment.target
     goal = "target" if target is None else f"{target:.4f}"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{experiment.preset}: mean and standard error over seeds",
-        caption="Accuracy: top-1 of the global model on held-out data after the last "
-        f"round. To {goal}: until the accuracy first reaches it. Bytes and FLOPs "
-        "include exploration. Of dense: bytes as a share of what FedAvg sends in as "
-        "many rounds, FLOPs of the network clients train as a share of the whole one.",
-    )
-    table.add_column("strategy", overflow="fold", min_width=10)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("strategy", overflow="fold", min_width=20)
     table.add_column("seeds", justify="right")
     table.add_column("accuracy", justify="right", no_wrap=True)
     for heading in (
@@ -33,14 +26,14 @@ def compared(experiment: Experiment) -> str:
         f"bytes to {goal}",
         "FLOPs of dense",
         "FLOPs trained",
-        "seconds",
     ):
         table.add_column(heading, justify="right")
-    for arm in experiment.arms:
+    names = formats.short_names([arm.name for arm in experiment.arms])
+    for name, arm in zip(names, experiment.arms, strict=True):
         row = cost_row(arm, target)
         rounds, sent = row.rounds_to_target, row.bytes_to_target
         table.add_row(
-            row.name,
+            name,
             str(row.seeds),
             formats.accuracy(row.accuracy),
             formats.share(row.density),
@@ -50,9 +43,18 @@ def compared(experiment: Experiment) -> str:
             formats.number(sent and sent.mean, "B"),
             formats.ratio(row.flops, row.flops_dense),
             formats.number(row.flops_trained and row.flops_trained.mean),
-            formats.number(row.seconds and row.seconds.mean),
         )
     console = Console(width=_WIDTH)
     with console.capture() as captured:
+        console.print(f"{experiment.preset}: mean and standard error over seeds")
         console.print(table)
-    return captured.get().rstrip()
+        console.print(
+            "Accuracy: top-1 of the global model on held-out data after the last",
+            f"round. To {goal}: until the accuracy first reaches it. Bytes and FLOPs",
+            "trained include exploration. Of dense: bytes as a share of what FedAvg",
+            "sends in as many rounds, FLOPs of the network that clients train as a",
+            "share of the whole one's.",
+            highlight=False,
+        )
+    lines = captured.get().rstrip().splitlines()
+    return "\n".join(line.rstrip() for line in lines)
