@@ -3,6 +3,7 @@
 from autoflip_flwr import codec, guidance, mask, units
 from autoflip_flwr.errors import AutoFlipError
 from autoflip_flwr.mod import AutoFlipMod, masked, masks_from
+from autoflip_flwr.settings import ExplorationSettings, RivalSettings
 from autoflip_flwr.strategy import AutoFLIP
 from autoflip_flwr.units import compact, expand
 
@@ -10,6 +11,8 @@ __all__ = [
     "AutoFLIP",
     "AutoFlipError",
     "AutoFlipMod",
+    "ExplorationSettings",
+    "RivalSettings",
     "codec",
     "compact",
     "expand",

@@ -8,7 +8,6 @@ from autoflip_flwr.pruners.autoflip import AutoFlipPruner
 from autoflip_flwr.pruners.base import Ask, Pruner
 from autoflip_flwr.pruners.gradients import (
     FedDstPruner,
-    GradientPruner,
     PruneFlPruner,
     SsflPruner,
 )
@@ -20,7 +19,6 @@ from autoflip_flwr.pruners.weights import (
     MagnitudePruner,
     RandomPruner,
     SimilarityPruner,
-    WeightsPruner,
 )
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, RivalSettings
 from autoflip_flwr.types import MethodName, Params
@@ -34,15 +32,14 @@ __all__ = [
     "build",
 ]
 
-_BY_WEIGHTS: dict[MethodName, type[WeightsPruner]] = {
+_RIVALS: dict[MethodName, type[Pruner]] = {
+    "random": RandomPruner,
     "magnitude": MagnitudePruner,
     "l1": L1Pruner,
     "l2": L2Pruner,
     "similarity": SimilarityPruner,
     "bn": BatchNormPruner,
     "eflprune": EflPruner,
-}
-_BY_GRADIENTS: dict[MethodName, type[GradientPruner]] = {
     "ssfl": SsflPruner,
     "prunefl": PruneFlPruner,
     "feddst": FedDstPruner,
@@ -94,8 +91,4 @@ def build(
             seed=seed,
             trainable_known=trainable_known,
         )
-    if method == "random":
-        return RandomPruner(initial, pruning, units, seed=seed)
-    if method in _BY_WEIGHTS:
-        return _BY_WEIGHTS[method](initial, pruning, units, rivals=rivals)
-    return _BY_GRADIENTS[method](initial, pruning, units, rivals=rivals)
+    return _RIVALS[method](initial, pruning, units, rivals=rivals, seed=seed)

@@ -61,10 +61,9 @@ class AutoFlipPruner(Pruner):
         seed: int | None = None,
         trainable_known: bool = True,
     ) -> None:
-        super().__init__(initial, settings, units)
+        super().__init__(initial, settings, units, seed=seed)
         self.restores = settings.pruned_weights == "keep"
         self._exploration = exploration or ExplorationSettings()
-        self._rng = np.random.default_rng(seed)
         self._trainable_known = trainable_known
         self._check_units(initial)
         self._asked: set[int] = set()

@@ -1,5 +1,6 @@
 """What a strategy asks of whatever makes the masks."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 from autoflip_flwr import mask as masking
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.groups import Limits, Units
-from autoflip_flwr.settings import PruningSettings
-from autoflip_flwr.types import Masks, Measure, Params, Scores
+from autoflip_flwr.settings import PruningSettings, RivalSettings
+from autoflip_flwr.types import Array, Masks, Measure, Params, Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,10 @@ class Pruner(ABC):
     settings : PruningSettings
     units : Units, optional
         The model's units, where whole ones are to be pruned.
+    rivals : RivalSettings, optional
+        What only rivals have.
+    seed : int, optional
+        Decides all that is drawn.
 
     Attributes
     ----------
@@ -57,18 +62,30 @@ class Pruner(ABC):
     kept_guidance: NDArray[np.float32] | None = None
 
     def __init__(
-        self, initial: Params, settings: PruningSettings, units: Units | None = None
+        self,
+        initial: Params,
+        settings: PruningSettings,
+        units: Units | None = None,
+        *,
+        rivals: RivalSettings | None = None,
+        seed: int | None = None,
     ) -> None:
         self.settings = settings
         self._units = units
-        masking.check_floor(
-            [np.size(value) for value in initial.values()],
-            threshold=settings.threshold,
-            mode=settings.mode,
-            floor=settings.floor,
-        )
+        self._rivals = rivals or RivalSettings()
+        self._rng = np.random.default_rng(seed)
         self._shapes = {name: np.shape(value) for name, value in initial.items()}
-        self._initial: dict[str, NDArray[np.generic]] = dict(initial)
+        self._initial: dict[str, Array] = dict(initial)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Check the settings and prepare, knowing the weights of the start."""
+        masking.check_floor(
+            [math.prod(shape) for shape in self._shapes.values()],
+            threshold=self.settings.threshold,
+            mode=self.settings.mode,
+            floor=self.settings.floor,
+        )
 
     def asks(
         self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]

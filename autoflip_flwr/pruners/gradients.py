@@ -12,28 +12,18 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.codec import dequantize
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
-from autoflip_flwr.groups import Units
 from autoflip_flwr.pruners.adjust import EVERY, adjusted, cosine_share, top
 from autoflip_flwr.pruners.base import Ask, Pruner
 from autoflip_flwr.pruners.mean import WeightedMean
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
-from autoflip_flwr.settings import PruningSettings, RivalSettings
 from autoflip_flwr.types import Masks, Params
 
 
 class GradientPruner(Pruner):
     """Means what nodes measure, weighted by their examples."""
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        rivals: RivalSettings | None = None,
-    ) -> None:
-        super().__init__(initial, settings, units)
-        self._rivals = rivals or RivalSettings()
+    def _begin(self) -> None:
+        super()._begin()
         self._chosen: Masks | None = None
         self._measured = WeightedMean()
 
@@ -106,16 +96,11 @@ class PruneFlPruner(GradientPruner):
     _competing = 0.3
     _uses_per_share = 30.0
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        rivals: RivalSettings | None = None,
-    ) -> None:
-        super().__init__(initial, settings, units, rivals=rivals)
-        uses = units.uses if units else {}  # without the model all cost the same
+    def _begin(self) -> None:
+        super()._begin()
+        uses = (
+            self._units.uses if self._units else {}
+        )  # without the model all cost the same
         self._time = {
             name: 1 + uses.get(name, 0) / self._uses_per_share for name in self._shapes
         }
@@ -177,24 +162,17 @@ class FedDstPruner(GradientPruner):
     that both sides know it and only kept values travel.
     """
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        rivals: RivalSettings | None = None,
-    ) -> None:
-        super().__init__(initial, settings, units, rivals=rivals)
-        if settings.mode == "value":
+    def _begin(self) -> None:
+        super()._begin()
+        if self.settings.mode == "value":
             raise SettingsError(
                 "feddst needs the number of weights to keep: pruning.mode quantile or "
                 "compression, got value"
             )
         total = sum(math.prod(shape) for shape in self._shapes.values())
-        kept = total - self.pruned_count(initial)
-        budgets = layer_budgets(self._shapes, kept, floor=settings.floor)
-        sizes = magnitudes(initial)
+        kept = total - self.pruned_count(self._initial)
+        budgets = layer_budgets(self._shapes, kept, floor=self.settings.floor)
+        sizes = magnitudes(self._initial)
         self._chosen = {n: top(sizes[n], budgets[n]) for n in self._shapes}
 
     def asks(

@@ -16,26 +16,17 @@ from numpy.typing import NDArray
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.groups import Group, Units
 from autoflip_flwr.pruners.base import Pruner, limits_of
-from autoflip_flwr.settings import PruningSettings, RivalSettings
 from autoflip_flwr.types import Array, Masks, Params, Scores
 
 
 class RandomPruner(Pruner):
     """One random mask, the same in every round: what any criterion has to beat."""
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(initial, settings, units)
-        rng = np.random.default_rng(seed)
+    def _begin(self) -> None:
+        super()._begin()
         self._fixed = self.cut(
             {
-                name: rng.random(shape, np.float32)
+                name: self._rng.random(shape, np.float32)
                 for name, shape in self._shapes.items()
             }
         )
@@ -53,16 +44,8 @@ class WeightsPruner(Pruner):
 
     every_round = False
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        rivals: RivalSettings | None = None,
-    ) -> None:
-        super().__init__(initial, settings, units)
-        self._dense_rounds = (rivals or RivalSettings()).dense_rounds
+    def _begin(self) -> None:
+        super()._begin()
         self._whole: Masks = {n: np.ones(s, np.bool_) for n, s in self._shapes.items()}
         self._chosen: Masks | None = None
 
@@ -71,7 +54,7 @@ class WeightsPruner(Pruner):
     ) -> Masks:
         """Keep what the criterion says, of the server's weights."""
         del sampled
-        if server_round <= self._dense_rounds:
+        if server_round <= self._rivals.dense_rounds:
             return self._whole
         if self._chosen is None or self.every_round:
             self._chosen = self._judge(weights)
@@ -117,16 +100,9 @@ class UnitPruner(WeightsPruner):
             but_vectors(scores), unit_budget=budget, unit_scores=ranks, overwrite=True
         )
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        rivals: RivalSettings | None = None,
-    ) -> None:
-        super().__init__(initial, settings, units, rivals=rivals)
-        if not self._known_units().only(initial).groups:
+    def _begin(self) -> None:
+        super()._begin()
+        if not self._known_units().only(self._initial).groups:
             raise MaskError(
                 "no unit of the model is free to go: every group has parameters that "
                 "are excluded or not trained; exclude less"
@@ -195,17 +171,10 @@ class BatchNormPruner(UnitPruner):
         If the model has no BatchNorm.
     """
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        rivals: RivalSettings | None = None,
-    ) -> None:
-        super().__init__(initial, settings, units, rivals=rivals)
+    def _begin(self) -> None:
+        super()._begin()
         every = self._known_units()
-        with_scale = {g.name for g in every.groups if _scales(every, g, initial)}
+        with_scale = {g.name for g in every.groups if _scales(every, g, self._initial)}
         if not with_scale:
             raise SettingsError(
                 "the criterion bn prunes by the scales of BatchNorm, but no unit of "
