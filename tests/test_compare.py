@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_runlog import go
+from test_runlog import SMALL, go
 
 from autoflip_flwr import cli, compare, settings
 from autoflip_flwr.errors import SettingsError
-
-SMALL = "rounds=2 strategy.min-nodes=4 data.max-samples=160 data.max-test-samples=80"
 
 
 def names(planned):
@@ -205,7 +203,7 @@ def test_a_compared_run_is_the_run_itself(compared, tmp_path):
     """Bit for bit the weights of the same apps on another grid."""
     folder, _ = compared
     for name in ("fedavg", "autoflip"):
-        go(tmp_path / name, f"{SMALL} strategy.name={name} seed=0", preset="smoke")
+        go(tmp_path / name, f"strategy.name={name} seed=0", preset="smoke")
         expected = load_file(tmp_path / name / "model.safetensors")
         found = load_file(folder / f"{name}-0" / "model.safetensors")
         for key, value in expected.items():
