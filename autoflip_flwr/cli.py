@@ -95,7 +95,7 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         "--target",
         type=float,
         help="top-1 accuracy up to which rounds and bytes are counted, in [0, 1] "
-        "(default: 0.99 of what the weakest arm ends with)",
+        "(default: 0.99 of what the median arm ends with)",
     )
 
 

@@ -6,6 +6,7 @@ that differ in their seed alone make an arm of it.
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -305,18 +306,19 @@ def mean_and_error(values: Sequence[float]) -> Estimate:
 
 
 def default_target(members: Iterable[Arm]) -> float | None:
-    """Return 0.99 of the lowest arm's late accuracy, so that every arm has a chance.
+    """Return 0.99 of the median arm's late accuracy, so that half of them reach it.
 
-    The late accuracy of an arm is the mean over the last tenth of the rounds (one at
-    least) and over the seeds. A single seed may still miss the target. None if no arm
-    knows its accuracy.
+    An arm that has failed does not drag it down to where all are equal. The late
+    accuracy of an arm is the mean over the last tenth of the rounds (one at least) and
+    over the seeds. A single seed may still miss the target. None if no arm knows its
+    accuracy.
     """
     late = [
         float(np.mean([np.mean(_last_tenth(run.series("accuracy"))) for run in a.runs]))
         for a in members
     ]
     known = [value for value in late if not math.isnan(value)]
-    return 0.99 * min(known) if known else None
+    return 0.99 * statistics.median_low(known) if known else None
 
 
 def rounds_to(run: Run, target: float) -> int | None:

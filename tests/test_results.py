@@ -181,7 +181,7 @@ def test_a_target_that_a_seed_misses_has_no_mean(tmp_path):
     assert cost_row(Arm("a", runs), None).reached == 0
 
 
-def test_the_default_target_is_one_that_every_arm_reaches(tmp_path):
+def test_the_default_target_is_one_that_half_of_the_arms_reach(tmp_path):
     good = run(
         tmp_path / "good", "strategy.name=fedavg", accuracy=[0.5] * 18 + [0.9] * 2
     )
@@ -192,6 +192,8 @@ def test_the_default_target_is_one_that_every_arm_reaches(tmp_path):
     blind = run(tmp_path / "blind", "pruning.threshold=0.5", accuracy=[None] * 3)
     assert default_target(arms([good, weak, blind])) == pytest.approx(0.99 * 0.7)
     assert default_target(arms([blind])) is None
+    failed = run(tmp_path / "failed", "pruning.threshold=0.3", accuracy=[0.1] * 20)
+    assert default_target(arms([good, weak, failed])) == pytest.approx(0.99 * 0.7)
 
 
 def test_seeds_and_places_of_data_make_one_arm(tmp_path):

@@ -210,8 +210,8 @@ def _target_note(target: float | None) -> str:
     if target is not None:
         return f"The accuracy {target:g}, as asked for."
     return (
-        "0.99 of the lowest arm's late accuracy, the mean over its last tenth of the "
-        "rounds and over seeds; so every arm can reach it, though a seed may not."
+        "0.99 of the median arm's late accuracy, the mean over its last tenth of "
+        "the rounds and over seeds; half of the arms can reach it, a seed may not."
     )
 
 

@@ -7,14 +7,14 @@ from rich.table import Table
 from autoflip_flwr.report import formats
 from autoflip_flwr.results import Experiment, cost_row
 
-_WIDTH = 120
+_WIDTH = 132
 
 
 def compared(experiment: Experiment) -> str:
     """Return the table that `autoflip compare` ends with."""
     target = experiment.target
-    goal = "target" if target is None else f"{target:.4f}"
-    table = Table(box=box.SIMPLE_HEAD)
+    goal = "no accuracy" if target is None else f"{target:.4f}"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("strategy", overflow="fold", min_width=20)
     table.add_column("seeds", justify="right")
     table.add_column("accuracy", justify="right", no_wrap=True)
@@ -22,9 +22,10 @@ def compared(experiment: Experiment) -> str:
         "density",
         "bytes",
         "of dense",
-        f"rounds to {goal}",
-        f"bytes to {goal}",
+        "rounds to target",
+        "bytes to target",
         "FLOPs of dense",
+        "FLOPs trained",
         "FLOPs trained",
     ):
         table.add_column(heading, justify="right")
@@ -50,7 +51,7 @@ def compared(experiment: Experiment) -> str:
         console.print(table)
         console.print(
             "Accuracy: top-1 of the global model on held-out data after the last",
-            f"round. To {goal}: until the accuracy first reaches it. Bytes and FLOPs",
+            f"round. To target: until it first reaches {goal}. Bytes and FLOPs",
             "trained include exploration. Of dense: bytes as a share of what FedAvg",
             "sends in as many rounds, FLOPs of the network that clients train as a",
             "share of the whole one's.",
