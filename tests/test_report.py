@@ -116,7 +116,7 @@ def test_the_page_tells_the_numbers_and_how_to_read_them(report):
         "autoflip pruning.threshold=0.35",
         "Top-1 of the global model on held-out data",
         "standard error of the mean over seeds",
-        "0.99 of the lowest arm",
+        "0.99 of the median arm",
         "num-supernodes=10",
         "strategy.name=fedavg",
     ):
