@@ -167,12 +167,19 @@ class Rounds:
         measure: Measure = "update" if self._warms(ask) else ask.measure
         exploration = Exploration(
             manifest=self.manifest,
-            plan=self.plan if ask.current else None,
+            plan=self.plan if ask.current else self._dense_plan(),
             epochs=settings.epochs if trains else 1,
             patience=settings.patience if trains else 1,
             measure=measure,
         )
         return exploration.pack(self._start_of(ask)), exploration.entries()
+
+    def _dense_plan(self) -> Plan | None:
+        """Return how dense weights are packed; None: as they are."""
+        if self._values == "float32":
+            return None  # a mask of ones would only add to them
+        whole = {n: np.ones(s, np.bool_) for n, s in self.manifest.shapes.items()}
+        return Plan(self.manifest, whole, self._values)
 
     def _warms(self, ask: Ask) -> bool:
         """Tell whether these explorers' weights are to be the start of the training."""

@@ -1194,6 +1194,20 @@ def test_training_begins_where_the_explorers_on_average_ended():
         assert not np.array_equal(found[name], parameter.detach().numpy())
 
 
+def test_explorers_get_half_the_bytes_where_values_have_half(caplog):
+    model = net()
+    grids = [LocalGrid(toy_app(), NODES) for _ in range(2)]
+    for grid, values in zip(grids, ("float32", "float16"), strict=True):
+        run(AutoFLIP(FedAvg(fraction_evaluate=0), values=values), grid, model, 1)
+    full, half = (next(s for s in grid.down if s.phase == "explore") for grid in grids)
+    size = sum(p.numel() for p in model.parameters())
+    assert len(half.arrays["autoflip.values"].data) == 2 * size
+    assert "autoflip.values" not in full.arrays
+    assert len(half.config["autoflip.mask"]) == math.ceil(size / 8)
+    assert {s.phase for s in grids[1].up} == {"explore", "train"}
+    assert "left out" not in caplog.text
+
+
 def test_a_warm_start_costs_an_eighth_of_a_byte_per_parameter():
     model = net()
     grids = [LocalGrid(toy_app(), NODES) for _ in range(2)]
