@@ -17,7 +17,10 @@ SHORT = (
     "data.classes-per-client=4"
 )
 
-HYBRID = "pruning.units=0.8"
+HYBRID = (
+    "pruning.units=0.8 exploration.warm-start=true "
+    "pruning.refresh=0.3 pruning.refresh-every=1 pruning.refresh-until=3"
+)
 
 
 def config(output: Path, overrides: str, preset: str = "quickstart") -> str:
