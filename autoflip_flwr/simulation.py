@@ -44,6 +44,8 @@ class RayGrid(Grid):
     ) -> None:
         _identify()
         self._client_app = client_app
+        self._run = Run.create_empty(run_id=1)
+        self._pending: dict[str, tuple[Any, Message]] = {}
         self._contexts = {
             _FIRST_NODE + index: Context(
                 run_id=1,
@@ -63,17 +65,39 @@ class RayGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """Let nodes answer; those that take longer than `timeout` seconds are left."""
-        tasks = {}
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-            context = self._contexts[message.metadata.dst_node_id]
-            tasks[_answer.remote(self._client_app, message, context)] = message
-        done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout)
+        message_ids = self.push_messages(messages)
+        tasks = [self._pending[message_id][0] for message_id in message_ids]
+        _, late = ray.wait(tasks, num_returns=len(tasks), timeout=timeout)
+        replies = self.pull_messages(message_ids)
         for task in late:
             ray.cancel(task, force=True)
+        for message_id in message_ids:
+            self._pending.pop(message_id, None)
+        return replies
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Hand messages to their nodes; return their ids."""
+        message_ids = []
+        for message in messages:
+            message_id = str(uuid.uuid4())
+            message.metadata.__dict__["_message_id"] = message_id
+            context = self._contexts[message.metadata.dst_node_id]
+            task = _answer.remote(self._client_app, message, context)
+            self._pending[message_id] = (task, message)
+            message_ids.append(message_id)
+        return message_ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are there, each once, in the order of the ids."""
         replies = []
-        for task in done:
-            message = tasks[task]
+        for message_id in message_ids:
+            if message_id not in self._pending:
+                continue
+            task, message = self._pending[message_id]
+            ready, _ = ray.wait([task], timeout=0)
+            if not ready:
+                continue
+            del self._pending[message_id]
             try:
                 reply, context = ray.get(task)
                 self._contexts[message.metadata.dst_node_id] = context
@@ -82,27 +106,25 @@ class RayGrid(Grid):
             replies.append(reply)
         return replies
 
-    # What no strategy calls on its grid, and simulated runs do not have.
-
-    def set_run(self, run: Run) -> None:
-        """Do nothing: there is one run."""
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     @property
     def run(self) -> Run:
-        """Refuse: there is no run of a SuperLink."""
-        raise NotImplementedError("a simulated run is none of a SuperLink's")
+        """The run, an empty one unless it is set."""
+        return self._run
 
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Refuse: use Message()."""
-        raise NotImplementedError("use flwr.app.Message")
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refuse: use `send_and_receive`."""
-        raise NotImplementedError("use send_and_receive")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refuse: use `send_and_receive`."""
-        raise NotImplementedError("use send_and_receive")
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
 
 
 @ray.remote(num_cpus=1, max_retries=0)

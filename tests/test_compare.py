@@ -320,6 +320,14 @@ for reply in grid.send_and_receive(messages, timeout=40):
     )
     text = reply.error.reason if reply.has_error() else "fine"
     found[sent] = text if "Worker" not in text else text.partition(":")[0]
+message = grid.create_message(RecordDict(), "query", 100, "7", ttl=60.0)
+(pushed,) = grid.push_messages([message])
+pulled = []
+while not pulled:
+    time.sleep(0.1)
+    pulled = grid.pull_messages([pushed, "no such message"])
+assert pulled[0].metadata.reply_to_message_id == pushed
+assert grid.pull_messages([pushed]) == []
 print(json.dumps(found))
 ray.shutdown()
 """
