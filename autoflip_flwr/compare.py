@@ -107,8 +107,15 @@ def plan(
     for key in varied:
         if key in ("seed", "strategy.name"):
             raise SettingsError(f"{key} is varied by --seeds or --strategies")
-    found: dict[tuple[Settings, int], Planned] = {}
     names = [cast(StrategyName, name) for name in dict.fromkeys(strategies)]
+    unread = [k for k in varied if not any(presets.reads(name, k) for name in names)]
+    if unread:
+        raise SettingsError(
+            f"none of {names} reads {unread}, so there is nothing to vary; check the "
+            "spelling, or add a strategy that does"
+        )
+    found: dict[tuple[Settings, int], Planned] = {}
+    taken: dict[Path, Settings] = {}
     for name, values, seed in itertools.product(
         names, itertools.product(*varied.values()), range(seeds)
     ):
@@ -131,6 +138,11 @@ def plan(
             raise SettingsError(
                 f"{run.directory} is in the way: it holds no finished run; move it "
                 "away, or name another output"
+            )
+        if taken.setdefault(run.directory, settings) != settings:
+            raise SettingsError(
+                f"two runs of other settings would share the folder {run.directory}; "
+                "make two comparisons of the values that differ in a '/' alone"
             )
         found.setdefault((settings, seed), run)
     return list(found.values())
@@ -162,8 +174,10 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
 
 
 def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
-    for one in planned:  # killed between its last line and its name
-        if not one.finished and (one.partial / "summary.json").exists():
+    for one in planned:
+        if one.finished:  # perhaps by another comparison, since this one was planned
+            _check_finished(one, one.directory)
+        elif (one.partial / "summary.json").exists():  # killed before it got its name
             _check_finished(one, one.partial)
             one.partial.rename(one.directory)
     left = [one for one in planned if not one.finished]

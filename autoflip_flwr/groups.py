@@ -83,6 +83,9 @@ class Units:
         `nn.LSTM` share one hidden size.
     whole : mapping of module name -> reason
         What is left whole.
+    columns : frozenset of str
+        Weights whose own channels lie along dimension 1, not 0: embeddings and
+        transposed convolutions.
     """
 
     groups: tuple[Group, ...]
@@ -92,6 +95,7 @@ class Units:
     uses: Mapping[str, int] = field(default_factory=dict)
     level: tuple[tuple[NDArray[np.int64], ...], ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
+    columns: frozenset[str] = frozenset()
 
     @property
     def count(self) -> int:

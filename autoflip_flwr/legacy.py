@@ -39,7 +39,7 @@ from autoflip_flwr.settings import (
     PruningSettings,
     RivalSettings,
 )
-from autoflip_flwr.strategy import prunable_of, units_of
+from autoflip_flwr.strategy import check_warm_start, prunable_of, units_of
 from autoflip_flwr.types import Array, MethodName, Params, ValueType
 from autoflip_flwr.units import ExampleInputs
 
@@ -104,6 +104,8 @@ class AutoFLIP(Strategy):
     ) -> None:
         super().__init__()
         self.strategy = strategy if strategy is not None else FedAvg()
+        if exploration is not None and exploration.warm_start:
+            check_warm_start(self.strategy)
         if names is None and model is not None:
             names = list(model.state_dict())
         self.rounds = Rounds(

@@ -166,7 +166,10 @@ class RunLog:
                 **cast(Any, dict(self._rounds.plan.masks)),
             )
         text = json.dumps(summary, indent=2) + "\n"
-        (self.directory / "summary.json").write_text(text)
+        # Whoever finds it may take the run for finished, so it is there whole or not.
+        partial = self.directory / "summary.json.partial"
+        partial.write_text(text)
+        partial.replace(self.directory / "summary.json")
         if self._board is not None:
             self._board.close()
         return summary

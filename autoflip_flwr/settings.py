@@ -296,8 +296,18 @@ def reads(name: StrategyName, key: str) -> bool:
         return group not in ("pruning", "exploration", "rivals", "wire")
     if group == "pruning":
         return rest in _PRUNING_OF_RIVALS
+    if group == "rivals":
+        return name in _RIVALS_READ.get(rest, ())
     return group != "exploration" or rest == "timeout"
 
+
+#: Which rivals read a setting of the group `rivals`.
+_RIVALS_READ: dict[str, tuple[StrategyName, ...]] = {
+    "dense-rounds": ("magnitude", "l1", "l2", "similarity", "bn", "eflprune"),
+    "every": ("prunefl", "feddst"),
+    "replaced": ("feddst",),
+    "until": ("feddst",),
+}
 
 _PRUNING_OF_RIVALS = (
     "threshold",

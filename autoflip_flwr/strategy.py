@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
 
 from autoflip_flwr import wire
-from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
+from autoflip_flwr.errors import AutoFlipError, ModelError, SettingsError, WireError
 from autoflip_flwr.pruners import NEEDS_UNITS
 from autoflip_flwr.rounds import Answer, Rounds
 from autoflip_flwr.settings import (
@@ -30,6 +30,9 @@ from autoflip_flwr.units import ExampleInputs, Units, trace
 _log = logging.getLogger("flwr")
 
 _EXAMPLES = "num-examples"  # what most apps weight their replies by
+
+#: Strategies of either API that do not take the mean of the replies.
+_ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
 
 
 class AutoFLIP(Strategy):
@@ -179,13 +182,8 @@ class AutoFLIP(Strategy):
         self.strategy = strategy if strategy is not None else FedAvg()
         self.min_replies = min_replies
         self.method = method
-        inner = type(self.strategy).__name__
-        if warm_start and inner.startswith("DifferentialPrivacy"):
-            raise SettingsError(
-                "warm_start would move the model by the explorers' updates, unclipped "
-                f"and without the noise of {inner}; use one or "
-                "the other"
-            )
+        if warm_start:
+            check_warm_start(self.strategy)
         self.rounds = Rounds(
             PruningSettings(
                 threshold=threshold,
@@ -431,6 +429,22 @@ class AutoFLIP(Strategy):
         )
 
 
+def check_warm_start(inner: object) -> None:
+    """Refuse a warm start that would go around what an inner strategy guards."""
+    name = type(inner).__name__
+    if name.startswith("DifferentialPrivacy"):
+        raise SettingsError(
+            "warm_start would move the model by the explorers' updates, unclipped "
+            f"and without the noise of {name}; use one or the other"
+        )
+    if name in _ROBUST:
+        raise SettingsError(
+            "warm_start would move the model by the mean of all explorers' updates, "
+            f"which one of them can ruin before {name} sees a reply; use one or the "
+            "other"
+        )
+
+
 def prunable_of(
     prunable: Sequence[str] | None, model: nn.Module | None
 ) -> Sequence[str] | None:
@@ -450,8 +464,14 @@ def units_of(
     """Trace a model whose units are to be pruned, or looked at."""
     needed = share > 0 if method == "autoflip" else method in NEEDS_UNITS
     if method == "prunefl":  # without units all weights cost the same
-        needed = model is not None and example_inputs is not None
-    elif needed and model is None and method != "autoflip":
+        if model is None or example_inputs is None:
+            return None
+        try:
+            return trace(model, example_inputs)
+        except ModelError as error:
+            _log.warning("prunefl: all weights count as equally slow: %s", error)
+            return None
+    if needed and model is None and method != "autoflip":
         raise SettingsError(
             f"{method} looks at the model's units: AutoFLIP(..., model=Net(), "
             "example_inputs=one_sample)"

@@ -71,6 +71,15 @@ def test_a_mistaken_variation_is_refused(word):
         ({"seeds": 0}, "one seed or more, got 0"),
         ({"vary": {"seed": ["1"]}}, "--seeds"),
         ({"vary": {"pruning.treshold": ["1"]}}, "unknown pruning keys"),
+        (
+            {"strategies": ["fedavg", "l1"], "vary": {"pruning.treshold": ["1"]}},
+            r"none of \['fedavg', 'l1'\] reads \['pruning.treshold'\]",
+        ),
+        (
+            {"strategies": ["random"], "vary": {"rivals.dense-rounds": ["1", "2"]}},
+            r"none of \['random'\] reads \['rivals.dense-rounds'\]",
+        ),
+        ({"vary": {"data.dir": ["a/b", "a_b"]}}, "would share the folder"),
         ({"overrides": "rounds=0"}, "rounds"),
     ],
 )
@@ -97,6 +106,16 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
         compare.plan(
             "smoke", output=tmp_path, strategies=["l1"], seeds=1, overrides="rounds=9"
         )
+
+
+def test_a_run_that_another_comparison_finished_is_looked_at_again(tmp_path):
+    (run,) = compare.plan("smoke", output=tmp_path, strategies=["l1"], seeds=1)
+    other = settings.load("smoke", "strategy.name=l1 rounds=9")
+    run.directory.mkdir(parents=True)
+    (run.directory / "settings.yaml").write_text(other.as_yaml())
+    (run.directory / "summary.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"l1-0 holds a finished run of other"):
+        compare.run([run])
 
 
 def test_a_folder_in_the_way_is_not_deleted(tmp_path):

@@ -17,6 +17,7 @@ from flwr.common import (
 )
 from flwr.compat.common import recorddict_compat as compat
 from flwr.server import Server, SimpleClientManager
+from flwr.server import strategy as older
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAdam, FedAvg, FedAvgM
 from flwr.serverapp import strategy as message_api
@@ -525,3 +526,15 @@ def test_the_callers_parameters_are_left_alone():
     before = list(parameters.tensors)
     serve(AutoFLIP(FedAvgM(**given, server_momentum=0.9), names=names_of(net)))
     assert parameters.tensors == before
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        older.Krum(num_malicious_clients=1),
+        older.DifferentialPrivacyServerSideFixedClipping(older.FedAvg(), 1.0, 1.0, 5),
+    ],
+)
+def test_a_warm_start_does_not_go_around_what_the_inner_strategy_guards(inner):
+    with pytest.raises(SettingsError, match=rf"warm_start.*{type(inner).__name__}"):
+        AutoFLIP(inner, exploration=ExplorationSettings(warm_start=True))

@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, training, units, wire
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
 from autoflip_flwr.groups import Group, Units
 from autoflip_flwr.manifest import Manifest
+from autoflip_flwr.pruners.adjust import adjusted
 from autoflip_flwr.pruners.gradients import (
     FedDstPruner,
     PruneFlPruner,
@@ -190,6 +191,39 @@ def test_units_stay_where_none_may_go_and_single_weights_go_alone():
     assert_array_equal(masks["out"], [[1, 1, 1, 0]])
     assert_array_equal(masks["w"][1:], [[0, 1], [1, 1], [1, 1]])
     assert masks["w"][0].sum() == 1
+
+
+@pytest.mark.parametrize("kind", [L1Pruner, L2Pruner, SimilarityPruner])
+def test_units_of_embeddings_are_judged_by_their_columns(kind):
+    # three words, four features; the linear layer after them has no say
+    weights = {
+        "words": rows([0.1, 5, 4, 3], [0.1, 9, 4, 3], [0.1, 1, 4, 3]),
+        "out": rows([99, 1, 1, 1]),
+    }
+    owner = np.arange(4)
+    owners = Units(
+        groups=(Group("words", 0, 4),),
+        parameters={"words": {1: owner}, "out": {1: owner}},
+        buffers={},
+        shapes={name: value.shape for name, value in weights.items()},
+        columns=frozenset({"words"}),
+    )
+    masks = judged(kind, weights, 4 / 16, owners)
+    gone = np.flatnonzero(~masks["words"].any(axis=0))
+    columns = weights["words"].T
+    between = [sum(np.linalg.norm(a - b) for b in columns) for a in columns]
+    least = {
+        L1Pruner: np.abs(columns).sum(axis=1).argmin(),
+        L2Pruner: np.linalg.norm(columns, axis=1).argmin(),
+        SimilarityPruner: np.argmin(between),
+    }[kind]
+    assert_array_equal(gone, [least])
+
+
+def test_a_group_that_no_prunable_weights_make_is_refused():
+    owners = replace(four(), columns=frozenset({"w"}))
+    with pytest.raises(MaskError, match="no prunable weights make the units of"):
+        judged(L1Pruner, FOUR, 3 / 12, owners)
 
 
 def normalized() -> tuple[dict[str, np.ndarray], Units]:
@@ -387,16 +421,16 @@ def paired(uses):
 
 
 def test_prunefl_divides_the_squared_gradient_by_the_time_a_weight_costs():
-    # w is used 60 times: t = 1 + 60 / 30 = 3; v never: t = 1
+    # w is used 60 times: t = 1 + 60 / 30 = 3; v is used first: t = 1
     g2 = {"w": rows([12, 6, 9, 3]), "v": rows([3.5, 2.5, 1, 1])}
-    pruner = PruneFlPruner(PAIR, pruning(0.4), paired({"w": 60}))
+    pruner = PruneFlPruner(PAIR, pruning(0.4), paired({"v": 90, "w": 60}))
     measure(pruner, **g2)
     masks = pruner.masks([], PAIR, 1)
     # four and the bias are kept; w: 4, 2, 3, 1; v: 3.5, 2.5, 1, 1
     assert_array_equal(masks["w"], [[1, 0, 1, 0]])
     assert_array_equal(masks["v"], [[1, 1, 0, 0]])
     assert masks["bias"].all()
-    alike = PruneFlPruner(PAIR, pruning(0.4), paired({"w": 5, "v": 5}))
+    alike = PruneFlPruner(PAIR, pruning(0.4))
     measure(alike, **g2)
     masks = alike.masks([], PAIR, 1)
     assert_array_equal(masks["w"], [[1, 1, 1, 0]], "all cost the same")
@@ -530,24 +564,34 @@ def test_feddst_drops_the_smallest_and_grows_where_the_gradient_is_largest():
     pruner.masks([], initial, 1)
     now = {"w": rows([0, 0.5, 0, -9], [-0.25, 0, 3, 0]), "bias": rows(0, 0)}
     for weight, gradient in [
-        (1.0, rows([1, 9, 8, 9], [9, 1, 9, 2])),
-        (3.0, rows([4, 9, 1, 9], [9, 1, 9, 4])),
+        (1.0, rows([1, 9, 8, 9], [3, 1, 9, 2])),
+        (3.0, rows([4, 9, 1, 9], [3, 1, 9, 4])),
     ]:
         frame = codec.quantize({"w": gradient, "bias": rows(1, 1)})
         pruner.add(11, frame, weight, initial)
     masks = pruner.masks([], now, 2)
-    # of -9, 3, 0.5, -0.25 half go; the pruned have 13/4, 11/4 | 1, 14/4
-    assert_array_equal(masks["w"], [[1, 0, 0, 1], [0, 0, 1, 1]])
+    # of -9, 3, 0.5, -0.25 half go; the pruned have 13/4, 11/4 | 1, 14/4, and what has
+    # just gone 9 and 3: the one with 9 comes back
+    assert_array_equal(masks["w"], [[0, 1, 0, 1], [0, 0, 1, 1]])
     assert_array_equal(masks["bias"], [1, 1])
     assert pruner.masks([], now, 3) is masks, "nobody has measured since"
 
 
-def test_feddst_grows_no_more_than_there_is():
+def test_feddst_that_replaces_all_goes_by_the_gradient_alone():
     initial = {"w": rows([1, 2, 3, 4, 5])}
     pruner = FedDstPruner(initial, pruning(1 / 5), rivals=RivalSettings(replaced=1))
-    pruner.add(11, codec.quantize({"w": rows([1, 1, 1, 1, 1])}), 1.0, initial)
+    pruner.add(11, codec.quantize({"w": rows([5, 4, 3, 1, 2])}), 1.0, initial)
+    assert_array_equal(pruner.masks([], initial, 2)["w"], [[1, 1, 1, 0, 1]])
+
+
+def test_an_exchange_grows_no_more_than_there_is():
+    keep = np.array([False, True, True, True, True])
+    size, gradient = np.arange(1, 6, dtype=np.float32), np.ones(5, np.float32)
     # all four kept ones were to be replaced, but one was pruned: it takes 2's place
-    assert_array_equal(pruner.masks([], initial, 2)["w"], [[1, 0, 1, 1, 1]])
+    assert_array_equal(adjusted(keep, size, gradient, 1.0), [1, 0, 1, 1, 1])
+    # nothing may grow: nothing goes
+    found = adjusted(keep, size, gradient, 1.0, free=np.zeros(5, np.bool_))
+    assert_array_equal(found, keep)
 
 
 @pytest.mark.parametrize(
@@ -1358,3 +1402,20 @@ def test_budgets_add_up_and_fit(shapes, share):
         assert 1 <= budgets[name] <= math.prod(shape)
         if len(shape) == 1:
             assert budgets[name] == shape[0]
+
+
+def test_prunefl_takes_a_model_whose_units_nobody_knows(caplog):
+    def bilinear():
+        return seeded(lambda: nn.Bilinear(6, 6, 3))
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = bilinear()
+
+        def forward(self, x):
+            return self.inner(x, x)
+
+    strategy = AutoFLIP(method="prunefl", model=Twice(), example_inputs=ONE)
+    assert "prunefl: all weights count as equally slow" in caplog.text
+    assert strategy.method == "prunefl"

@@ -1299,6 +1299,12 @@ def test_a_warm_start_happens_once_even_if_the_first_round_is_lost():
         assert_array_equal(one[name], two[name])
 
 
+@pytest.mark.parametrize("inner", [Krum(num_malicious_nodes=1), FedMedian()])
+def test_a_warm_start_is_refused_beside_robust_aggregation(inner):
+    with pytest.raises(SettingsError, match=rf"warm_start.*{type(inner).__name__}"):
+        warm(inner)
+
+
 def test_a_warm_start_is_refused_with_privacy_at_the_server():
     private = DifferentialPrivacyServerSideFixedClipping(
         FedAvg(fraction_evaluate=0),
@@ -1393,6 +1399,11 @@ def test_a_refresh_drops_the_smallest_and_grows_the_steepest_by_hand(tmp_path):
     assert_array_equal(second["b"], first["b"])
     assert pruner.asks(3, connected=[7], sampled=[]) is not None
     assert pruner.masks([7], now, 3) is second, "nobody answered: the mask stays"
+    # a newcomer explores: its guidance is kept, the exchange is not undone
+    assert pruner.asks(4, connected=[7, 8], sampled=[8]).measure == "deviation"
+    pruner.add(8, codec.quantize(far), 1.0, initial)
+    assert pruner.masks([8], now, 4) is second
+    assert pruner.explorers == 2
 
 
 def test_a_refresh_leaves_dead_units_dead():

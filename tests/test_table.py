@@ -18,9 +18,10 @@ def test_every_number_of_an_arm_stands_under_its_heading(tmp_path):
     (experiment,) = experiments(runs, 0.8)
     text = compared(experiment)
     table = [line for line in text.splitlines() if line.startswith("  ")]
-    assert "strategy" in table[1]
-    columns = table[1].split()
-    assert columns[-2:] == ["dense", "trained"]
+    above, columns = table[0].split(), table[1].split()
+    assert above == ["rounds", "to", "bytes", "to", "FLOPs", "FLOPs"]
+    headings = ["strategy", "seeds", "accuracy", "density", "bytes", "of", "dense"]
+    assert columns == [*headings, "target", "target", "of", "dense", "trained"]
     dense, more = table[2], table[4]
     assert dense.split()[:3] == ["fedavg", "1", "0.9000"]
     assert "epochs=2" in text

@@ -32,8 +32,9 @@ def adjusted(
     share: float,
     *,
     free: NDArray[np.bool_] | None = None,
+    back: bool = False,
 ) -> NDArray[np.bool_]:
-    """Drop the smallest kept weights of a tensor, grow as many that were pruned.
+    """Drop the smallest kept weights of a tensor, grow as many others.
 
     Parameters
     ----------
@@ -45,13 +46,19 @@ def adjusted(
         Of the kept weights, in [0, 1].
     free : bool array, optional
         What may grow; all by default.
+    back : bool
+        What is dropped may grow at once, too.
     """
     closed = keep if free is None else keep | ~free
     kept = int(np.count_nonzero(keep))
-    count = min(int(share * kept), closed.size - int(np.count_nonzero(closed)))
+    count = int(share * kept)
+    if not back:
+        count = min(count, closed.size - int(np.count_nonzero(closed)))
     if count == 0:
         return keep
     stay = top(np.where(keep, size, -np.inf).astype(np.float32), kept - count)
+    if back:
+        closed = closed & (stay | ~keep)
     grown = top(np.where(closed, -np.inf, gradient).astype(np.float32), count)
     return stay | grown
 

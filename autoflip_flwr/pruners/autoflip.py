@@ -73,6 +73,7 @@ class AutoFlipPruner(Pruner):
         self._store = GuidanceStore(directory, self._shapes)
         self._population: dict[str, NDArray[np.float32]] | None = None
         self._masks: Masks | None = None
+        self._refreshed = False  # whether that mask has been refreshed
         voted = settings.agreement == "vote"
         self._votes = agreements.Votes(self._shapes if voted else {})
         signed = settings.agreement == "sign"
@@ -137,7 +138,8 @@ class AutoFlipPruner(Pruner):
             self._renewing = False
         replaced = node_id in self._store
         guidance = self._store.put(node_id, frame)
-        self._masks = None
+        if not self._refreshed:  # else a newcomer would undo what was exchanged
+            self._masks = None
         if replaced:  # summed anew from disk when next needed
             self._population = None
             self._votes.forget()
@@ -192,7 +194,8 @@ class AutoFlipPruner(Pruner):
         share = mu + (1 - mu) * missing
         if share == 1.0 and self._masks is not None:
             if self._gradients.weight:
-                self._masks = self._refreshed(self._masks, weights, server_round)
+                self._masks = self._exchanged(self._masks, weights, server_round)
+                self._refreshed = True
             return self._masks  # one mask for all rounds until somebody explores
         self._gradients.take()
         scores = self._scores(known, share)
@@ -209,7 +212,7 @@ class AutoFlipPruner(Pruner):
         self._masks = masks if fixed else None
         return masks
 
-    def _refreshed(self, masks: Masks, weights: Params, server_round: int) -> Masks:
+    def _exchanged(self, masks: Masks, weights: Params, server_round: int) -> Masks:
         """Exchange small weights for such with large gradients, in living units."""
         share, gradients = self._refresh_share(server_round), self._gradients.take()
         alive: Masks = {}
@@ -255,6 +258,7 @@ class AutoFlipPruner(Pruner):
         self._store.clear()
         self._population = None
         self._masks = None
+        self._refreshed = False
         self._votes.forget()
 
     def _check_units(self, initial: Params) -> None:

@@ -81,9 +81,10 @@ class PruneFlPruner(GradientPruner):
     Jiang et al., Model Pruning Enables Efficient Federated Learning on Edge Devices
     (arXiv:1909.12326; jiangyuang/PruneFL). Importance is ``g^2 / t``; `t` is the time
     a parameter costs, here one share for its bytes and one for each thirty
-    multiplications it is used for, which fits the constants of the authors' FEMNIST
-    network. In an adjustment all pruned weights compete with the smallest 30 % of each
-    layer's kept ones; a weight that comes back has the value it had.
+    multiplications it is used for, which fits the authors' constants for the second
+    convolution of their FEMNIST network; as in their constants the first layer costs
+    bytes alone. In an adjustment all pruned weights compete with the smallest 30 % of
+    each layer's kept ones; a weight that comes back has the value it had.
 
     Notes
     -----
@@ -98,9 +99,9 @@ class PruneFlPruner(GradientPruner):
 
     def _begin(self) -> None:
         super()._begin()
-        uses = (
-            self._units.uses if self._units else {}
-        )  # without the model all cost the same
+        # Without the model all cost the same. Weights stand in the order of their use.
+        uses = dict(self._units.uses) if self._units else {}
+        uses.pop(next(iter(uses), ""), None)
         self._time = {
             name: 1 + uses.get(name, 0) / self._uses_per_share for name in self._shapes
         }
@@ -152,14 +153,15 @@ class FedDstPruner(GradientPruner):
     largest weights of the random start, layer by layer at the densities of
     Erdos-Renyi-Kernel (Evci et al., arXiv:1911.11134). Every
     `RivalSettings.every` rounds, until round `until`, the smallest weights of a layer
-    are dropped and as many of those that were pruned grow, from zero, where the mean
-    gradient is largest; the share falls as a cosine from `replaced` to 0.
+    are dropped and as many grow, from zero, where the mean gradient is largest; what
+    was just dropped may come back. The share falls as a cosine from `replaced` to 0.
 
     Notes
     -----
     In the paper clients adjust their own masks and the server cuts their union back.
     Here the server adjusts the one mask by the gradients of the sampled clients, so
-    that both sides know it and only kept values travel.
+    that both sides know it and only kept values travel. A weight that comes back at
+    once keeps its value, which the authors' code sets to zero.
     """
 
     def _begin(self) -> None:
@@ -194,7 +196,7 @@ class FedDstPruner(GradientPruner):
             share, gradients = self._share(server_round), self._measured.take()
             sizes = magnitudes(weights)
             self._chosen = {
-                name: adjusted(keep, sizes[name], gradients[name], share)
+                name: adjusted(keep, sizes[name], gradients[name], share, back=True)
                 for name, keep in self._chosen.items()
             }
         return self._chosen

@@ -3,8 +3,8 @@
 All are pruned to the density of the settings. Where a source prunes whole filters, all
 that whole units can prune falls on them, and single weights of layers, by magnitude,
 fill up to the density. The criteria see the model after `RivalSettings.dense_rounds`
-rounds without a mask, since weights that nobody has trained say nothing: by default as
-many as cost the bytes of an exploration.
+rounds without a mask, since weights that nobody has trained say nothing: by default
+two, which with five of twenty clients a round cost about the bytes of an exploration.
 """
 
 from abc import abstractmethod
@@ -226,14 +226,20 @@ def but_vectors(scores: Scores) -> dict[str, NDArray[np.float32]]:
 
 def filters(units: Units, group: Group, weights: Params) -> NDArray[np.float64]:
     """Return one row per unit: the weights that make it, of all its matrices."""
-    found = [
-        _by_unit(weights[name], dimensions[0], group)
-        for name, dimensions in units.parameters.items()
-        if name in weights and weights[name].ndim > 1 and 0 in dimensions
-        if np.isin(dimensions[0], np.arange(group.start, group.stop)).any()
-    ]
+    found = []
+    for name, dimensions in units.parameters.items():
+        own = 1 if name in units.columns else 0
+        if name not in weights or weights[name].ndim < 2 or own not in dimensions:
+            continue
+        owner = dimensions[own]
+        if np.isin(owner, np.arange(group.start, group.stop)).any():
+            rows = np.moveaxis(np.asarray(weights[name]), own, 0)
+            found.append(_by_unit(rows, owner, group))
     if not found:
-        return np.zeros((group.size, 1))
+        raise MaskError(
+            f"no prunable weights make the units of {group.name}, so there is nothing "
+            "to judge them by; choose a criterion of single weights (magnitude)"
+        )
     return np.concatenate(found, axis=1)
 
 

@@ -22,11 +22,10 @@ def compared(experiment: Experiment) -> str:
         "density",
         "bytes",
         "of dense",
-        "rounds to target",
-        "bytes to target",
-        "FLOPs of dense",
-        "FLOPs trained",
-        "FLOPs trained",
+        "rounds to\ntarget",
+        "bytes to\ntarget",
+        "FLOPs\nof dense",
+        "FLOPs\ntrained",
     ):
         table.add_column(heading, justify="right")
     names = formats.short_names([arm.name for arm in experiment.arms])

@@ -161,6 +161,11 @@ class _Tracer:
             uses=self._renamed_uses(),
             level=tuple(level),
             whole=self._whole,
+            columns=frozenset(
+                join(path, "weight")
+                for module, path in self._paths.items()
+                if isinstance(module, layers.COLUMNS)
+            ),
         )
 
     def _add_groups(self, path: str, module: nn.Module) -> None:

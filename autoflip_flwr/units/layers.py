@@ -18,6 +18,9 @@ ROOTS = (_ConvNd, nn.Linear, nn.Embedding, Steps)
 #: Modules whose weights are multiplied with activations.
 WEIGHTED = (_ConvNd, nn.Linear, Steps)
 
+#: Modules whose weight has its output channels along dimension 1.
+COLUMNS = (nn.Embedding, _ConvTransposeNd)
+
 #: Nodes of the graph that hold no tensors.
 WITHOUT_TENSORS = frozenset(
     {
