@@ -5,10 +5,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from autoflip_flwr import costs, experiment, training, wire
-from autoflip_flwr.grid import PARTITION_ID, RunGrid
+from autoflip_flwr.checkpoint import Checkpointed
+from autoflip_flwr.grid import CLIENT_ID, RunGrid
 from autoflip_flwr.inner import build_strategy
 from autoflip_flwr.mod import AutoFlipMod, exploring, masked
-from autoflip_flwr.runlog import RunLog, log_summary
+from autoflip_flwr.runlog import RunLog, log_summary, run_directory
 from autoflip_flwr.strategy import AutoFLIP
 
 
@@ -20,25 +21,33 @@ def serve(grid: Grid, context: Context) -> None:
     test = experiment.held_out(settings)
     initial = wire.record_of(training.state_arrays(model))
     run_grid = RunGrid(grid, seed=settings.seed, dense_bytes=initial.count_bytes())
-    strategy = build_strategy(settings, model, example)
+    directory = run_directory(str(context.run_config["output-dir"]), settings)
+    strategy = build_strategy(settings, model, example, store=directory / "guidance")
     rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
     operations = costs.Operations(model, example)
-    output = str(context.run_config["output-dir"])
-    log = RunLog(output, settings, run_grid, rounds, operations)
+    resume = bool(context.run_config.get("resume", False))
+    log = RunLog(directory, settings, run_grid, rounds, operations, resume=resume)
+    run = Checkpointed(
+        strategy,
+        directory / "checkpoints",
+        settings=settings.identity(),
+        parts={"grid": run_grid, "log": log},
+    )
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        run_grid.begin(server_round + 1)
         if server_round == 0:
+            log.begin()
             return None
         training.load_arrays(model, wire.arrays_of(arrays))
         found = training.evaluate(
             model, test.x, test.y, device=settings.training.device
         )
         log.round(server_round, found)
+        run_grid.begin(server_round + 1)
         return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
 
     experiment.warn_of_few_nodes(settings, len(run_grid.get_node_ids()))
-    strategy.start(
+    run.start(
         run_grid,
         initial,
         num_rounds=settings.rounds,
@@ -51,7 +60,7 @@ def serve(grid: Grid, context: Context) -> None:
         parameters=costs.parameters(model),
         costs=costs.summary(model, test.x, test.y, masks, settings.training),
     )
-    log_summary(summary, log.directory)
+    log_summary(summary, directory)
 
 
 def client_app() -> ClientApp:
@@ -114,6 +123,6 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def query(message: Message, context: Context) -> Message:
     """Answer the roll call."""
-    partition_id = int(context.node_config.get("partition-id", -1))
-    metrics = MetricRecord({PARTITION_ID: partition_id})
+    client = experiment.client_id(context.node_config)
+    metrics = MetricRecord({CLIENT_ID: client})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -32,5 +32,9 @@ class WireError(AutoFlipError, ValueError):
     """Bytes or records from a peer do not have the form the protocol gives them."""
 
 
+class CheckpointError(AutoFlipError, RuntimeError):
+    """A checkpoint cannot be written, is torn, or belongs to another run."""
+
+
 class ExplorationError(AutoFlipError, RuntimeError):
     """No node completed its exploration, so no mask can be made."""

@@ -1,5 +1,6 @@
 """What both of our apps make of a run's settings: the model and the data."""
 
+import hashlib
 import logging
 import zlib
 from collections.abc import Mapping
@@ -104,6 +105,19 @@ def node_samples(
         Samples(x=samples.x[rest], y=samples.y[rest]),
         Samples(x=samples.x[apart], y=samples.y[apart]),
     )
+
+
+def client_id(node_config: Mapping[str, Any]) -> int:
+    """Return who a node says it is, so that it is known again when it comes back.
+
+    The partition it holds, or a number of 62 bits that stands for the ``client-id`` of
+    its config; -1 where it has neither.
+    """
+    if "client-id" in node_config:
+        name = str(node_config["client-id"]).encode()
+        digest = hashlib.blake2b(name, digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 2
+    return int(node_config.get("partition-id", -1))
 
 
 def warn_of_few_nodes(settings: Settings, connected: int) -> None:

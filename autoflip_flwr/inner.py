@@ -1,5 +1,6 @@
 """The strategies that sample and aggregate, by name."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ _KINDS: dict[ServerStrategy, type[FedAvg]] = {
 
 
 def build_strategy(
-    settings: Settings, model: nn.Module, example_inputs: torch.Tensor
+    settings: Settings,
+    model: nn.Module,
+    example_inputs: torch.Tensor,
+    *,
+    store: Path | None = None,
 ) -> Strategy:
     """Return the strategy that a run's settings ask for.
 
@@ -39,6 +44,8 @@ def build_strategy(
         Says what is trainable, and what its units are.
     example_inputs : torch.Tensor
         One sample that it runs on.
+    store : Path, optional
+        Where what clients found is kept; a temporary folder by default.
     """
     inner = _inner(settings)
     method = settings.strategy.name
@@ -74,6 +81,7 @@ def build_strategy(
         warm_start=exploration.warm_start,
         rivals=settings.rivals,
         values=settings.wire.values,
+        store=store,
         seed=settings.seed,
     )
 

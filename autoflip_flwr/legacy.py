@@ -33,12 +33,13 @@ from torch import nn
 
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, SettingsError, WireError
-from autoflip_flwr.rounds import Answer, Rounds
+from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import (
     ExplorationSettings,
     PruningSettings,
     RivalSettings,
 )
+from autoflip_flwr.store import Answer
 from autoflip_flwr.strategy import check_warm_start, prunable_of, units_of
 from autoflip_flwr.types import Array, MethodName, Params, ValueType
 from autoflip_flwr.units import ExampleInputs
@@ -246,9 +247,9 @@ class AutoFLIP(Strategy):
         for batch in self.rounds.batches(ask.nodes):
             _log.info("exploration: %d clients explore", len(batch))
             with ThreadPoolExecutor(max_workers=len(batch)) as pool:
-                answers = dict(zip(batch, pool.map(one, batch), strict=True))
-            self.rounds.explored(ask, batch, answers)
-        if self.rounds.end_exploration():
+                for node_id, answer in zip(batch, pool.map(one, batch), strict=True):
+                    self.rounds.answer(node_id, answer)
+        if self.rounds.explored(ask):
             self._hand_over(list(self.rounds.arrays.values()))
 
     def _hand_over(self, arrays: list[Array]) -> None:

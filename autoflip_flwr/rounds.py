@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from autoflip_flwr.manifest import Manifest
 from autoflip_flwr.pruners import METHODS, Ask, Pruner
 from autoflip_flwr.pruners.mean import WeightedMean
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, RivalSettings
+from autoflip_flwr.store import Answer, Answers
 from autoflip_flwr.types import Array, Measure, MethodName, Params, ValueType
 from autoflip_flwr.wire import Exploration, Plan
 
@@ -33,15 +33,6 @@ _log = logging.getLogger("flwr")
 
 _BATCH_BYTES = 1 << 30
 _LEAST_BATCH = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What an explorer replied."""
-
-    frame: bytes
-    signs: bytes | None = None  # which weights rose, for a warm start
-    examples: float = 1.0  # 1 where the app does not say
 
 
 class Rounds:
@@ -104,12 +95,14 @@ class Rounds:
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
         self._store = store
+        self._answers = Answers(store)
+        self._reasons: dict[int, str] = {}
+        self._fresh = True  # not a run that goes on
         self._previous: Plan | None = None
         self._manifest: Manifest | None = None
         self._pruner: Pruner | None = None
         self._initial: Params = {}
         self._spread: _Spread | None = None
-        self._reasons: dict[int, str] = {}
         self._warmth = WeightedMean()
         self._warm = False  # whether the weights have been moved
 
@@ -149,16 +142,65 @@ class Rounds:
                 seed=self._seed,
                 trainable_known=self._prunable is not None,
             )
+            if self._fresh:
+                self._answers.clear()
+                self._pruner.start()
         self.arrays = dict(arrays)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a process that goes on has to know, besides the arrays.
+
+        Plain values and arrays. It may be asked for between rounds.
+        """
+        return {
+            "initial": self._initial,
+            "masks": None if self.plan is None else self.plan.masks,
+            "warm": self._warm,
+            "pruner": self.pruner.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any], arrays: Params) -> None:
+        """Go on where `state` was taken, with the global model `arrays`.
+
+        Raises
+        ------
+        CheckpointError
+            If local guidance that it stands on is not there any more.
+        """
+        self._fresh = False
+        self.adopt(state["initial"])
+        self.pruner.restore(state["pruner"])
+        self.arrays = dict(arrays)
+        self._warm = state["warm"]
+        if state["masks"] is not None:
+            self.plan = Plan(self.manifest, state["masks"], self._values)
+        self._previous = self.plan
 
     def asks(
         self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
     ) -> Ask | None:
         """Tell which nodes are to measure what before this round; None: nobody."""
         ask = self.pruner.asks(server_round, connected=connected, sampled=sampled)
-        if ask is not None and ask.renew:
-            self._initial = dict(self.arrays)
+        if ask is not None:
+            self._answers.begin(server_round)
+            self._reasons = {}
+            if ask.renew:
+                self._initial = dict(self.arrays)
         return ask
+
+    def waiting(self, ask: Ask) -> list[int]:
+        """Return the nodes whose answer an interrupted run does not have yet."""
+        return [n for n in ask.nodes if self._answers.get(n) is None]
+
+    def answer(self, node_id: int, answer: Answer | str) -> None:
+        """Keep what a node answered; a text is the reason why it is nothing."""
+        if isinstance(answer, str):
+            self._reasons[node_id] = answer
+            return
+        try:
+            self._answers.put(node_id, answer)
+        except (TypeError, ValueError, OverflowError) as error:
+            self._reasons[node_id] = f"expected examples, got {error}"
 
     def exploration_of(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
         """Return what nodes need to measure: arrays, and entries of the config."""
@@ -195,17 +237,24 @@ class Rounds:
         size = max(_LEAST_BATCH, _BATCH_BYTES // max(1, frame))
         return [asked[start : start + size] for start in range(0, len(asked), size)]
 
-    def explored(
-        self, ask: Ask, nodes: Sequence[int], answers: Mapping[int, Answer | str]
-    ) -> None:
-        """Take the nodes' answers; a text is the reason why there is none."""
+    def explored(self, ask: Ask) -> bool:
+        """Take the nodes' answers, in the order of asking; tell if the weights changed.
+
+        With a warm start they are then where the explorers on average ended, weighted
+        by their examples.
+
+        Raises
+        ------
+        ExplorationError
+            If no mask can be made.
+        """
         failed = 0
         start = self._weights(self._start_of(ask))
-        for node_id in nodes:
-            answer = answers.get(node_id, "no reply in time")
+        for node_id in ask.nodes:
             try:
-                if isinstance(answer, str):
-                    raise WireError(answer)
+                answer = self._answers.get(node_id)
+                if answer is None:
+                    raise WireError(self._reasons.get(node_id, "no reply in time"))
                 if not (answer.examples > 0 and math.isfinite(answer.examples)):
                     raise WireError(f"expected examples, got {answer.examples}")
                 warm = self._warmth_of(answer) if self._warms(ask) else None
@@ -216,9 +265,15 @@ class Rounds:
                 failed += 1
                 self._reasons[node_id] = str(error)
                 _log.warning("exploration: node %d is left out: %s", node_id, error)
-        _log.info(
-            "exploration: %d of %d nodes explored", len(nodes) - failed, len(nodes)
-        )
+        asked = len(ask.nodes)
+        _log.info("exploration: %d of %d nodes explored", asked - failed, asked)
+        self.pruner.check(self._reasons)
+        moved = self._warmth.take()
+        self._warm = self._warm or bool(moved)
+        for name, value in moved.items():
+            weights = self.arrays[name]
+            self.arrays = {**self.arrays, name: (weights + value).astype(weights.dtype)}
+        return bool(moved)
 
     def _warmth_of(self, answer: Answer) -> Params:
         """Return how far an explorer's weights moved, with their signs."""
@@ -230,20 +285,6 @@ class Rounds:
             np.sqrt(value, out=value)
             np.negative(value, out=value, where=~rises[name])
         return moved
-
-    def end_exploration(self) -> bool:
-        """Refuse to go on if no mask can be made; tell whether the weights changed.
-
-        With a warm start they are then where the explorers on average ended, weighted
-        by their examples.
-        """
-        self.pruner.check(self._reasons)
-        moved = self._warmth.take()
-        self._warm = self._warm or bool(moved)
-        for name, value in moved.items():
-            start = self.arrays[name]
-            self.arrays = {**self.arrays, name: (start + value).astype(start.dtype)}
-        return bool(moved)
 
     def begin(self, server_round: int, sampled: Sequence[int]) -> Plan:
         """Make the mask of a round for the sampled nodes."""

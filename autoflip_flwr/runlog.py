@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -29,8 +30,8 @@ class RunLog:
 
     Parameters
     ----------
-    directory : str
-        Empty: a new folder ``runs/<preset>-<strategy>-<time>``.
+    directory : Path
+        What `run_directory` returns.
     settings : Settings
     grid : RunGrid
         Where bytes and seconds are counted.
@@ -38,32 +39,41 @@ class RunLog:
         The state of a pruning strategy; None for a dense one.
     operations : Operations
         What a sample costs clients.
+    resume : bool
+        The folder may hold a run that is not finished.
 
     Raises
     ------
     SettingsError
-        If the folder holds another run: nothing is overwritten.
+        If the folder holds another run, or a finished one: nothing is overwritten.
     """
 
     def __init__(
         self,
-        directory: str,
+        directory: Path,
         settings: Settings,
         grid: RunGrid,
         rounds: Rounds | None,
         operations: Operations,
+        *,
+        resume: bool = False,
     ) -> None:
         # Asked for in vain, nothing is written.
         writer = _writer() if settings.log.tensorboard else None
-        self.directory = Path(directory or _new_name(settings)).resolve()
-        self._metrics = self.directory / "metrics.jsonl"
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._metrics = directory / "metrics.jsonl"
+        directory.mkdir(parents=True, exist_ok=True)
+        if resume and (directory / "summary.json").exists():
+            raise SettingsError(
+                f"the run in {directory} is finished; to run it again name a new folder"
+            )
         try:
-            with (self.directory / "settings.yaml").open("x") as file:
-                file.write(settings.as_yaml())
+            with (directory / "settings.yaml").open("a" if resume else "x"):
+                pass
         except FileExistsError as error:
             raise SettingsError(
-                f"output-dir {self.directory} holds another run; name a new folder"
+                f"output-dir {directory} holds another run; name a new folder, or go "
+                "on with it: resume=true"
             ) from error
         self._settings = settings
         self._grid = grid
@@ -75,6 +85,38 @@ class RunLog:
         self._started = self._last = time.monotonic()
         self._counted: Counter[tuple[str, Direction]] = Counter()
         self._row: dict[str, Any] = {}
+        self._lines = 0
+
+    def begin(self) -> None:
+        """Note the settings of a new run, over what a try without a round left."""
+        (self.directory / "settings.yaml").write_text(self._settings.as_yaml())
+        self._metrics.unlink(missing_ok=True)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a process that goes on has to know."""
+        return {
+            "lines": self._lines,
+            "row": self._row,
+            "counted": dict(self._counted),
+            "samples": dict(self._samples),
+            "flops": self._flops,
+            "seconds": time.monotonic() - self._started,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after the round of `state`; later lines are dropped."""
+        self._lines, self._row = state["lines"], state["row"]
+        self._counted = Counter(state["counted"])
+        self._samples = Counter(state["samples"])
+        self._flops = state["flops"]
+        self._started = time.monotonic() - state["seconds"]
+        if self._lines:
+            lines = self._metrics.read_text().splitlines(keepends=True)
+            partial = self._metrics.with_suffix(".partial")
+            partial.write_text("".join(lines[: self._lines]))
+            partial.replace(self._metrics)
+        else:
+            self._metrics.unlink(missing_ok=True)
 
     def round(self, server_round: int, evaluation: Evaluation) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -102,6 +144,7 @@ class RunLog:
             "guidance_cosine": rounds.guidance_cosine if rounds else None,
             "flops": flops,
             "dropped": len(rounds.dropped) if rounds else None,
+            "missing": self._grid.missing,
             "seconds": round(now - self._last, 3),
         }
         self._counted = Counter(self._grid.sent)
@@ -110,9 +153,10 @@ class RunLog:
         self._last = now
         with self._metrics.open("a") as lines:
             lines.write(json.dumps(self._row) + "\n")
+        self._lines += 1
         if self._board is not None:
             for key, value in self._row.items():
-                if key != "round" and value is not None:
+                if isinstance(value, int | float) and key != "round":
                     self._board.add_scalar(key, value, server_round)
             self._board.flush()
 
@@ -170,6 +214,7 @@ class RunLog:
         partial = self.directory / "summary.json.partial"
         partial.write_text(text)
         partial.replace(self.directory / "summary.json")
+        shutil.rmtree(self.directory / "guidance", ignore_errors=True)
         if self._board is not None:
             self._board.close()
         return summary
@@ -244,9 +289,12 @@ def _writer() -> Any:
     return SummaryWriter
 
 
-def _new_name(settings: Settings) -> str:
-    now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
-    return f"runs/{settings.preset}-{settings.strategy.name}-{now}"
+def run_directory(name: str, settings: Settings) -> Path:
+    """Return a run's folder; without a name `runs/<preset>-<strategy>-<time>`."""
+    if not name:
+        now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
+        name = f"runs/{settings.preset}-{settings.strategy.name}-{now}"
+    return Path(name).resolve()
 
 
 def _megabytes(count: int) -> str:

@@ -282,6 +282,16 @@ class Settings:
         # Frozen, but not made yet.
         object.__setattr__(self, group, dataclasses.replace(values, **left))
 
+    def identity(self) -> dict[str, Any]:
+        """Return all values that a run depends on, by group.
+
+        Where the data is and what is logged may change when a run goes on.
+        """
+        values: dict[str, Any] = _plain(self)
+        del values["log"]
+        values["data"].pop("dir", None)
+        return values
+
     def as_yaml(self) -> str:
         """Return all values, resolved, in a preset's form."""
         return yaml.safe_dump(_plain(self), sort_keys=False)

@@ -3,8 +3,9 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,8 +15,9 @@ from torch import nn
 
 from autoflip_flwr import wire
 from autoflip_flwr.errors import AutoFlipError, ModelError, SettingsError, WireError
+from autoflip_flwr.grid import stream
 from autoflip_flwr.pruners import NEEDS_UNITS
-from autoflip_flwr.rounds import Answer, Rounds
+from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import (
     Agreement,
     ExplorationSettings,
@@ -23,6 +25,7 @@ from autoflip_flwr.settings import (
     PruningSettings,
     RivalSettings,
 )
+from autoflip_flwr.store import Answer
 from autoflip_flwr.training import trainable_names
 from autoflip_flwr.types import MethodName, Mode, Normalization, ScoreName, ValueType
 from autoflip_flwr.units import ExampleInputs, Units, trace
@@ -332,6 +335,27 @@ class AutoFLIP(Strategy):
         valid = self._valid(server_round, replies)
         return self.strategy.aggregate_evaluate(server_round, valid) if valid else None
 
+    def state(self, arrays: ArrayRecord) -> dict[str, Any]:
+        """Return what goes into a checkpoint, besides the global model `arrays`.
+
+        The inner strategy's own state is not in it.
+        """
+        current = self._adopt(arrays)
+        kept = None if current is arrays else current
+        return {"current": kept, "rounds": self.rounds.state()}
+
+    def restore(self, state: Mapping[str, Any], arrays: ArrayRecord) -> None:
+        """Go on where `state` was taken; `arrays` is what `start` will be given.
+
+        Raises
+        ------
+        CheckpointError
+            If local guidance that it stands on is not there any more.
+        """
+        kept = state["current"]
+        self._current, self._returned = (arrays if kept is None else kept), arrays
+        self.rounds.restore(state["rounds"], wire.arrays_of(self._current))
+
     def _adopt(self, arrays: ArrayRecord) -> ArrayRecord:
         """Return the record the inner strategy works on."""
         if arrays is not self._returned or self._current is None:
@@ -358,14 +382,13 @@ class AutoFLIP(Strategy):
         content[config_key] = ConfigRecord({**config, **entries})
         kind = like.metadata.message_type
         timeout = self.rounds.exploration.timeout
-        for batch in self.rounds.batches(ask.nodes):
+        for batch in self.rounds.batches(self.rounds.waiting(ask)):
             _log.info("exploration: %d nodes explore", len(batch))
             messages = [Message(content, node_id, kind) for node_id in batch]
-            replies = grid.send_and_receive(messages, timeout=timeout)
-            nodes = wire.nodes_by_message(messages)
-            answers = {wire.node_of(r, nodes): _answer_of(r) for r in replies}
-            self.rounds.explored(ask, batch, answers)
-        return self.rounds.end_exploration()
+            for reply in stream(grid, messages, timeout=timeout):
+                nodes = wire.nodes_by_message(messages)
+                self.rounds.answer(wire.node_of(reply, nodes), _answer_of(reply))
+        return self.rounds.explored(ask)
 
     def _pack(self, message: Message, plan: wire.Plan, phase: wire.Phase) -> Message:
         """Replace a message's arrays by what travels; equal ones are packed once."""

@@ -92,6 +92,7 @@ class LocalGrid(Grid):
         self.down: list[Sent] = []
         self.up: list[Sent] = []
         self.timeouts: list[float | None] = []
+        self._answers: dict[str, Message] = {}
         self.run_config = dict(run_config or {})
         self.contexts: dict[int, Context] = {}
         ids = list(node_ids)
@@ -114,11 +115,16 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        replies = []
         self.timeouts.append(timeout)
+        return self.pull_messages(self.push_messages(messages))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Let every node answer; whose reply is lost has its id in no later pull."""
+        message_ids = []
         for message in messages:
             # Flower's grids, too, number the very object that is sent.
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            message_ids.append(message.metadata.message_id)
             self.sent.append(message)
             node_id = message.metadata.dst_node_id
             phase = _phase(message)
@@ -137,14 +143,18 @@ class LocalGrid(Grid):
                 reply = Message(Error(2, f"{error}"), reply_to=delivered)
             answer = self.tamper(message, reply) if self.tamper else reply
             if answer is not None:
-                replies.append(answer)
+                self._answers[message.metadata.message_id] = answer
                 self.replies.append(answer)
                 if answer.has_content():
                     content = RecordDict(dict(answer.content))
                     self.up.append(Sent(phase, node_id, content))
+        return message_ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        found = [self._answers.pop(i) for i in message_ids if i in self._answers]
         if self.shuffle:
-            self.shuffle(replies)
-        return replies
+            self.shuffle(found)
+        return found
 
     def nodes(self, phase: str) -> list[int]:
         """Whom the messages of a phase went to, in order."""
@@ -155,16 +165,10 @@ class LocalGrid(Grid):
     @property
     def run(self) -> Any: ...
 
-    # What a strategy never calls on its grid.
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, *args: Any
+    ) -> Message:
+        return Message(content, dst_node_id, message_type)
 
 
 def _carried(content: RecordDict) -> RecordDict:
@@ -327,7 +331,7 @@ def toy_app(
     @app.query()
     def query(message: Message, context: Context) -> Message:
         partition_id = int(context.node_config.get("partition-id", -1))
-        metrics = MetricRecord({"partition-id": partition_id})
+        metrics = MetricRecord({"client-id": partition_id})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return app

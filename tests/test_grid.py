@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from inprocess import LocalGrid, net, plain_net, run, toy_app
 
 from autoflip_flwr import AutoFLIP
-from autoflip_flwr.grid import RunGrid
+from autoflip_flwr.grid import RunGrid, stream
 
 PHASES = [(p, d) for p in ("explore", "train", "evaluate") for d in ("down", "up")]
 
@@ -54,14 +54,14 @@ def test_nodes_are_listed_by_partition_and_nodes_without_one_last():
     configs[7] = {"data-path": "mine.npz"}
     configs[5] = {"data-path": "mine.npz"}
     inner = LocalGrid(toy_app(), configs, node_configs=configs)
-    assert grid_of(inner).get_node_ids() == [101, 103, 102, 100, 5, 7]
+    assert grid_of(inner).get_node_ids() == [0, 1, 2, 3, 5, 7]
 
 
 def test_the_list_does_not_depend_on_the_order_in_which_nodes_connect():
     configs = parts(3, 0, 2, 1)
     for order in (list(configs), list(configs)[::-1]):
         inner = LocalGrid(toy_app(), order, node_configs=configs)
-        assert grid_of(inner).get_node_ids() == [101, 103, 102, 100]
+        assert grid_of(inner).get_node_ids() == [0, 1, 2, 3]
 
 
 def test_the_roll_is_called_once_for_every_node():
@@ -72,7 +72,7 @@ def test_the_roll_is_called_once_for_every_node():
     inner.join(9, {"partition-id": 5})
     for _ in range(3):
         grid.get_node_ids()
-    assert inner.nodes("query") == [100, 101, 7, 9]
+    assert inner.nodes("query") == [7, 100, 101, 9]
 
 
 def test_a_node_that_fails_in_the_roll_call_is_named_and_listed_last(caplog):
@@ -84,7 +84,7 @@ def test_a_node_that_fails_in_the_roll_call_is_named_and_listed_last(caplog):
     configs = parts(3, 0, 1, 2)
     inner = LocalGrid(toy_app(), configs, node_configs=configs, tamper=tamper)
     with caplog.at_level(logging.WARNING, logger="flwr"):
-        assert grid_of(inner).get_node_ids() == [103, 100, 101, 102]
+        assert grid_of(inner).get_node_ids() == [2, 3, 101, 102]
     assert any(
         "node 101" in r.getMessage() and "no such function" in r.getMessage()
         for r in caplog.records
@@ -147,18 +147,20 @@ def test_replies_come_in_the_order_of_the_messages():
                 node_id,
                 "train",
             )
-            for node_id in (9, 3, 4, 5)
+            for node_id in (2, 1, 3, 0)
         ]
-        replies = grid_of(inner).send_and_receive(messages, timeout=3.0)
-        assert [r.metadata.src_node_id for r in replies] == [9, 3, 4, 5]
-        assert inner.timeouts == [3.0]
+        grid = grid_of(inner)
+        assert grid.get_node_ids() == [0, 1, 2, 3]
+        replies = grid.send_and_receive(messages, timeout=3.0)
+        assert [r.metadata.src_node_id for r in replies] == [2, 1, 3, 0]
+        assert inner.nodes("train") == [9, 3, 4, 5]
 
 
 def test_nothing_is_sent_for_no_messages():
     inner = LocalGrid(toy_app(), [1, 2])
     grid = grid_of(inner)
     assert grid.send_and_receive([]) == []
-    assert not inner.timeouts
+    assert not inner.sent
     assert not grid.sent
 
 
@@ -180,7 +182,7 @@ def test_the_roll_call_is_counted_apart():
     inner = LocalGrid(toy_app(), range(5))
     grid = grid_of(inner)
     grid.get_node_ids()
-    reply = MetricRecord({"partition-id": 1}).count_bytes()
+    reply = MetricRecord({"client-id": 1}).count_bytes()
     assert dict(grid.sent) == {("roll-call", "up"): 5 * reply}
     assert not grid.dense
 
@@ -225,3 +227,112 @@ def test_seconds_are_counted_by_phase():
     run(AutoFLIP(), grid, net(), 1)
     assert all(grid.seconds[phase] > 0 for phase in ("explore", "train", "evaluate"))
     assert set(grid.seconds) <= {"explore", "train", "evaluate"}
+
+
+# --- clients that come back -----------------------------------------------------------
+
+
+def asked(client, phase="train"):
+    content = {
+        "arrays": ArrayRecord(net().state_dict()),
+        "config": ConfigRecord({"server-round": 1}),
+    }
+    return Message(RecordDict(content), client, phase)
+
+
+def test_a_node_that_comes_back_with_a_new_id_is_the_client_it_was():
+    inner = LocalGrid(toy_app(), parts(0, 1, 2), node_configs=parts(0, 1, 2))
+    grid = grid_of(inner)
+    assert grid.get_node_ids() == [0, 1, 2]
+    inner.contexts.pop(101)
+    assert grid.get_node_ids() == [0, 2]
+    inner.join(999, {"partition-id": 1, "num-partitions": 3})
+    assert grid.get_node_ids() == [0, 1, 2]
+    (reply,) = grid.send_and_receive([asked(1)])
+    assert inner.nodes("train") == [999]
+    assert reply.metadata.src_node_id == 1
+
+
+def test_of_two_nodes_that_are_one_client_the_first_is_it_until_it_is_gone(caplog):
+    inner = LocalGrid(toy_app(), parts(0, 1), node_configs=parts(0, 1))
+    grid = grid_of(inner)
+    grid.get_node_ids()
+    inner.join(50, {"partition-id": 1, "num-partitions": 2})
+    assert grid.get_node_ids() == [0, 1]
+    assert "node 50 says that it is client 1, as node 101 does; it waits" in caplog.text
+    grid.send_and_receive([asked(1)])
+    inner.contexts.pop(101)
+    assert grid.get_node_ids() == [0, 1]
+    grid.send_and_receive([asked(1)])
+    assert inner.nodes("train") == [101, 50]
+
+
+def test_a_client_that_comes_back_does_not_explore_again():
+    inner = LocalGrid(toy_app(), parts(0, 1, 2), node_configs=parts(0, 1, 2))
+    grid = grid_of(inner)
+
+    def restart(server_round, arrays):
+        if server_round == 1:
+            inner.contexts.pop(101)
+            inner.join(999, {"partition-id": 1, "num-partitions": 3})
+
+    run(AutoFLIP(), grid, net(), 2, after_round=restart)
+    assert inner.nodes("explore") == [100, 101, 102]
+    trained = inner.nodes("train")
+    assert [sorted(trained[:3]), sorted(trained[3:])] == [
+        [100, 101, 102],
+        [100, 102, 999],
+    ]
+
+
+def test_clients_that_do_not_answer_are_missing_until_the_next_round():
+    def tamper(message, reply):
+        if message.metadata.message_type == "query":
+            return reply
+        if message.metadata.dst_node_id == 101:
+            return None
+        error = Message(Error(1, "out"), reply_to=delivered(message))
+        error.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
+        return error if message.metadata.dst_node_id == 102 else reply
+
+    inner = LocalGrid(
+        toy_app(), parts(0, 1, 2), node_configs=parts(0, 1, 2), tamper=tamper
+    )
+    grid = grid_of(inner)
+    assert grid.missing == []
+    grid.send_and_receive([asked(client) for client in grid.get_node_ids()], timeout=9)
+    assert grid.missing == [1, 2]
+    grid.begin(2)
+    assert grid.missing == []
+
+
+def test_replies_are_yielded_as_they_come(clock):
+    """The server can keep each before the last one is there."""
+    inner = LocalGrid(toy_app(), [1, 2, 3])
+    ready = iter([["none"], [1], [], [3, 2]])
+    pull = inner.pull_messages
+
+    def some(message_ids):
+        now = next(ready)
+        ids = [
+            s.metadata.message_id for s in inner.sent if s.metadata.dst_node_id in now
+        ]
+        return pull(set(ids) & set(message_ids))
+
+    inner.pull_messages = some
+    replies = stream(inner, [asked(n) for n in (1, 2, 3)], timeout=60)
+    assert next(replies).metadata.src_node_id is not None
+    assert len(inner.sent) == 3
+    assert len(list(replies)) == 2
+    assert next(ready, None) is None
+
+
+def test_a_meter_goes_on_counting():
+    inner = LocalGrid(toy_app(), range(5))
+    grid = grid_of(inner)
+    run(AutoFLIP(), grid, net(), 1)
+    later = grid_of(inner)
+    later.restore(grid.state())
+    assert later.state() == grid.state()
+    run(AutoFLIP(), later, net(), 1)
+    assert later.sent["train", "down"] == 2 * grid.sent["train", "down"]

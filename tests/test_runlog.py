@@ -46,6 +46,10 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One finished run, looked at by many tests."""
@@ -278,13 +282,13 @@ def test_two_runs_of_one_seed_write_the_same_and_another_seed_does_not(tmp_path)
 
 def test_a_folder_with_another_run_is_refused_and_nothing_is_lost(finished):
     folder, _ = finished
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = files_in(folder)
     grid = LocalGrid(client_app.app, [1, 2])
     config = {"preset": "quickstart", "overrides": SMALL, "output-dir": str(folder)}
     with pytest.raises(SettingsError, match="another run"):
         server_app.app(grid, Context(1, 1, {}, RecordDict(), config))
     assert not grid.sent
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert files_in(folder) == before
 
 
 def test_a_folder_whose_run_has_not_finished_a_round_is_refused_too(tmp_path):

@@ -70,7 +70,13 @@ def test_a_later_frame_replaces_the_earlier(store, tmp_path):
     expected = codec.dequantize(frame(2), SHAPES).dense()
     assert_array_equal(store.get(7).dense()["w"], expected["w"])
     assert_allclose(store.statistics(7).mean, statistics(expected).mean, rtol=1e-6)
-    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 1
+
+
+def test_the_frame_before_stays_on_the_disk_for_an_earlier_checkpoint(store, tmp_path):
+    for seed in (1, 2, 3):
+        store.put(7, frame(seed))
+    files = sorted(path.read_bytes() for path in tmp_path.rglob("*.guidance"))
+    assert files == sorted([frame(2), frame(3)])
 
 
 def test_clear_forgets_and_frees_the_disk(store, tmp_path):

@@ -4,6 +4,7 @@ Ours: the paper's later version names "client agreement" without a definition.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,14 @@ class Signs:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._average = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
         self._seen = {n: np.zeros(s, np.bool_) for n, s in shapes.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return the averages, and where they are of anything."""
+        return {"average": self._average, "seen": self._seen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._average, self._seen = state["average"], state["seen"]
 
     def learn(self, agreement: NDArray[np.float32], masks: Masks) -> None:
         """Take a round's, flat, of the kept entries in the mask's order."""

@@ -5,6 +5,7 @@ Data moves one way: exploration replies -> guidance -> scores -> mask.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,41 @@ class AutoFlipPruner(Pruner):
         self._votes = agreements.Votes(self._shapes if voted else {})
         signed = settings.agreement == "sign"
         self._signs = agreements.Signs(self._shapes if signed else {})
+
+    def start(self) -> None:
+        """Delete the guidance that an earlier run may have left."""
         self._store.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Return who explored, and what their guidance on disk does not tell.
+
+        The mean over all explorers and the votes are summed anew, in the same order.
+        """
+        return {
+            **super().state(),
+            "asked": self._asked,
+            "renewing": self._renewing,
+            "initial": self._initial,
+            "gradients": self._gradients.state(),
+            "masks": self._masks,
+            "refreshed": self._refreshed,
+            "kept_guidance": self.kept_guidance,
+            "signs": self._signs.state(),
+            "store": self._store.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        super().restore(state)
+        self._store.restore(state["store"])
+        self._asked = set(state["asked"])
+        self._renewing = state["renewing"]
+        self._initial = state["initial"]
+        self._gradients.restore(state["gradients"])
+        self._masks = state["masks"]
+        self._refreshed = state["refreshed"]
+        self.kept_guidance = state["kept_guidance"]
+        self._signs.restore(state["signs"])
 
     @property
     def explorers(self) -> int:
@@ -255,7 +290,7 @@ class AutoFlipPruner(Pruner):
 
     def _forget(self) -> None:
         """Start without any guidance."""
-        self._store.clear()
+        self._store.forget()
         self._population = None
         self._masks = None
         self._refreshed = False

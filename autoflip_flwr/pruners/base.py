@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,23 @@ class Pruner(ABC):
             mode=self.settings.mode,
             floor=self.settings.floor,
         )
+
+    def start(self) -> None:  # noqa: B027 - most leave nothing behind
+        """Delete what an earlier run may have left; not called where one goes on."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a process that goes on has to know: plain values and arrays."""
+        return {"rng": self._rng.bit_generator.state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises
+        ------
+        CheckpointError
+            If what it stands on is not there any more.
+        """
+        self._rng.bit_generator.state = state["rng"]
 
     def asks(
         self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
@@ -222,6 +240,23 @@ class Pruner(ABC):
                 "example_inputs=one_sample)"
             )
         return self._units
+
+
+class FixedPruner(Pruner):
+    """Holds on to one mask until there is reason to choose another."""
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._chosen: Masks | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return the mask, too."""
+        return {**super().state(), "chosen": self._chosen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        super().restore(state)
+        self._chosen = state["chosen"]
 
 
 def limits_of(settings: PruningSettings) -> Limits:

@@ -6,6 +6,7 @@ kept, as in the sources.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +14,27 @@ from numpy.typing import NDArray
 from autoflip_flwr.codec import dequantize
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
 from autoflip_flwr.pruners.adjust import EVERY, adjusted, cosine_share, top
-from autoflip_flwr.pruners.base import Ask, Pruner
+from autoflip_flwr.pruners.base import Ask, FixedPruner
 from autoflip_flwr.pruners.mean import WeightedMean
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
 from autoflip_flwr.types import Masks, Params
 
 
-class GradientPruner(Pruner):
+class GradientPruner(FixedPruner):
     """Means what nodes measure, weighted by their examples."""
 
     def _begin(self) -> None:
         super()._begin()
-        self._chosen: Masks | None = None
         self._measured = WeightedMean()
+
+    def state(self) -> dict[str, Any]:
+        """Return the mask, and what has not gone into it."""
+        return {**super().state(), "measured": self._measured.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        super().restore(state)
+        self._measured.restore(state["measured"])
 
     def add(self, node_id: int, frame: bytes, weight: float, start: Params) -> None:
         """Add to the weighted mean."""

@@ -1,5 +1,7 @@
 """A weighted mean of named arrays, as they come."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,14 @@ class WeightedMean:
                 self._mean[name] += share * (value - self._mean[name])
             else:
                 self._mean[name] = np.array(value, np.float32)
+
+    def state(self) -> dict[str, Any]:
+        """Return all there is."""
+        return {"weight": self.weight, "mean": dict(self._mean)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.weight, self._mean = state["weight"], dict(state["mean"])
 
     def take(self) -> dict[str, NDArray[np.float32]]:
         """Return the mean, empty of nothing, and begin anew."""

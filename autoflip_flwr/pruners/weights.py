@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.groups import Group, Units
-from autoflip_flwr.pruners.base import Pruner, limits_of
+from autoflip_flwr.pruners.base import FixedPruner, limits_of
 from autoflip_flwr.types import Array, Masks, Params, Scores
 
 
-class RandomPruner(Pruner):
+class RandomPruner(FixedPruner):
     """One random mask, the same in every round: what any criterion has to beat."""
 
     def _begin(self) -> None:
         super()._begin()
-        self._fixed = self.cut(
+        self._chosen = self.cut(
             {
                 name: self._rng.random(shape, np.float32)
                 for name, shape in self._shapes.items()
@@ -36,10 +36,11 @@ class RandomPruner(Pruner):
     ) -> Masks:
         """Return the one mask."""
         del sampled, weights, server_round
-        return self._fixed
+        assert self._chosen is not None
+        return self._chosen
 
 
-class WeightsPruner(Pruner):
+class WeightsPruner(FixedPruner):
     """Judges the server's model: once, after some dense rounds."""
 
     every_round = False
@@ -47,7 +48,6 @@ class WeightsPruner(Pruner):
     def _begin(self) -> None:
         super()._begin()
         self._whole: Masks = {n: np.ones(s, np.bool_) for n, s in self._shapes.items()}
-        self._chosen: Masks | None = None
 
     def masks(
         self, sampled: Sequence[int], weights: Params, server_round: int

@@ -1,0 +1,512 @@
+"""A checkpoint after every round, and runs that go on from it, for any strategy."""
+
+import json
+import logging
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from autoflip_flwr.errors import CheckpointError
+
+_log = logging.getLogger("flwr")
+
+_FORMAT = "autoflip-checkpoint-1"
+
+#: How many checkpoints a run keeps: the last one, and one to fall back on.
+_KEPT = 2
+
+
+class Part(Protocol):
+    """What has a state of its own besides the strategy: a meter, a log."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint: plain values, arrays, records."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+
+
+@runtime_checkable
+class _Stateful(Protocol):
+    """A strategy that says what it has to know to go on."""
+
+    def state(self, arrays: ArrayRecord) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any], arrays: ArrayRecord) -> None: ...
+
+
+class Checkpointed(Strategy):
+    """Any strategy of Flower's Message API, with a checkpoint after every round.
+
+    `start` begins a run, or goes on with the one whose checkpoints it finds: with its
+    weights, mask, guidance, optimizer at the server and random states. What a strategy
+    holds besides its configuration is found by itself: arrays, records, numbers and
+    collections of them, down through strategies inside strategies.
+
+    Parameters
+    ----------
+    strategy : Strategy
+    directory : Path or str
+        Where the checkpoints are; made if missing.
+    settings : mapping, optional
+        What the run depends on. A checkpoint of other settings is refused.
+    parts : mapping of name -> Part, optional
+        What else goes into the checkpoints.
+
+    Examples
+    --------
+    ::
+
+        strategy = Checkpointed(AutoFLIP(FedAvg(), store=Path("run/guidance")), "run")
+        strategy.start(grid=grid, initial_arrays=arrays, num_rounds=100)
+
+    Raises
+    ------
+    CheckpointError
+        By `start`: the checkpoints are another run's, none of them is whole, or one
+        cannot be written. Whatever happens, the last whole one stays.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        directory: Path | str,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        parts: Mapping[str, Part] | None = None,
+    ) -> None:
+        super().__init__()
+        self.strategy = strategy
+        self.directory = Path(directory)
+        self._settings = _plain(settings or {})
+        self._parts = dict(parts or {})
+        self._done = 0  # rounds, before this process
+        # Strategies from the outermost in, with what they were made with.
+        self._built = {one: dict(vars(one)) for one in _chain(strategy)}
+        self._unsaved: set[str] = set()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds that are left; parameters and result are `Strategy.start`'s.
+
+        `initial_arrays` are those of a new run; one that goes on has its own.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        layout = _layout(initial_arrays)
+        found = self._newest(layout)
+        arrays = initial_arrays
+        if found is not None:
+            arrays = self._restore(found)
+            _log.info(
+                "going on after round %d of %d: [ROUND 1] is round %d",
+                self._done,
+                num_rounds,
+                self._done + 1,
+            )
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if server_round == 0 and found is not None:
+                return None
+            current = self._done + server_round
+            metrics = evaluate_fn(current, arrays) if evaluate_fn else None
+            self._save(current, arrays, layout)
+            return metrics
+
+        left = max(0, num_rounds - self._done)
+        result = super().start(
+            grid, arrays, left, timeout, train_config, evaluate_config, evaluate
+        )
+        if not len(result.arrays):
+            result.arrays = arrays
+        for metrics in (
+            result.train_metrics_clientapp,
+            result.evaluate_metrics_clientapp,
+            result.evaluate_metrics_serverapp,
+        ):
+            later = {r + self._done if r else 0: m for r, m in metrics.items()}
+            metrics.clear()
+            metrics.update(later)
+        return result
+
+    def summary(self) -> None:
+        """Log the settings of the strategy."""
+        self.strategy.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the strategy configure the round, by its number in the whole run."""
+        return self.strategy.configure_train(
+            self._done + server_round, arrays, config, grid
+        )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Let the strategy aggregate."""
+        return self.strategy.aggregate_train(self._done + server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the strategy configure the evaluation."""
+        return self.strategy.configure_evaluate(
+            self._done + server_round, arrays, config, grid
+        )
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Let the strategy aggregate the evaluation."""
+        return self.strategy.aggregate_evaluate(self._done + server_round, replies)
+
+    # --- the checkpoints ---------------------------------------------------------
+
+    def _save(
+        self, server_round: int, arrays: ArrayRecord, layout: dict[str, Any]
+    ) -> None:
+        write(
+            self._path(server_round),
+            {
+                "round": server_round,
+                "settings": self._settings,
+                "layout": layout,
+                "arrays": arrays,
+                "strategies": [
+                    self._state_of(strategy, arrays) for strategy in self._built
+                ],
+                "parts": {name: part.state() for name, part in self._parts.items()},
+                "random": _random_states(),
+            },
+        )
+        for path in self._paths()[_KEPT:]:
+            path.unlink()
+
+    def _state_of(self, strategy: Strategy, arrays: ArrayRecord) -> dict[str, Any]:
+        """Return what a strategy holds besides what it was made with."""
+        name = type(strategy).__name__
+        if isinstance(strategy, _Stateful):
+            return {"name": name, "state": strategy.state(arrays)}
+        state = {}
+        for key, value in vars(strategy).items():
+            if isinstance(value, Strategy) or callable(value):
+                continue
+            if not _storable(value):
+                if f"{name}.{key}" not in self._unsaved:
+                    _log.warning(
+                        "checkpoints leave out %s.%s, a %s; a strategy that needs it "
+                        "to go on can have methods state and restore as AutoFLIP has",
+                        name,
+                        key,
+                        type(value).__name__,
+                    )
+                self._unsaved.add(f"{name}.{key}")
+            elif not isinstance(value, _SCALARS) or value != self._built[strategy][key]:
+                state[key] = value
+        return {"name": name, "state": state}
+
+    def _restore(self, found: dict[str, Any]) -> ArrayRecord:
+        """Go on where a checkpoint was written; return the global model."""
+        arrays: ArrayRecord = found["arrays"]
+        for strategy, saved in zip(self._built, found["strategies"], strict=True):
+            if isinstance(strategy, _Stateful):
+                strategy.restore(saved["state"], arrays)
+            else:
+                vars(strategy).update(saved["state"])
+        for name, part in self._parts.items():
+            part.restore(found["parts"][name])
+        _set_random_states(found["random"])
+        self._done = found["round"]
+        return arrays
+
+    def _newest(self, layout: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the last checkpoint that is whole; None: there is none at all."""
+        torn: list[str] = []
+        for path in self._paths():
+            try:
+                found = read(path)
+            except CheckpointError as error:
+                _log.error("%s; the checkpoint before it is taken", error)
+                torn.append(str(error))
+                continue
+            self._check(path, found, layout)
+            return found
+        if torn:
+            raise CheckpointError(
+                "no whole checkpoint is left; begin the run anew in another folder: "
+                + "; ".join(torn)
+            )
+        return None
+
+    def _check(self, path: Path, found: dict[str, Any], layout: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another run."""
+        remedy = "go on with the settings it was made with, or name another folder"
+        settings = found["settings"]
+        other = [
+            f"{key}: {settings.get(key, 'nothing')!r} there, "
+            f"{self._settings.get(key, 'nothing')!r} here"
+            for key in sorted({*settings, *self._settings})
+            if settings.get(key) != self._settings.get(key)
+        ]
+        if other:
+            raise CheckpointError(
+                f"{path} is of other settings ({'; '.join(other)}); {remedy}"
+            )
+        names = [type(strategy).__name__ for strategy in self._built]
+        saved = [state["name"] for state in found["strategies"]]
+        if names != saved:
+            raise CheckpointError(
+                f"{path} is of other strategies: {saved} there, {names} here; {remedy}"
+            )
+        if found["layout"] != layout:
+            differ = [
+                f"{name}: {found['layout'].get(name, 'nothing')} there, "
+                f"{layout.get(name, 'nothing')} here"
+                for name in [*layout, *(set(found["layout"]) - set(layout))]
+                if found["layout"].get(name) != layout.get(name)
+            ]
+            raise CheckpointError(
+                f"{path} is of another model ({'; '.join(differ[:5])}); {remedy}"
+            )
+
+    def _path(self, server_round: int) -> Path:
+        return self.directory / f"round-{server_round:06d}.safetensors"
+
+    def _paths(self) -> list[Path]:
+        """Return the checkpoints, the newest first."""
+        return sorted(self.directory.glob("round-*.safetensors"), reverse=True)
+
+
+def _chain(strategy: Strategy) -> Iterator[Strategy]:
+    """Yield a strategy, the one inside it, and so on."""
+    inner: Any = strategy
+    while isinstance(inner, Strategy):
+        yield inner
+        inner = getattr(inner, "strategy", None)
+
+
+def _layout(arrays: ArrayRecord) -> dict[str, Any]:
+    """Return name -> type and shape of a model's arrays."""
+    return {n: [array.dtype, list(array.shape)] for n, array in arrays.items()}
+
+
+def _plain(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted keys, as JSON brings them back."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found.update(_plain(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return found
+
+
+def _random_states() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    return {
+        "python": [version, np.array(words, np.uint64), gauss],
+        "numpy": list(np.random.get_state()),  # noqa: NPY002 - DP strategies draw there
+        "torch": torch.get_rng_state().numpy(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(torch.from_numpy(states["torch"]))
+
+
+# --- trees of values and arrays as files ---------------------------------------------
+
+_Arrays: TypeAlias = dict[str, NDArray[Any]]
+
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def write(path: Path, tree: dict[str, Any]) -> None:
+    """Write a tree of plain values, arrays and records, whole or not at all.
+
+    The file is one of safetensors: the arrays, each once however often the tree holds
+    it, and the tree as JSON in the metadata, all with checksums. Nothing is pickled.
+
+    Raises
+    ------
+    CheckpointError
+        If the disk does not take it.
+    """
+    writer = _Writer()
+    text = json.dumps(writer.plain(tree))
+    sums = {key: zlib.crc32(_bytes_of(value)) for key, value in writer.arrays.items()}
+    sums[""] = zlib.crc32(text.encode())
+    metadata = {
+        "format": _FORMAT,
+        "tree": text,
+        "checksums": json.dumps(sums, sort_keys=True),
+    }
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(writer.arrays, partial, metadata)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {error}; the one before it is whole: "
+            "make room, then go on with resume=true"
+        ) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read what `write` wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is torn or none of ours.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is torn: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: expected the format {_FORMAT}, got {metadata.get('format')!r}"
+        )
+    text = metadata.get("tree", "")
+    found = {key: zlib.crc32(_bytes_of(value)) for key, value in arrays.items()}
+    found[""] = zlib.crc32(text.encode())
+    if json.dumps(found, sort_keys=True) != metadata.get("checksums"):
+        raise CheckpointError(f"{path} is torn: the checksums are not its contents'")
+    tree: dict[str, Any] = _Reader(arrays).value(json.loads(text))
+    return tree
+
+
+class _Writer:
+    """Makes JSON of a tree, and gathers its arrays."""
+
+    def __init__(self) -> None:
+        self.arrays: _Arrays = {}
+        self._keys: dict[int, str] = {}  # by id of what is held in `_held`
+        self._held: list[Any] = []
+
+    def plain(self, value: Any) -> Any:
+        """Return JSON for a value; a list's first entry tells what it is."""
+        if isinstance(value, np.bool_ | np.integer | np.floating):
+            value = value.item()
+        if isinstance(value, _SCALARS):
+            return value
+        if isinstance(value, np.ndarray):
+            if value.dtype == np.bool_:
+                bits = self._key(value, lambda: np.packbits(value))
+                return ["bits", bits, list(value.shape)]
+            return ["array", self._key(value, lambda: value)]
+        if isinstance(value, bytes):
+            return ["bytes", self._key(value, lambda: np.frombuffer(value, np.uint8))]
+        if isinstance(value, Array):
+            data = self.plain(value.data)
+            return ["flower", value.dtype, list(value.shape), value.stype, data]
+        for name, kind in _RECORDS.items():
+            if isinstance(value, kind):
+                return [name, self.plain(dict(value))]
+        if isinstance(value, Mapping):
+            pairs = [[self.plain(k), self.plain(v)] for k, v in value.items()]
+            return ["dict", *pairs]
+        for name, collection in _COLLECTIONS.items():
+            if isinstance(value, collection):
+                return [name, *map(self.plain, value)]
+        raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+    def _key(self, held: Any, array: Callable[[], NDArray[Any]]) -> str:
+        if id(held) not in self._keys:
+            key = self._keys[id(held)] = f"{len(self._keys)}"
+            self._held.append(held)  # so that no other gets its id
+            self.arrays[key] = np.ascontiguousarray(array()).reshape(array().shape)
+        return self._keys[id(held)]
+
+
+class _Reader:
+    """Makes a tree of JSON and arrays."""
+
+    def __init__(self, arrays: _Arrays) -> None:
+        self._arrays = arrays
+        self._bytes: dict[str, bytes] = {}
+
+    def value(self, found: Any) -> Any:
+        """Return what `_Writer.plain` was given."""
+        if not isinstance(found, list):
+            return found
+        kind, *rest = found
+        if kind == "array":
+            return self._arrays[rest[0]]
+        if kind == "bits":
+            count = int(np.prod(rest[1], dtype=np.int64))
+            bits = np.unpackbits(self._arrays[rest[0]], count=count)
+            return bits.astype(np.bool_).reshape(rest[1])
+        if kind == "bytes":
+            key = rest[0]
+            if key not in self._bytes:
+                self._bytes[key] = self._arrays[key].tobytes()
+            return self._bytes[key]
+        if kind == "flower":
+            dtype, shape, stype, data = rest
+            return Array(
+                dtype=dtype, shape=tuple(shape), stype=stype, data=self.value(data)
+            )
+        if kind in _RECORDS:
+            return _RECORDS[kind](self.value(rest[0]))
+        if kind == "dict":
+            return {self.value(k): self.value(v) for k, v in rest}
+        return _COLLECTIONS[kind](map(self.value, rest))
+
+
+_RECORDS: dict[str, Any] = {
+    "arrays": ArrayRecord,
+    "config": ConfigRecord,
+    "metrics": MetricRecord,
+}
+_COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
+
+
+def _storable(value: Any) -> bool:
+    try:
+        _Writer().plain(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,374 @@
+"""Checkpoints: whole or refused; a run that goes on ends as if it never stopped."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from inprocess import LocalGrid, net, plain_net, toy_app
+from numpy.testing import assert_array_equal
+
+from autoflip_flwr import AutoFLIP
+from autoflip_flwr.checkpoint import Checkpointed, read, write
+from autoflip_flwr.errors import CheckpointError
+
+NODES = [11, 12, 13, 14, 15]
+ROUNDS = 5
+
+
+# --- files ----------------------------------------------------------------------------
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=5),
+    st.binary(max_size=9),
+    hnp.arrays(np.float32, hnp.array_shapes(min_side=0)),
+    hnp.arrays(np.bool_, hnp.array_shapes(min_dims=0, min_side=0)),
+    hnp.arrays(np.int64, hnp.array_shapes(min_dims=0)),
+)
+TREES = st.dictionaries(
+    st.text(max_size=5),
+    st.recursive(
+        LEAVES,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.tuples(inner, inner),
+            st.dictionaries(st.tuples(st.text(), st.integers()), inner, max_size=3),
+        ),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype
+        assert_array_equal(found, expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == expected
+
+
+@given(tree=TREES)
+def test_what_is_written_is_read(tmp_path_factory, tree):
+    path = tmp_path_factory.mktemp("one") / "tree.safetensors"
+    write(path, tree)
+    assert_same(read(path), tree)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_records_come_back_and_an_array_held_twice_is_written_once(tmp_path):
+    arrays = ArrayRecord(net().state_dict())
+    config = ConfigRecord({"lr": 0.1, "note": b"abc"})
+    path = tmp_path / "tree.safetensors"
+    write(path, {"a": arrays, "c": config})
+    once = path.stat().st_size
+    write(path, {"a": arrays, "c": config, "again": [arrays, dict(arrays)]})
+    assert path.stat().st_size < once + 2000
+    found = read(path)
+    assert found["a"].object_id == arrays.object_id
+    assert dict(found["c"]) == dict(config)
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(TypeError, match="cannot hold a function"):
+        write(tmp_path / "x", {"f": lambda: 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_cut_short_anywhere_or_changed_anywhere_is_refused(tmp_path):
+    path = tmp_path / "tree.safetensors"
+    write(path, {"a": np.arange(40, dtype=np.float32), "b": [1, "two", None]})
+    whole = path.read_bytes()
+    assert_array_equal(read(path)["a"], np.arange(40))
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"tree\.safetensors"):
+            read(path)
+    for place in range(len(whole)):
+        if whole[place] in b" ":  # the header's padding says nothing
+            continue
+        changed = bytearray(whole)
+        changed[place] ^= 0x01
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"tree\.safetensors"):
+            read(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="torn"):
+        read(path)
+
+
+# --- runs that go on ------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Ends a run at once: nothing of ours catches it."""
+
+
+def started(
+    folder, make, rounds=ROUNDS, *, model=net, tamper=None, settings=None, seed=3
+):
+    """Run, or go on with, a strategy; return its weights and the grid."""
+    grid = LocalGrid(toy_app(model), NODES, tamper=tamper)
+    strategy = Checkpointed(
+        make(folder), folder / "checkpoints", settings=settings or {"lr": 0.1}
+    )
+    random.seed(seed)  # a process that goes on has another state
+    np.random.seed(seed)  # noqa: NPY002
+    result = strategy.start(grid, ArrayRecord(model().state_dict()), num_rounds=rounds)
+    return {n: a.numpy() for n, a in result.arrays.items()}, grid, result
+
+
+def assert_same_weights(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_array_equal(found[name], value)
+
+
+def inner(**options):
+    return FedAvg(fraction_train=0.4, fraction_evaluate=0.4, **options)
+
+
+def private():
+    return DifferentialPrivacyServerSideAdaptiveClipping(
+        inner(),
+        noise_multiplier=0.5,
+        num_sampled_clients=2,
+        clipped_count_stddev=1.0,
+    )
+
+
+def pruning(make=inner, **options):
+    def built(folder):
+        chosen = {"seed": 0, "threshold": 0.6, "store": folder / "guidance"} | options
+        return AutoFLIP(make(), **chosen)
+
+    return built
+
+
+MAKES = {
+    "FedAvg": lambda folder: inner(),
+    "FedAvgM": lambda folder: FedAvgM(fraction_train=0.4, server_momentum=0.9),
+    "FedAdam": lambda folder: FedAdam(fraction_train=0.4, eta=0.01),
+    "DP": lambda folder: private(),
+    "AutoFLIP": pruning(),
+    "paper": pruning(population_weight=0.0, normalization="global"),
+    "AutoFLIP(FedAvgM)": pruning(lambda: FedAvgM(fraction_train=0.4)),
+    "AutoFLIP(FedAdam)": pruning(lambda: FedAdam(fraction_train=0.4, eta=0.01)),
+    "AutoFLIP(DP)": pruning(private),
+    "keep": pruning(pruned_weights="keep", population_weight=0.0),
+    "vote": pruning(agreement="vote"),
+    "sign": pruning(agreement="sign"),
+    "some explore": pruning(exploration_fraction=0.5),
+    "every": pruning(exploration_every=2),
+    "warm, refresh": pruning(
+        warm_start=True, population_weight=1.0, refresh=0.5, refresh_every=1
+    ),
+    "saliency": pruning(score="saliency", normalization="layer"),
+    "float16": pruning(values="float16"),
+    **{
+        method: pruning(method=method)
+        for method in ("random", "magnitude", "ssfl", "prunefl", "feddst")
+    },
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
+    name, tmp_path
+):
+    make = MAKES[name]
+    expected, one, _ = started(tmp_path / "one", make)
+    _, first, _ = started(tmp_path / "two", make, rounds=3)
+    found, later, result = started(tmp_path / "two", make, seed=99)
+    assert_same_weights(found, expected)
+    assert first.nodes("train") + later.nodes("train") == one.nodes("train")
+    assert first.nodes("explore") + later.nodes("explore") == one.nodes("explore")
+    assert list(result.train_metrics_clientapp) == [4, 5]
+
+
+@pytest.mark.parametrize("name", ["AutoFLIP", "warm, refresh", "ssfl", "some explore"])
+@pytest.mark.parametrize("answers", range(1, 6))
+def test_killed_while_clients_explore_only_the_others_are_asked_again(
+    name, answers, tmp_path
+):
+    make = MAKES[name]
+    expected, one, _ = started(tmp_path / "one", make, rounds=2)
+    told = []
+
+    def tamper(message, reply):
+        phase = message.content["config"].get("autoflip.phase")
+        if phase == "explore":
+            told.append(message.metadata.dst_node_id)
+            if len(told) > answers:
+                raise Killed
+        elif phase == "train" and len(told) <= answers:
+            raise Killed
+        return reply
+
+    class OneByOne(LocalGrid):
+        def push_messages(self, messages):
+            self.left = list(messages)
+            for number, message in enumerate(self.left):
+                message.metadata.__dict__["_message_id"] = str(number)
+            return [message.metadata.message_id for message in self.left]
+
+        def pull_messages(self, message_ids):
+            message = self.left.pop(0)
+            number = message.metadata.message_id
+            (given,) = super().push_messages([message])
+            (reply,) = super().pull_messages([given])
+            reply.metadata.__dict__["_reply_to_message_id"] = number
+            message.metadata.__dict__["_message_id"] = number
+            return [reply]
+
+    grid = OneByOne(toy_app(), NODES, tamper=tamper)
+    strategy = Checkpointed(make(tmp_path / "two"), tmp_path / "two" / "checkpoints")
+    random.seed(3)
+    with pytest.raises(Killed):
+        strategy.start(grid, ArrayRecord(net().state_dict()), num_rounds=2)
+    done = grid.nodes("explore")[:answers]
+
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = Checkpointed(make(tmp_path / "two"), tmp_path / "two" / "checkpoints")
+    random.seed(99)
+    result = strategy.start(grid, ArrayRecord(net().state_dict()), num_rounds=2)
+    assert_same_weights({n: a.numpy() for n, a in result.arrays.items()}, expected)
+    everybody = one.nodes("explore")
+    again = [n for n in everybody[: len(set(everybody))] if n not in done]
+    assert grid.nodes("explore")[: len(again)] == again
+    assert sorted(done + grid.nodes("explore")) == sorted(everybody)
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+@pytest.mark.parametrize("server_round", [1, 3])
+def test_killed_in_the_middle_of_a_round_it_is_run_again(phase, server_round, tmp_path):
+    make = MAKES["AutoFLIP(FedAvgM)"]
+    expected, _, _ = started(tmp_path / "one", make)
+
+    def tamper(message, reply):
+        config = message.content["config"]
+        if (config["server-round"], config.get("autoflip.phase")) == (
+            server_round,
+            phase,
+        ):
+            raise Killed
+        return reply
+
+    with pytest.raises(Killed):
+        started(tmp_path / "two", make, tamper=tamper)
+    found, _, _ = started(tmp_path / "two", make, seed=99)
+    assert_same_weights(found, expected)
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["AutoFLIP", "every", "FedAdam"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_taken(
+    name, tmp_path, caplog
+):
+    make = MAKES[name]
+    expected, _, _ = started(tmp_path / "one", make)
+    started(tmp_path / "two", make, rounds=4)
+    torn = newest(tmp_path / "two")
+    torn.write_bytes(torn.read_bytes()[:-1])
+    found, _, result = started(tmp_path / "two", make, seed=99)
+    assert f"{torn} is torn" in caplog.text
+    assert list(result.train_metrics_clientapp) == [4, 5]
+    assert_same_weights(found, expected)
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun(tmp_path):
+    started(tmp_path, MAKES["AutoFLIP"], rounds=2)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint is left.*another"):
+        started(tmp_path, MAKES["AutoFLIP"])
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    started(tmp_path, MAKES["FedAvg"], rounds=4)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "round-000003.safetensors",
+        "round-000004.safetensors",
+    ]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    expected, _, _ = started(tmp_path, MAKES["AutoFLIP"], rounds=2)
+    found, grid, _ = started(tmp_path, MAKES["AutoFLIP"], rounds=2)
+    assert_same_weights(found, expected)
+    assert not grid.sent
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_stays(tmp_path):
+    make = MAKES["AutoFLIP"]
+    started(tmp_path, make, rounds=2, settings={"pruning": {"threshold": 0.6}})
+    before = newest(tmp_path).read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r"other settings \(pruning.threshold: 0.6 there, 0.7"
+    ):
+        started(tmp_path, make, settings={"pruning": {"threshold": 0.7}})
+    with pytest.raises(CheckpointError, match=r"seed: 'nothing' there, 4 here"):
+        started(tmp_path, make, settings={"pruning": {"threshold": 0.6}, "seed": 4})
+    assert newest(tmp_path).read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_or_strategy_is_refused(tmp_path):
+    started(tmp_path, MAKES["AutoFLIP"], rounds=2)
+    with pytest.raises(CheckpointError, match=r"another model \(0.bias: nothing there"):
+        started(tmp_path, MAKES["AutoFLIP"], model=plain_net)
+    with pytest.raises(CheckpointError, match=r"\['AutoFLIP', 'FedAvg'\] there"):
+        started(tmp_path, MAKES["FedAvg"])
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_guidance_that_a_checkpoint_needs_must_be_there(damage, tmp_path):
+    started(tmp_path, MAKES["AutoFLIP"], rounds=2)
+    path = min((tmp_path / "guidance").glob("*.guidance"))
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"\xfe")
+    with pytest.raises(CheckpointError, match=r"guidance"):
+        started(tmp_path, MAKES["AutoFLIP"])
+
+
+def test_what_a_new_strategy_is_made_with_counts_not_what_the_old_one_was(tmp_path):
+    started(tmp_path, lambda folder: FedAvg(fraction_train=0.4), rounds=2)
+    _, grid, _ = started(tmp_path, lambda folder: FedAvg(fraction_train=1.0), rounds=3)
+    assert len(grid.nodes("train")) == 5
+
+
+def test_what_no_checkpoint_can_hold_is_named_once(tmp_path, caplog):
+    class Odd(FedAvg):
+        def __init__(self):
+            super().__init__(fraction_train=0.4)
+            self.handle = object()
+
+    started(tmp_path, lambda folder: Odd(), rounds=2)
+    assert caplog.text.count("checkpoints leave out Odd.handle, a object") == 1
