@@ -1,6 +1,13 @@
 """What our ServerApp and ClientApp do: read settings, compose, nothing else."""
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -20,8 +27,13 @@ def serve(grid: Grid, context: Context) -> None:
     example = experiment.example_inputs(settings)
     test = experiment.held_out(settings)
     initial = wire.record_of(training.state_arrays(model))
-    run_grid = RunGrid(grid, seed=settings.seed, dense_bytes=initial.count_bytes())
     directory = run_directory(str(context.run_config["output-dir"]), settings)
+    run_grid = RunGrid(
+        grid,
+        seed=settings.seed,
+        dense_bytes=initial.count_bytes(),
+        meter=directory / "checkpoints" / "meter.json",
+    )
     strategy = build_strategy(settings, model, example, store=directory / "guidance")
     rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
     operations = costs.Operations(model, example)
@@ -46,14 +58,15 @@ def serve(grid: Grid, context: Context) -> None:
         run_grid.begin(server_round + 1)
         return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
 
-    experiment.warn_of_few_nodes(settings, len(run_grid.get_node_ids()))
-    run.start(
+    experiment.warn_of_few_nodes(settings, len(list(grid.get_node_ids())))
+    result = run.start(
         run_grid,
         initial,
         num_rounds=settings.rounds,
         timeout=settings.strategy.timeout,
         evaluate_fn=evaluate,
     )
+    training.load_arrays(model, wire.arrays_of(result.arrays))
     masks = rounds.plan.masks if rounds and rounds.plan else {}
     summary = log.finish(
         training.state_arrays(model),
@@ -123,6 +136,5 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def query(message: Message, context: Context) -> Message:
     """Answer the roll call."""
-    client = experiment.client_id(context.node_config)
-    metrics = MetricRecord({CLIENT_ID: client})
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    config = ConfigRecord({CLIENT_ID: experiment.client_id(context.node_config)})
+    return Message(RecordDict({"config": config}), reply_to=message)

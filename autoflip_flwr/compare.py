@@ -133,7 +133,7 @@ def plan(
             settings=settings,
         )
         if run.finished:
-            _check_finished(run, run.directory)
+            _check_settings(run, run.directory)
         elif run.directory.exists():
             raise SettingsError(
                 f"{run.directory} is in the way: it holds no finished run; move it "
@@ -152,7 +152,7 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
     """Run what is not finished: in this process's Ray, clients on all cores.
 
     A run is written to a folder of its own that gets its name when it is finished;
-    what an interruption left behind is begun anew.
+    what an interruption left of one goes on from its last checkpoint.
 
     Parameters
     ----------
@@ -176,9 +176,9 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
 def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
     for one in planned:
         if one.finished:  # perhaps by another comparison, since this one was planned
-            _check_finished(one, one.directory)
+            _check_settings(one, one.directory)
         elif (one.partial / "summary.json").exists():  # killed before it got its name
-            _check_finished(one, one.partial)
+            _check_settings(one, one.partial)
             one.partial.rename(one.directory)
     left = [one for one in planned if not one.finished]
     if not left:
@@ -230,13 +230,17 @@ def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
 
 
 def _start(simulate: Any, run: Planned) -> Any:
-    """Submit a run, in a folder without traces of an earlier try."""
-    shutil.rmtree(run.partial, ignore_errors=True)
-    run.partial.mkdir(parents=True)
+    """Submit a run, or go on with what an interruption left of it."""
+    try:
+        _check_settings(run, run.partial)
+    except AutoFlipError:  # of other settings, or it had not begun
+        shutil.rmtree(run.partial, ignore_errors=True)
+    run.partial.mkdir(parents=True, exist_ok=True)
     config = {
         "preset": run.preset,
         "overrides": run.overrides,
         "output-dir": str(run.partial),
+        "resume": True,
     }
     nodes = run.settings.strategy.min_nodes
     return simulate.remote(nodes, config, str(run.partial / "log.txt"))
@@ -252,13 +256,13 @@ def _runs_at_once(run: Planned, cores: int) -> int:
     return 1 + math.ceil(cores / clients)
 
 
-def _check_finished(run: Planned, folder: Path) -> None:
-    """Refuse to take a finished run of other settings for this one."""
+def _check_settings(run: Planned, folder: Path) -> None:
+    """Refuse to take a run of other settings for this one."""
     found = presets.read(folder / "settings.yaml")
     if replace(found, log=run.settings.log) != run.settings:
         raise SettingsError(
-            f"{folder} holds a finished run of other settings; name another output, "
-            "or move that folder away"
+            f"{folder} holds a run of other settings; name another output, or move "
+            "that folder away"
         )
 
 

@@ -1,6 +1,5 @@
 """What both of our apps make of a run's settings: the model and the data."""
 
-import hashlib
 import logging
 import zlib
 from collections.abc import Mapping
@@ -107,16 +106,14 @@ def node_samples(
     )
 
 
-def client_id(node_config: Mapping[str, Any]) -> int:
+def client_id(node_config: Mapping[str, Any]) -> int | str:
     """Return who a node says it is, so that it is known again when it comes back.
 
-    The partition it holds, or a number of 62 bits that stands for the ``client-id`` of
-    its config; -1 where it has neither.
+    The ``client-id`` of its config, or the number of the partition it holds; -1 where
+    it has neither.
     """
     if "client-id" in node_config:
-        name = str(node_config["client-id"]).encode()
-        digest = hashlib.blake2b(name, digest_size=8).digest()
-        return int.from_bytes(digest, "big") >> 2
+        return str(node_config["client-id"])
     return int(node_config.get("partition-id", -1))
 
 

@@ -1,11 +1,14 @@
 """The grid our ServerApp hands to a strategy: repeatable, and with a meter."""
 
+import hashlib
+import json
 import logging
 import math
 import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from flwr.app import Message, RecordDict
@@ -13,12 +16,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from autoflip_flwr import wire
+from autoflip_flwr.store import write
 
 _log = logging.getLogger("flwr")
 
 Direction: TypeAlias = Literal["down", "up"]
 
-#: Metric of the reply to a roll call; -1: the node does not say who it is.
+#: In the config of the reply to a roll call: a name, or the number of a partition; -1:
+#: the node does not say who it is.
 CLIENT_ID = "client-id"
 
 _ROLL_CALL_TIMEOUT = 120.0
@@ -70,6 +75,9 @@ class RunGrid(Grid):
         With the number of the round decides who is sampled.
     dense_bytes : int
         What the arrays of the dense model count.
+    meter : Path, optional
+        A file for what is counted, so that a run that goes on has not forgotten the
+        bytes of the round in which its server was killed.
 
     Attributes
     ----------
@@ -81,7 +89,7 @@ class RunGrid(Grid):
         Samples that nodes say they have, times the epochs of an exploration.
     seconds : mapping of phase -> float
         Wall time from sending to the last reply.
-    missing : list of int
+    missing : list of int or str
         Clients that were asked since `begin` and did not answer, or with an error.
 
     Notes
@@ -90,13 +98,16 @@ class RunGrid(Grid):
     it, until it is gone.
     """
 
-    def __init__(self, grid: Grid, *, seed: int, dense_bytes: int) -> None:
+    def __init__(
+        self, grid: Grid, *, seed: int, dense_bytes: int, meter: Path | None = None
+    ) -> None:
         self._grid = grid
         self._seed = seed
         self._dense_bytes = dense_bytes
+        self._meter = meter
         self._stage = "train-1"
         self._claims: dict[int, int] = {}  # node -> who it says it is, as they came
-        self._named: set[int] = set()  # clients that said so
+        self._names: dict[int, int | str] = {}  # of clients, as they said them
         self._nodes: dict[int, int] = {}  # client -> the node that is it now
         self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
         self._silent: set[int] = set()
@@ -105,11 +116,13 @@ class RunGrid(Grid):
         self.dense: Counter[tuple[str, Direction]] = Counter()
         self.samples: defaultdict[str, float] = defaultdict(float)
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._recall()
 
     @property
-    def missing(self) -> list[int]:
+    def missing(self) -> list[int | str]:
         """Clients that were asked in this round and did not answer."""
-        return sorted(self._silent.union(c for c, _ in self._waiting.values()))
+        silent = self._silent.union(client for client, _ in self._waiting.values())
+        return sorted((self._names.get(c, c) for c in silent), key=str)
 
     def begin(self, server_round: int) -> None:
         """Sample for the training of this round from now on."""
@@ -118,22 +131,36 @@ class RunGrid(Grid):
         self._silent.clear()
 
     def state(self) -> dict[str, Any]:
-        """Return what a run that goes on has counted so far."""
-        return {
-            "sent": dict(self.sent),
-            "dense": dict(self.dense),
-            "samples": dict(self.samples),
-            "seconds": dict(self.seconds),
-            "stage": self._stage,
-        }
+        """Return what the sampling of the next round depends on."""
+        return {"stage": self._stage}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.sent.update(state["sent"])
-        self.dense.update(state["dense"])
-        self.samples.update(state["samples"])
-        self.seconds.update(state["seconds"])
+        """Go on with the next round."""
         self._stage = state["stage"]
+
+    def _note(self) -> None:
+        """Write down what has been counted."""
+        if self._meter is None:
+            return
+        pairs = {"sent": self.sent, "dense": self.dense}
+        counted = {
+            **{k: [[*key, n] for key, n in v.items()] for k, v in pairs.items()},
+            "samples": self.samples,
+            "seconds": self.seconds,
+        }
+        write(self._meter, json.dumps(counted).encode())
+
+    def _recall(self) -> None:
+        """Go on with what an earlier process of the run has counted."""
+        if self._meter is None or not self._meter.exists():
+            return
+        counted = json.loads(self._meter.read_text())
+        for phase, direction, count in counted["sent"]:
+            self.sent[phase, direction] = count
+        for phase, direction, count in counted["dense"]:
+            self.dense[phase, direction] = count
+        self.samples.update(counted["samples"])
+        self.seconds.update(counted["seconds"])
 
     def get_node_ids(self) -> list[int]:
         """Return the connected clients in a stable order, the generator seeded."""
@@ -151,7 +178,7 @@ class RunGrid(Grid):
                         first,
                     )
         random.seed(f"{self._seed}/{self._stage}")
-        named = self._named
+        named = self._names
         return sorted(self._nodes, key=lambda client: (client not in named, client))
 
     def send_and_receive(
@@ -178,6 +205,7 @@ class RunGrid(Grid):
             self._count(phase, "down", message)
             if phase == "train":
                 self._stage = self._stage.replace("train", "evaluate")
+        self._note()
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -201,6 +229,8 @@ class RunGrid(Grid):
                 self.samples[phase] += _samples(reply)
             else:
                 self._silent.add(client)
+        if replies:
+            self._note()
         return replies
 
     def _addressed(self, message: Message) -> Message:
@@ -235,13 +265,14 @@ class RunGrid(Grid):
                 _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
                 continue
             self.sent["roll-call", "up"] += wire.count_bytes(reply.content)
-            for record in reply.content.metric_records.values():
-                client = record.get(CLIENT_ID)
-                if isinstance(client, int) and client >= 0:
-                    claims[node_id] = client
-        self._named.update(client for client in claims.values() if client >= 0)
+            for record in reply.content.config_records.values():
+                name = record.get(CLIENT_ID)
+                if isinstance(name, str) or (isinstance(name, int) and name >= 0):
+                    claims[node_id] = client = _client_of(name)
+                    self._names[client] = name
         for node_id, client in claims.items():
             self._claims[node_id] = client if client >= 0 else node_id
+        self._note()
 
     # --- everything else is Flower's own ---------------------------------------
 
@@ -266,6 +297,14 @@ class RunGrid(Grid):
         return self._grid.create_message(
             content, message_type, dst_node_id, group_id, ttl
         )
+
+
+def _client_of(name: int | str) -> int:
+    """Return the number of a client: a partition's, or 62 bits for a name."""
+    if isinstance(name, int):
+        return name
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
 
 
 def _samples(reply: Message) -> float:

@@ -19,6 +19,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from autoflip_flwr import apps
+from autoflip_flwr.grid import stream
 
 #: A node id must not be 0, nor the SuperLink's, which is 1.
 _FIRST_NODE = 100
@@ -65,20 +66,16 @@ class RayGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """Let nodes answer; those that take longer than `timeout` seconds are left."""
-        message_ids = self.push_messages(messages)
-        tasks = [self._pending[message_id][0] for message_id in message_ids]
-        _, late = ray.wait(tasks, num_returns=len(tasks), timeout=timeout)
-        replies = self.pull_messages(message_ids)
-        for task in late:
-            ray.cancel(task, force=True)
-        for message_id in message_ids:
-            self._pending.pop(message_id, None)
-        return replies
+        return list(stream(self, messages, timeout=timeout))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand messages to their nodes; return their ids."""
+        """Hand messages to their nodes; return their ids.
+
+        A node that is still busy with an earlier message gives that one up.
+        """
         message_ids = []
         for message in messages:
+            self.give_up(message.metadata.dst_node_id)
             message_id = str(uuid.uuid4())
             message.metadata.__dict__["_message_id"] = message_id
             context = self._contexts[message.metadata.dst_node_id]
@@ -86,6 +83,17 @@ class RayGrid(Grid):
             self._pending[message_id] = (task, message)
             message_ids.append(message_id)
         return message_ids
+
+    def give_up(self, node_id: int | None = None) -> None:
+        """End what a node is still busy with; None: what any is."""
+        late = [
+            message_id
+            for message_id, (_, message) in self._pending.items()
+            if node_id in (None, message.metadata.dst_node_id)
+        ]
+        for message_id in late:
+            task, _ = self._pending.pop(message_id)
+            ray.cancel(task, force=True)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are there, each once, in the order of the ids."""
@@ -174,6 +182,7 @@ def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
         logger.exception("the run failed")
         raise
     finally:  # the process may be a node's next
+        grid.give_up()
         logger.handlers = []
         file.close()
 

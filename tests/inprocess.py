@@ -331,8 +331,8 @@ def toy_app(
     @app.query()
     def query(message: Message, context: Context) -> Message:
         partition_id = int(context.node_config.get("partition-id", -1))
-        metrics = MetricRecord({"client-id": partition_id})
-        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+        config = ConfigRecord({"client-id": partition_id})
+        return Message(RecordDict({"config": config}), reply_to=message)
 
     return app
 

@@ -102,7 +102,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
         overrides="log.tensorboard=true",
     )
     assert again.finished
-    with pytest.raises(SettingsError, match=r"l1-0 holds a finished run of other"):
+    with pytest.raises(SettingsError, match=r"l1-0 holds a run of other"):
         compare.plan(
             "smoke", output=tmp_path, strategies=["l1"], seeds=1, overrides="rounds=9"
         )
@@ -114,7 +114,7 @@ def test_a_run_that_another_comparison_finished_is_looked_at_again(tmp_path):
     run.directory.mkdir(parents=True)
     (run.directory / "settings.yaml").write_text(other.as_yaml())
     (run.directory / "summary.json").write_text("{}")
-    with pytest.raises(SettingsError, match=r"l1-0 holds a finished run of other"):
+    with pytest.raises(SettingsError, match=r"l1-0 holds a run of other"):
         compare.run([run])
 
 
@@ -268,6 +268,13 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
     assert runs_in(tmp_path / "smoke") == ["autoflip-0", "fedavg-0", "random-0"]
     rows = (tmp_path / "smoke" / "autoflip-0" / "metrics.jsonl").read_text()
     assert [json.loads(row)["round"] for row in rows.splitlines()] == [*range(1, 31)]
+    for name in ("autoflip", "random"):  # bit for bit as if never interrupted
+        overrides = f"rounds=30 strategy.name={name} seed=0"
+        go(tmp_path / name, overrides, preset="smoke")
+        expected = load_file(tmp_path / name / "model.safetensors")
+        found = load_file(tmp_path / "smoke" / f"{name}-0" / "model.safetensors")
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
 
 
 def _wait_for(path, process):

@@ -1,6 +1,10 @@
 """`flwr run` for real: simulated nodes, and nodes as processes."""
 
 import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +72,38 @@ def test_nodes_with_data_of_their_own(tmp_path):
         out = flower.run(ROOT, config(tmp_path / "r", overrides))
     assert "AutoFLIP run finished" in out, out
     assert summary(tmp_path / "r")["rounds"] == 2
+
+
+def test_a_server_killed_with_sigkill_goes_on_where_it_was(tmp_path):
+    overrides = f"{SHORT} {HYBRID} rounds=5 strategy.server=fedavgm"
+    nodes = [f"partition-id={i} num-partitions=3" for i in range(3)]
+    folder = tmp_path / "killed"
+    with deployment(tmp_path / "home", nodes) as flower:
+        out = flower.run(ROOT, config(tmp_path / "whole", overrides))
+        assert "AutoFLIP run finished" in out, out
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(flower.run, ROOT, config(folder, overrides))
+            metrics = folder / "metrics.jsonl"
+            while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+                assert not running.done(), running.result()
+                time.sleep(0.1)
+            servers = flower.server_apps()
+            assert servers
+            for process in servers:
+                os.kill(process, signal.SIGKILL)
+        assert "AutoFLIP run finished" not in running.result()
+        again = config(folder, overrides) + " resume=true"
+        out = flower.run(ROOT, again)
+        assert "AutoFLIP run finished" in out, out
+    assert "nodes explore" not in out.partition("is round")[2].partition("ROUND")[0]
+    assert summary(folder)["samples"] != {}
+    explored = [summary(f)["bytes"]["explore_up"] for f in (folder, tmp_path / "whole")]
+    assert explored[0] <= 1.5 * explored[1], "refreshed again, at most, not explored"
+    killed, whole = (
+        load_file(f / "model.safetensors") for f in (folder, tmp_path / "whole")
+    )
+    for name, values in whole.items():
+        np.testing.assert_array_equal(killed[name], values)
 
 
 def test_two_simulations_of_one_seed_are_equal_bit_for_bit(tmp_path):

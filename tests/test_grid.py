@@ -9,11 +9,10 @@ from flwr.app import (
     ConfigRecord,
     Error,
     Message,
-    MetricRecord,
     RecordDict,
 )
 from flwr.serverapp.strategy import FedAvg
-from inprocess import LocalGrid, net, plain_net, run, toy_app
+from inprocess import ROOT, LocalGrid, load_script, net, plain_net, run, toy_app
 
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.grid import RunGrid, stream
@@ -182,7 +181,7 @@ def test_the_roll_call_is_counted_apart():
     inner = LocalGrid(toy_app(), range(5))
     grid = grid_of(inner)
     grid.get_node_ids()
-    reply = MetricRecord({"client-id": 1}).count_bytes()
+    reply = ConfigRecord({"client-id": 1}).count_bytes()
     assert dict(grid.sent) == {("roll-call", "up"): 5 * reply}
     assert not grid.dense
 
@@ -327,12 +326,32 @@ def test_replies_are_yielded_as_they_come(clock):
     assert next(ready, None) is None
 
 
-def test_a_meter_goes_on_counting():
-    inner = LocalGrid(toy_app(), range(5))
-    grid = grid_of(inner)
+def test_a_meter_goes_on_counting(tmp_path):
+    def metered():
+        inner = LocalGrid(toy_app(), range(5))
+        dense = ArrayRecord(net().state_dict()).count_bytes()
+        return RunGrid(inner, seed=0, dense_bytes=dense, meter=tmp_path / "meter.json")
+
+    grid = metered()
     run(AutoFLIP(), grid, net(), 1)
-    later = grid_of(inner)
-    later.restore(grid.state())
-    assert later.state() == grid.state()
+    later = metered()
+    for kind in ("sent", "dense", "samples", "seconds"):
+        assert getattr(later, kind) == getattr(grid, kind)
     run(AutoFLIP(), later, net(), 1)
     assert later.sent["train", "down"] == 2 * grid.sent["train", "down"]
+
+
+def test_clients_are_missing_under_the_names_they_gave():
+    def tamper(message, reply):
+        return reply if message.metadata.message_type == "query" else None
+
+    configs = {7: {"client-id": "ward 3"}, 8: {"partition-id": 1}, 9: {}}
+    app = load_script("named_client_app", ROOT / "client_app.py").app
+    inner = LocalGrid(app, configs, node_configs=configs, tamper=tamper)
+    grid = grid_of(inner)
+    clients = grid.get_node_ids()
+    assert clients[0] == 1
+    assert clients[1] > 2**32
+    assert clients[2] == 9
+    grid.send_and_receive([asked(client) for client in clients], timeout=1)
+    assert grid.missing == [1, 9, "ward 3"]

@@ -1,0 +1,212 @@
+"""Kill a server with SIGKILL at random moments, let it go on, compare the weights.
+
+    python tests/kills.py --kills 50
+
+A real process each time (a fork, so that nothing is imported again): our ServerApp with
+clients of its own, warm start, refresh and momentum at the server. Every other
+kill comes at a random time, every other in the middle of writing a file. Prints one
+line of JSON.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from inprocess import ROOT, LocalGrid, load_script
+from safetensors.numpy import load_file
+
+from autoflip_flwr import checkpoint, store
+
+server_app = load_script("killed_server_app", ROOT / "server_app.py")
+client_app = load_script("killed_client_app", ROOT / "client_app.py")
+
+OVERRIDES = (
+    "rounds=6 data.max-samples=240 data.max-test-samples=100 training.epochs=1 "
+    "strategy.min-nodes=6 strategy.fraction-train=0.5 model.channels=[4,8] "
+    "model.hidden=16 strategy.server=fedavgm strategy.server-momentum=0.9 "
+    "exploration.epochs=1 exploration.every=3 exploration.warm-start=true "
+    "pruning.refresh=0.3 pruning.refresh-every=1 pruning.refresh-until=6"
+)
+NODES = range(1, 7)
+
+
+class SlowGrid(LocalGrid):
+    """One node answers after the other, and a file tells whose answer has arrived."""
+
+    def __init__(self, folder: Path) -> None:
+        config = {
+            "preset": "quickstart",
+            "overrides": OVERRIDES,
+            "output-dir": str(folder / "run"),
+            "resume": True,
+        }
+        super().__init__(client_app.app, NODES, run_config=config)
+        self._log = (folder / "explored.txt").open("a", buffering=1)
+        self._left: dict[str, Message] = {}
+        self._last: Message | None = None
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        for message in messages:
+            message_id = f"{message.metadata.dst_node_id}-{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self._left[message_id] = message
+        return list(self._left)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        if self._last is not None:  # what came with the last pull has been kept
+            config = next(iter(self._last.content.config_records.values()), {})
+            if config.get("autoflip.phase") == "explore":
+                words = (config["server-round"], self._last.metadata.dst_node_id)
+                print(*words, file=self._log)
+        waiting = [i for i in message_ids if i in self._left]
+        if not waiting:
+            return []
+        message = self._last = self._left.pop(min(waiting))
+        (given,) = super().push_messages([message])
+        (reply,) = super().pull_messages([given])
+        reply.metadata.__dict__["_reply_to_message_id"] = min(waiting)
+        message.metadata.__dict__["_message_id"] = min(waiting)
+        return [reply]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        left, replies = set(self.push_messages(messages)), []
+        while left:
+            (reply,) = self.pull_messages(left)
+            left.remove(reply.metadata.reply_to_message_id)
+            replies.append(reply)
+        return replies
+
+
+def serve(folder: Path) -> None:
+    grid = SlowGrid(folder)
+    server_app.app(grid, Context(1, 1, {}, RecordDict(), grid.run_config))
+
+
+def forked(work: Callable[[], None], log: Path) -> int:
+    """Let a process of its own do the work; return its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            work()
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+def ended(process: int) -> int:
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def die_in_write(number: int) -> None:
+    """Be killed with half of the `number`-th file written, or before its name."""
+    count = [0]
+
+    def due() -> bool:
+        count[0] += 1
+        return count[0] == number
+
+    def cut(path: Path) -> None:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save_file, sync, write = checkpoint.save_file, checkpoint._sync, store.write
+
+    def half_saved(arrays, path, metadata):
+        save_file(arrays, path, metadata)
+        if due():
+            cut(Path(path))
+
+    def not_synced(path):
+        if due():
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+
+    def half_written(path, data):
+        if due():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(data)
+            cut(partial)
+        write(path, data)
+
+    checkpoint.save_file, checkpoint._sync = half_saved, not_synced
+    store.write = half_written
+
+
+#: What a run imports late: once here, not once a process.
+_LATE = ("sklearn.datasets", "thop", "torch._dynamo", "torch_pruning")
+
+
+def main(kills: int, seed: int) -> dict[str, int]:
+    for name in _LATE:
+        importlib.import_module(name)
+    rng = random.Random(seed)
+    root = Path(tempfile.mkdtemp("-kills"))
+    found: Counter[str] = Counter()
+    try:
+        (root / "one").mkdir()
+        began = time.monotonic()
+        if ended(forked(lambda: serve(root / "one"), root / "log.txt")):
+            raise RuntimeError((root / "log.txt").read_text())
+        duration = time.monotonic() - began
+        expected = load_file(root / "one" / "run" / "model.safetensors")
+        number = 0
+        while found["killed"] < kills:
+            number += 1
+            folder = root / f"{number}"
+            folder.mkdir()
+            place = rng.randrange(1, 60) if number % 2 else None
+
+            def work(folder: Path = folder, place: int | None = place) -> None:
+                if place is not None:
+                    die_in_write(place)
+                serve(folder)
+
+            process = forked(work, root / "log.txt")
+            if place is None:
+                time.sleep(rng.uniform(0, duration))
+                os.kill(process, signal.SIGKILL)
+            if ended(process) != -signal.SIGKILL:
+                continue  # it had come to its end
+            found["killed"] += 1
+            found["in a write"] += place is not None
+            if not (folder / "run" / "summary.json").exists():
+                if ended(forked(lambda f=folder: serve(f), root / "log.txt")):
+                    raise RuntimeError((root / "log.txt").read_text()[-4000:])
+                found["resumed"] += 1
+            weights = load_file(folder / "run" / "model.safetensors")
+            same = all(np.array_equal(weights[n], v) for n, v in expected.items())
+            found["equal"] += same and weights.keys() == expected.keys()
+            asked = Counter((folder / "explored.txt").read_text().splitlines())
+            found["explored twice"] += sum(n > 1 for n in asked.values())
+            shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    return {"kills": kills, "seed": seed, **found}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    print(json.dumps(main(given.kills, given.seed)))
