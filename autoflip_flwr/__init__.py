@@ -1,6 +1,7 @@
 """AutoFLIP for Flower: federated pruning from the clients' exploration."""
 
 from autoflip_flwr import codec, guidance, mask, units
+from autoflip_flwr.checkpoint import Checkpointed
 from autoflip_flwr.errors import AutoFlipError
 from autoflip_flwr.mod import AutoFlipMod, masked, masks_from
 from autoflip_flwr.settings import ExplorationSettings, RivalSettings
@@ -11,6 +12,7 @@ __all__ = [
     "AutoFLIP",
     "AutoFlipError",
     "AutoFlipMod",
+    "Checkpointed",
     "ExplorationSettings",
     "RivalSettings",
     "codec",
