@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import GuidanceError, SettingsError
-from autoflip_flwr.types import Guidance, Normalization, Params
+from autoflip_flwr.types import Combination, Guidance, Normalization, Params
 
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
@@ -134,8 +134,37 @@ def rescaling(
     return Rescaling([1.0 / (count * (high - low))] * count, -low / (high - low))
 
 
+def middle(
+    stack: NDArray[np.float32], *, combination: Combination, trim: float = 0.2
+) -> NDArray[np.float32]:
+    """Combine explorers' values entry by entry so that few of them cannot move it far.
+
+    Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
+    (arXiv:1803.01498, Definitions 1 and 2).
+
+    Parameters
+    ----------
+    stack : float32 array
+        One row per explorer, normalized.
+    combination : {"mean", "median", "trimmed-mean"}
+    trim : float
+        In [0, 0.5): share of the rows that is left out at either end.
+    """
+    if combination == "median":
+        return np.asarray(np.median(stack, axis=0), np.float32)
+    cut = int(trim * len(stack)) if combination == "trimmed-mean" else 0
+    if cut:
+        kept = [cut, len(stack) - cut - 1]
+        stack = np.partition(stack, kept, axis=0)[cut : len(stack) - cut]
+    return np.asarray(stack.mean(axis=0, dtype=np.float64), np.float32)
+
+
 def combine(
-    matrices: Iterable[Guidance], *, normalization: Normalization = "client"
+    matrices: Iterable[Guidance],
+    *,
+    normalization: Normalization = "client",
+    combination: Combination = "mean",
+    trim: float = 0.2,
 ) -> dict[str, NDArray[np.float32]]:
     """Guidance of a round (Eq. 3): the mean of the normalized local matrices.
 
@@ -148,12 +177,21 @@ def combine(
         and max over all matrices and all parameters. ``layer`` takes them per
         tensor. ``client`` divides each matrix by its own mean, so that no client
         outweighs another.
+    combination : {"mean", "median", "trimmed-mean"}
+        The paper's is the mean. The others, see `middle`, need ``client``.
+    trim : float
+        In [0, 0.5), for ``trimmed-mean``.
 
     Returns
     -------
     dict of name -> float32 array
         >= 0; in [0, 1] for ``global`` and ``layer``.
     """
+    if combination != "mean" and normalization != "client":
+        raise SettingsError(
+            f"{combination} needs the normalization client: with {normalization} one "
+            "explorer sets the scale of all"
+        )
     explorers = list(matrices)
     found = [statistics(matrix) for matrix in explorers]
     first = explorers[0] if explorers else {}
@@ -168,13 +206,24 @@ def combine(
         )
     combined: dict[str, NDArray[np.float32]] = {}
     for name in first:
+        for matrix in explorers:
+            if matrix[name].shape != first[name].shape:
+                raise GuidanceError(
+                    f"{name}: expected shape {first[name].shape}, "
+                    f"got {matrix[name].shape}"
+                )
+        if combination != "mean":
+            alone = [rescaling([one], name, normalization="client") for one in found]
+            rows = [
+                r.scales[0] * matrix[name] + r.offset
+                for r, matrix in zip(alone, explorers, strict=True)
+            ]
+            stack = np.asarray(rows, np.float32)
+            combined[name] = middle(stack, combination=combination, trim=trim)
+            continue
         rescale = rescaling(found, name, normalization=normalization)
         total = np.full(first[name].shape, rescale.offset, np.float64)
         for scale, matrix in zip(rescale.scales, explorers, strict=True):
-            if matrix[name].shape != total.shape:
-                raise GuidanceError(
-                    f"{name}: expected shape {total.shape}, got {matrix[name].shape}"
-                )
             total += scale * matrix[name].astype(np.float64)
         # Rounding may leave a least value a hair below zero.
         combined[name] = np.maximum(total, 0.0).astype(np.float32)

@@ -63,6 +63,8 @@ def build_strategy(
         floor=pruning.floor,
         exclude=pruning.exclude,
         pruned_weights=pruning.pruned_weights,
+        combination=pruning.combination,
+        trim=pruning.trim,
         agreement=pruning.agreement,
         agreement_weight=pruning.agreement_weight,
         refresh=pruning.refresh,
@@ -81,6 +83,7 @@ def build_strategy(
         warm_start=exploration.warm_start,
         rivals=settings.rivals,
         values=settings.wire.values,
+        outlier=settings.strategy.outlier,
         store=store,
         seed=settings.seed,
     )

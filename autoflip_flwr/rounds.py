@@ -3,9 +3,11 @@
 The strategy and the adapter for Flower's older API are thin translators around it.
 """
 
+import contextlib
 import logging
 import math
 import shutil
+import statistics
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,11 +27,14 @@ from autoflip_flwr.manifest import Manifest
 from autoflip_flwr.pruners import METHODS, Ask, Pruner
 from autoflip_flwr.pruners.mean import WeightedMean
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, RivalSettings
-from autoflip_flwr.store import Answer, Answers
+from autoflip_flwr.store import Answer, Answers, statistics_of
 from autoflip_flwr.types import Array, Measure, MethodName, Params, ValueType
 from autoflip_flwr.wire import Exploration, Plan
 
 _log = logging.getLogger("flwr")
+
+#: Fewer replies have no middle to be far from.
+_FEW = 3
 
 _BATCH_BYTES = 1 << 30
 _LEAST_BATCH = 8
@@ -64,6 +69,7 @@ class Rounds:
         method: MethodName = "autoflip",
         rivals: RivalSettings | None = None,
         values: ValueType = "float32",
+        outlier: float | None = 100.0,
         prunable: Sequence[str] | None = None,
         store: Path | None = None,
         seed: int | None = None,
@@ -82,6 +88,9 @@ class Rounds:
                 f"unknown value type {values!r}; known: {list(VALUE_TYPES)}"
             )
         self._values = values
+        if outlier is not None and not outlier >= 1:
+            raise SettingsError(f"expected outlier >= 1 or None, got {outlier}")
+        self._outlier = outlier
         self._prunable = prunable
         self._units = units
         if method not in METHODS:
@@ -250,11 +259,14 @@ class Rounds:
         """
         failed = 0
         start = self._weights(self._start_of(ask))
+        odd = self._odd_answers(ask)
         for node_id in ask.nodes:
             try:
                 answer = self._answers.get(node_id)
                 if answer is None:
                     raise WireError(self._reasons.get(node_id, "no reply in time"))
+                if node_id in odd:
+                    raise WireError(odd[node_id])
                 if not (answer.examples > 0 and math.isfinite(answer.examples)):
                     raise WireError(f"expected examples, got {answer.examples}")
                 warm = self._warmth_of(answer) if self._warms(ask) else None
@@ -274,6 +286,54 @@ class Rounds:
             weights = self.arrays[name]
             self.arrays = {**self.arrays, name: (weights + value).astype(weights.dtype)}
         return bool(moved)
+
+    def _odd_answers(self, ask: Ask) -> dict[int, str]:
+        """Return the reasons to leave out answers that are far from the others."""
+        moved: dict[int, float] = {}
+        examples: dict[int, float] = {}
+        for node_id in ask.nodes:
+            answer = self._answers.get(node_id)
+            if answer is None:
+                continue
+            with contextlib.suppress(WireError):  # told when it is taken
+                found = dequantize(answer.frame, self.manifest.shapes)
+                size = statistics_of(found).mean
+                squared = ask.measure in ("deviation", "squared-gradient")
+                moved[node_id] = math.sqrt(size) if squared else size
+                examples[node_id] = answer.examples
+        return self._far_off(moved, examples)
+
+    def outliers(
+        self, replies: Mapping[int, tuple[bytes, bytes, float]]
+    ) -> dict[int, str]:
+        """Return the reasons to drop replies that are far from the others.
+
+        `replies` are the frame that went out, the one that came back and its examples,
+        by any key.
+        """
+        kind = np.dtype(self._values).newbyteorder("<")
+        moved: dict[int, float] = {}
+        for key, (sent, received, _) in replies.items():
+            update = np.frombuffer(received, kind).astype(np.float64)
+            update -= np.frombuffer(sent, kind)
+            moved[key] = float(np.linalg.norm(update))
+        return self._far_off(moved, {key: reply[2] for key, reply in replies.items()})
+
+    def _far_off(
+        self, moved: Mapping[int, float], examples: Mapping[int, float]
+    ) -> dict[int, str]:
+        reasons: dict[int, str] = {}
+        for what, sizes in (("moved", moved), ("has examples", examples)):
+            if self._outlier is None or len(sizes) < _FEW:
+                continue
+            usual = statistics.median(sizes.values())
+            for key, size in sizes.items():
+                if usual > 0 and size > self._outlier * usual:
+                    reasons[key] = (
+                        f"expected at most {self._outlier:g} times the median: it "
+                        f"{what} {size:.3g}, the median is {usual:.3g}"
+                    )
+        return reasons
 
     def _warmth_of(self, answer: Answer) -> Params:
         """Return how far an explorer's weights moved, with their signs."""
@@ -403,19 +463,22 @@ class _Spread:
 
     def add(self, received: bytes, examples: float) -> None:
         update = np.frombuffer(received, self._type).astype(np.float32)
-        update -= self._start
-        self._sum += update
-        if self._signs is not None:
-            self._signs += np.float32(examples) * np.sign(update)
-            self._weight += examples
-        np.square(update, out=update)
-        self.squares += update
+        with np.errstate(over="ignore", invalid="ignore"):  # huge values of one of two
+            update -= self._start
+            self._sum += update
+            if self._signs is not None:
+                self._signs += np.float32(examples) * np.sign(update)
+                self._weight += examples
+            np.square(update, out=update)
+            self.squares += update
         self._count += 1
 
-    def variance(self) -> float:
+    def variance(self) -> float | None:
         size = self._sum.size
         if size == 0:
             return 0.0
+        if not np.isfinite(self.squares).all():
+            return None
         of_mean = float(np.dot(self._sum, self._sum)) / self._count
         total = float(self.squares.sum(dtype=np.float64))
         return max(0.0, (total - of_mean) / (self._count * size))
@@ -434,4 +497,4 @@ def _cosine(
     if one is None or one.size == 0:
         return None
     size = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
-    return float(np.dot(one, other)) / size if size > 0 else None
+    return float(np.dot(one, other)) / size if 0 < size < math.inf else None

@@ -15,6 +15,7 @@ import yaml
 
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.types import (
+    Combination,
     MethodName,
     Mode,
     Normalization,
@@ -44,6 +45,9 @@ class StrategySettings:
     server_momentum: float | None = None  # fedavgm
     proximal_mu: float = 0.01  # fedprox
     malicious_nodes: int = 0  # krum: how many to defend against
+    # Replies that moved so many times as far as the round's median, or say they stand
+    # for so many times its examples, are dropped. None: none are.
+    outlier: float | None = 100.0
 
     def __post_init__(self) -> None:
         _within("strategy.fraction-train", self.fraction_train, 0, 1, open_low=True)
@@ -52,6 +56,8 @@ class StrategySettings:
         _positive("strategy.timeout", self.timeout)
         _at_least("strategy.proximal-mu", self.proximal_mu, 0)
         _at_least("strategy.malicious-nodes", self.malicious_nodes, 0)
+        if self.outlier is not None:
+            _at_least("strategy.outlier", self.outlier, 1)
         if self.server_learning_rate is not None:
             _positive("strategy.server-learning-rate", self.server_learning_rate)
         if self.server_momentum is not None:
@@ -90,6 +96,8 @@ class PruningSettings:
     floor: float = 0.01  # least share of every tensor that is kept
     exclude: tuple[str, ...] = ()  # name patterns that are never pruned
     pruned_weights: PrunedWeights = "zero"  # at the server
+    combination: Combination = "mean"  # of the explorers' matrices
+    trim: float = 0.2  # trimmed-mean: share left out at either end
     agreement: Agreement = "none"  # of clients, mixed into the score
     agreement_weight: float = 0.5  # its share of the score
     # Share of a layer's kept weights that is exchanged at first: small weights for
@@ -112,6 +120,13 @@ class PruningSettings:
         _within("pruning.population-weight", self.population_weight, 0, 1)
         _within("pruning.floor", self.floor, 0, 1)
         _within("pruning.agreement-weight", self.agreement_weight, 0, 1)
+        if not 0 <= self.trim < 0.5:
+            raise SettingsError(f"pruning.trim must be in [0, 0.5), got {self.trim}")
+        if self.combination != "mean" and self.normalization != "client":
+            raise SettingsError(
+                f"pruning.combination {self.combination} needs pruning.normalization "
+                f"client: with {self.normalization} one explorer sets the scale of all"
+            )
         _within("pruning.refresh", self.refresh, 0, 1)
         if self.refresh_every is not None:
             _at_least("pruning.refresh-every", self.refresh_every, 1)

@@ -57,7 +57,7 @@ class GuidanceStore:
             If the frame does not fit the shapes; the store is unchanged.
         """
         guidance = dequantize(frame, self._shapes)
-        found = _statistics(guidance)
+        found = statistics_of(guidance)
         slot = 1 - self._slots.get(node_id, 1)
         write(self._path(node_id, slot), frame)
         self._slots[node_id] = slot
@@ -216,7 +216,7 @@ def write(path: Path, data: bytes) -> None:
         ) from error
 
 
-def _statistics(guidance: QuantizedGuidance) -> Statistics:
+def statistics_of(guidance: QuantizedGuidance) -> Statistics:
     """Statistics of the whole matrix, holding one dense tensor at a time."""
     total, count = 0.0, 0
     low: dict[str, float] = {}

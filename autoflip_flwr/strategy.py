@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -27,7 +28,14 @@ from autoflip_flwr.settings import (
 )
 from autoflip_flwr.store import Answer
 from autoflip_flwr.training import trainable_names
-from autoflip_flwr.types import MethodName, Mode, Normalization, ScoreName, ValueType
+from autoflip_flwr.types import (
+    Combination,
+    MethodName,
+    Mode,
+    Normalization,
+    ScoreName,
+    ValueType,
+)
 from autoflip_flwr.units import ExampleInputs, Units, trace
 
 _log = logging.getLogger("flwr")
@@ -78,6 +86,12 @@ class AutoFLIP(Strategy):
     pruned_weights : {"zero", "keep"}
         What the server does with pruned weights: zero (Alg. 1), or remember the
         last value and offer it again when a later mask lets it back.
+    combination : {"mean", "median", "trimmed-mean"}
+        How explorers' matrices become one. The mean is the paper's; the others bound
+        what few explorers that lie can do, see docs/security.md.
+    trim : float
+        In [0, 0.5): share of the explorers that ``trimmed-mean`` leaves out at either
+        end.
     agreement : {"none", "vote", "sign"}
         What clients agree on, mixed into the score: ``vote``, the share of explorers
         whose own guidance alone would keep a parameter; ``sign``, how far the updates
@@ -126,6 +140,10 @@ class AutoFLIP(Strategy):
         Type of the kept values on the wire.
     min_replies : int
         With fewer valid replies the round changes nothing.
+    outlier : float, optional
+        Replies of three or more that moved so many times as far as their median, or
+        say they stand for so many times its examples, are dropped; of explorers, too.
+        None: none are.
     store : Path, optional
         A folder of this run's own for the local guidance, emptied at the start; a
         temporary one by default.
@@ -157,6 +175,8 @@ class AutoFLIP(Strategy):
         exclude: Sequence[str] = (),
         prunable: Sequence[str] | None = None,
         pruned_weights: PrunedWeights = "zero",
+        combination: Combination = "mean",
+        trim: float = 0.2,
         agreement: Agreement = "none",
         agreement_weight: float = 0.5,
         refresh: float = 0.0,
@@ -176,6 +196,7 @@ class AutoFLIP(Strategy):
         rivals: RivalSettings | None = None,
         values: ValueType = "float32",
         min_replies: int = 1,
+        outlier: float | None = 100.0,
         store: Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -197,6 +218,8 @@ class AutoFLIP(Strategy):
                 floor=floor,
                 exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
                 pruned_weights=pruned_weights,
+                combination=combination,
+                trim=trim,
                 agreement=agreement,
                 agreement_weight=agreement_weight,
                 refresh=refresh,
@@ -217,6 +240,7 @@ class AutoFLIP(Strategy):
             method=method,
             rivals=rivals,
             values=values,
+            outlier=outlier,
             prunable=prunable_of(prunable, model),
             store=store,
             seed=seed,
@@ -287,7 +311,9 @@ class AutoFLIP(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Unpack the valid replies and let the inner strategy aggregate them."""
         self._received = {}
-        valid = self._valid(server_round, replies, self._unpack)
+        valid = self._usual(
+            server_round, self._valid(server_round, replies, self._unpack)
+        )
         for reply in valid:
             sent, frame = self._received[id(reply)]
             self.rounds.observe(sent, frame, _examples_of(reply))
@@ -302,7 +328,11 @@ class AutoFLIP(Strategy):
         if aggregated is None:
             self.rounds.abandon(server_round, "the inner strategy aggregated nothing")
             return None, metrics
-        self.rounds.finish({key: value.numpy() for key, value in aggregated.items()})
+        found = {key: value.numpy() for key, value in aggregated.items()}
+        if not all(np.isfinite(value).all() for value in found.values()):
+            self.rounds.abandon(server_round, "the aggregate is not finite")
+            return None, metrics
+        self.rounds.finish(found)
         # FedAvgM holds on to the very record it returned: settle it in place.
         for name, value in self.rounds.arrays.items():
             aggregated[name] = FlowerArray(value)
@@ -414,6 +444,21 @@ class AutoFLIP(Strategy):
         frames = (sent[wire.VALUES].data, record[wire.VALUES].data)
         self._received[id(message)] = frames
         message.content[key] = wire.record_of(arrays)
+
+    def _usual(self, server_round: int, replies: list[Message]) -> list[Message]:
+        """Drop and name replies far from the others."""
+        reasons = self.rounds.outliers(
+            {
+                id(reply): (*self._received[id(reply)], _examples_of(reply))
+                for reply in replies
+            }
+        )
+        nodes = wire.nodes_by_message(self._sent)
+        for reply in replies:
+            if id(reply) in reasons:
+                node_id = wire.node_of(reply, nodes)
+                self.rounds.drop(server_round, node_id, reasons[id(reply)])
+        return [reply for reply in replies if id(reply) not in reasons]
 
     def _valid(
         self,

@@ -27,6 +27,9 @@ ValueType: TypeAlias = Literal["float32", "float16"]
 #: How local matrices are made comparable (Eq. 3).
 Normalization: TypeAlias = Literal["client", "global", "layer"]
 
+#: How explorers' matrices become one: their mean, or what a few cannot move.
+Combination: TypeAlias = Literal["mean", "median", "trimmed-mean"]
+
 #: What makes a parameter worth keeping.
 ScoreName: TypeAlias = Literal["guidance", "saliency"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from autoflip_flwr.codec import QuantizedGuidance, dequantize
 from autoflip_flwr.errors import ExplorationError, GuidanceError
 from autoflip_flwr.groups import Units
-from autoflip_flwr.guidance import Rescaling, Statistics, rescaling
+from autoflip_flwr.guidance import Rescaling, Statistics, middle, rescaling
 from autoflip_flwr.parallel import parallel_map
 from autoflip_flwr.pruners import agreement as agreements
 from autoflip_flwr.pruners.adjust import EVERY, adjusted, cosine_share
@@ -23,6 +23,9 @@ from autoflip_flwr.scores import SCORES, weight_size
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.store import GuidanceStore
 from autoflip_flwr.types import Masks, Params, Scores
+
+#: Values of all explorers that are compared at a time.
+_ROBUST_BLOCK = 1 << 22
 
 
 class AutoFlipPruner(Pruner):
@@ -178,7 +181,9 @@ class AutoFlipPruner(Pruner):
         if replaced:  # summed anew from disk when next needed
             self._population = None
             self._votes.forget()
-        elif self._population is not None or len(self._store) == 1:
+        elif self.settings.combination == "mean" and (
+            self._population is not None or len(self._store) == 1
+        ):
             self._add_to_population(node_id, guidance)
 
     def check(self, reasons: Mapping[int, str]) -> None:
@@ -309,6 +314,8 @@ class AutoFlipPruner(Pruner):
     def _scores(
         self, sampled: Sequence[int], population_share: float
     ) -> dict[str, NDArray[np.float32]]:
+        if self.settings.combination != "mean":
+            return self._robust_scores(sampled, population_share)
         score = SCORES[self.settings.score]
         local = [self._store.get(n) for n in sampled] if population_share < 1 else []
         found = [self._store.statistics(n) for n in sampled]
@@ -329,6 +336,50 @@ class AutoFlipPruner(Pruner):
             return score(total, initial).reshape(self._shapes[name])
 
         return dict(zip(self._shapes, parallel_map(one, self._shapes), strict=True))
+
+    def _robust_scores(
+        self, sampled: Sequence[int], population_share: float
+    ) -> dict[str, NDArray[np.float32]]:
+        """Combine matrices by what a few explorers cannot move, read once a mask."""
+        score = SCORES[self.settings.score]
+        parts = [
+            (1 - population_share, list(sampled)),
+            (population_share, [*self._store]),
+        ]
+        parts = [(weight, nodes) for weight, nodes in parts if weight > 0]
+        matrices = {n: self._store.get(n) for _, nodes in parts for n in nodes}
+
+        def one(name: str) -> NDArray[np.float32]:
+            tables = {
+                n: self._normalized(n, name, matrix) for n, matrix in matrices.items()
+            }
+            size = self._size(name)
+            block = max(1, _ROBUST_BLOCK // len(matrices))
+            total = np.zeros(size, np.float32)
+            for start in range(0, size, block):
+                found = {
+                    n: tables[n][matrix.codes[name][start : start + block]]
+                    for n, matrix in matrices.items()
+                }
+                for weight, nodes in parts:
+                    total[start : start + block] += np.float32(weight) * middle(
+                        np.stack([found[n] for n in nodes]),
+                        combination=self.settings.combination,
+                        trim=self.settings.trim,
+                    )
+            initial = self._initial[name].reshape(-1)
+            return score(total, initial).reshape(self._shapes[name])
+
+        return dict(zip(self._shapes, parallel_map(one, self._shapes), strict=True))
+
+    def _normalized(
+        self, node_id: int, name: str, matrix: QuantizedGuidance
+    ) -> NDArray[np.float32]:
+        """Return what a node's codes stand for, divided by its own mean."""
+        own = [self._store.statistics(node_id)]
+        alone = rescaling(own, name, normalization="client")
+        table: NDArray[np.float32] = np.float32(alone.scales[0]) * matrix.tables[name]
+        return table + np.float32(alone.offset)
 
     def _population_sum(self) -> Mapping[str, NDArray[np.float32]]:
         """Sum of all explorers' matrices, for `client` each divided by its mean."""

@@ -1,0 +1,379 @@
+"""Peers that lie: whatever they send, it is used for what it is or dropped by name."""
+
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import FedAvg
+from inprocess import LocalGrid, net, only_in, run, toy_app
+from numpy.testing import assert_allclose, assert_array_equal
+from test_store import SHAPES as SMALL_SHAPES
+
+from autoflip_flwr import AutoFLIP, codec
+from autoflip_flwr.errors import GuidanceError, SettingsError, WireError
+from autoflip_flwr.guidance import combine, middle
+from autoflip_flwr.manifest import Manifest
+from autoflip_flwr.mask import change
+from autoflip_flwr.pruners import AutoFlipPruner
+from autoflip_flwr.settings import PruningSettings
+from autoflip_flwr.wire import MANIFEST, MASK, PHASE, VALUE_TYPE, VALUES, Plan
+
+NODES = [11, 12, 13, 14, 15]
+
+# --- frames of any bytes --------------------------------------------------------------
+
+SHAPES = {"conv": (16, 8, 3, 3), "fc": (64, 200), "bias": (64,)}
+
+
+def valid(seed=0):
+    """One whole frame of every kind, and what reads it and looks at what it read."""
+    rng = np.random.default_rng(seed)
+    arrays = {n: rng.normal(0, 1, s).astype(np.float32) for n, s in SHAPES.items()}
+    arrays["count"] = np.zeros((), np.int64)
+    masks = {n: rng.random(s) < 0.5 for n, s in SHAPES.items()}
+    manifest = Manifest.of(arrays, prunable=list(SHAPES))
+    plan = Plan(manifest, masks)
+    dense = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
+    values = {n: arrays[n] for n in SHAPES}
+    npy = Array(np.asarray(arrays["fc"])).data
+
+    def kept(frame):
+        for found in codec.decode(frame, masks, fill=dense).values():
+            assert np.isfinite(found).all()
+
+    def guidance(frame):
+        for name, found in codec.dequantize(frame, SHAPES).dense().items():
+            assert found.shape == SHAPES[name]
+            assert np.isfinite(found).all()
+            assert (found >= 0).all()
+
+    def mask(frame):
+        assert codec.pack_mask(codec.unpack_mask(frame, SHAPES)) == frame
+
+    def names(frame):
+        read = Manifest.from_bytes(frame)
+        assert all(entry.size >= 0 for entry in read.entries)
+
+    def config(frame):
+        entries = plan.entries("train")
+        Plan.of({**entries, MASK: frame, PHASE: "train", VALUE_TYPE: "float32"})
+
+    def record(frame):
+        packed = plan.pack(arrays)
+        data = packed[VALUES]
+        bad = Array(dtype=data.dtype, shape=data.shape, stype=data.stype, data=frame)
+        for found in plan.unpack(ArrayRecord({**packed, VALUES: bad})).values():
+            assert np.isfinite(found).all()
+
+    def dense_array(frame):
+        whole = {**arrays, "fc": arrays["fc"]}
+        entries = ArrayRecord({n: Array(np.asarray(v)) for n, v in whole.items()})
+        good = entries["fc"]
+        entries["fc"] = Array(
+            dtype=good.dtype, shape=good.shape, stype=good.stype, data=frame
+        )
+        assert np.isfinite(arrays_in(entries, manifest)["fc"]).all()
+
+    return {
+        "values": (codec.encode(values, masks), kept),
+        "guidance": (
+            codec.quantize({n: np.square(v) for n, v in values.items()}),
+            guidance,
+        ),
+        "mask": (codec.pack_mask(masks), mask),
+        "manifest": (plan.entries("train")[MANIFEST], names),
+        "config": (codec.pack_mask(masks), config),
+        "record": (codec.encode(values, masks), record),
+        "array": (npy, dense_array),
+    }
+
+
+def arrays_in(record, manifest):
+    from autoflip_flwr.wire import named_arrays
+
+    return named_arrays(record, manifest)
+
+
+def mutated(frame, rng):
+    """Bits flipped, cut, lengthened, spliced, numbers made odd."""
+    data = bytearray(frame)
+    for _ in range(rng.randrange(1, 4)):
+        place = rng.randrange(len(data) + 1)
+        kind = rng.randrange(6)
+        if kind == 0 and data:
+            data[place - 1] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[place : place + rng.randrange(1, 1 + max(1, len(data) // 2))]
+        elif kind == 2:
+            data[place:place] = rng.randbytes(rng.randrange(1, 64))
+        elif kind == 3 and data:
+            other = rng.randrange(len(data))
+            data[place : place + 16] = data[other : other + 16]
+        elif kind == 4:
+            odd = rng.choice([np.nan, np.inf, -np.inf, 3e38, -1e-45, -1.0])
+            place -= place % 4
+            data[place : place + 4] = np.float32(odd).tobytes()
+        else:
+            data = bytearray(rng.randbytes(rng.randrange(0, 200)))
+    return bytes(data)
+
+
+def fuzz(count, seed=0):
+    """Return how many frames were read and refused; anything else is an error."""
+    rng = random.Random(seed)
+    frames = list(valid().values())
+    read = refused = 0
+    for number in range(count):
+        frame, look = frames[number % len(frames)]
+        try:
+            look(mutated(frame, rng))
+            read += 1
+        except WireError:
+            refused += 1
+    return read, refused
+
+
+def test_every_kind_of_whole_frame_is_read():
+    for frame, look in valid().values():
+        look(frame)
+
+
+def test_mutated_frames_are_read_for_what_they_are_or_refused():
+    read, refused = fuzz(3500)
+    assert read > 100
+    assert refused > 1000
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_mutated_frames():
+    read, refused = fuzz(100_000, seed=1)
+    assert read + refused == 100_000
+
+
+def test_a_frame_takes_no_more_memory_than_the_largest_whole_one():
+    rng = random.Random(2)
+    dense = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    for name, (frame, look) in valid().items():
+        if name in ("record", "config", "array"):
+            continue  # they make the message around it, too
+        whole = peak(look, frame)
+        for _ in range(60):
+            assert peak(look, mutated(frame, rng)) <= 2 * max(whole, len(frame)), name
+        assert whole <= 6 * dense
+
+
+def peak(look, frame):
+    tracemalloc.start()
+    try:
+        look(frame)
+    except WireError:
+        pass
+    finally:
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return most
+
+
+# --- replies that are far from the others ---------------------------------------------
+
+
+def scaled(factor):
+    def change_reply(reply):
+        (key,) = reply.content.array_records
+        record = reply.content[key]
+        good = record[VALUES]
+        values = np.frombuffer(good.data, "<f4") * np.float32(factor)
+        record[VALUES] = Array(
+            dtype=good.dtype, shape=good.shape, stype=good.stype, data=values.tobytes()
+        )
+
+    return change_reply
+
+
+def examples(count):
+    def change_reply(reply):
+        reply.content["metrics"]["num-examples"] = count
+
+    return change_reply
+
+
+@pytest.mark.parametrize("lie", [scaled(1e6), scaled(-1e30), examples(10**15)])
+def test_a_huge_reply_is_dropped_and_named_and_the_others_decide(lie, caplog):
+    honest = LocalGrid(
+        toy_app(), NODES, tamper=only_in("train", [13], lambda r: "lost")
+    )
+    expected, _ = run(AutoFLIP(), honest, net(), 2)
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], lie))
+    found, _ = run(AutoFLIP(), grid, net(), 2)
+    for name, value in expected[-1].items():
+        assert_array_equal(found[-1][name], value)
+    assert "the reply of node 13 is dropped: expected at most 100 times" in caplog.text
+
+
+def test_nobody_is_dropped_where_nothing_is_told_or_few_answer():
+    strategy = AutoFLIP(outlier=None)
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], scaled(1e6)))
+    run(strategy, grid, net(), 1)
+    assert not strategy.rounds.dropped
+    with pytest.raises(SettingsError, match=r"outlier >= 1 or None, got 0\.5"):
+        AutoFLIP(outlier=0.5)
+
+
+def test_an_aggregate_that_is_not_finite_changes_nothing(caplog):
+    class Careless(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            name = next(iter(arrays))
+            arrays[name] = Array(arrays[name].numpy() * np.float32(np.nan))
+            return arrays, metrics
+
+    found, _ = run(AutoFLIP(Careless()), LocalGrid(toy_app(), NODES), net(), 2)
+    assert "the aggregate is not finite: the model stays as it was" in caplog.text
+    for name, value in found[0].items():
+        assert_array_equal(found[-1][name], value)
+
+
+def test_huge_values_of_one_of_two_are_no_error():
+    lie = only_in("train", [11], scaled(3e38))
+    strategy = AutoFLIP()
+    run(strategy, LocalGrid(toy_app(), [11, 12], tamper=lie), net(), 1)
+    assert strategy.rounds.update_variance is None
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_explorer_far_from_the_others_is_left_out_of_mask_and_start(warm, caplog):
+    def huge(reply):
+        (key,) = reply.content.array_records
+        record = reply.content[key]
+        good = record["autoflip.guidance"]
+        levels = 2 * len(dict(net().named_parameters()))
+        data = bytearray(good.data)
+        numbers = np.frombuffer(data, "<f4", count=levels)
+        data[: 4 * levels] = (numbers * np.float32(1e6)).tobytes()
+        record["autoflip.guidance"] = Array(
+            dtype=good.dtype, shape=good.shape, stype=good.stype, data=bytes(data)
+        )
+
+    def weights(lie):
+        grid = LocalGrid(toy_app(), NODES, tamper=only_in("explore", [13], lie))
+        strategy = AutoFLIP(normalization="global", warm_start=warm)
+        return run(strategy, grid, net(), 1)[0][-1]
+
+    lost = weights(lambda reply: "lost")
+    for name, value in weights(huge).items():
+        assert_array_equal(value, lost[name])
+    assert "node 13 is left out: expected at most 100 times the median" in caplog.text
+
+
+# --- robust combination ---------------------------------------------------------------
+
+
+def test_median_and_trimmed_mean_by_hand():
+    stack = np.float32([[1, 9], [2, 8], [3, 7], [100, 0], [4, 6]])
+    assert_array_equal(middle(stack, combination="median"), [3, 7])
+    assert_array_equal(middle(stack, combination="trimmed-mean", trim=0.2), [3, 7])
+    assert_array_equal(middle(stack, combination="trimmed-mean", trim=0.1), [22, 6])
+    assert_array_equal(middle(stack, combination="mean"), [22, 6])
+
+
+def test_robust_guidance_divides_by_each_clients_mean_first():
+    matrices = [{"w": np.float32(row)} for row in ([1, 3], [20, 20], [9e9, 1e9])]
+    # divided: 0.5, 1.5 | 1, 1 | 1.8, 0.2
+    found = combine(matrices, combination="median")
+    assert_allclose(found["w"], [1, 1])
+    with pytest.raises(SettingsError, match="median needs the normalization client"):
+        combine(matrices, combination="median", normalization="global")
+    with pytest.raises(SettingsError, match=r"needs pruning\.normalization client"):
+        PruningSettings(combination="median", normalization="layer")
+    with pytest.raises(SettingsError, match=r"pruning\.trim must be in \[0, 0.5\)"):
+        PruningSettings(trim=0.5)
+    with pytest.raises(GuidanceError):
+        combine([], combination="median")
+
+
+def pruner_of(folder, guidance, **settings):
+    initial = {n: np.ones(s, np.float32) for n, s in SMALL_SHAPES.items()}
+    chosen = {"threshold": 0.5, "population_weight": 1.0, "floor": 0.0} | settings
+    pruner = AutoFlipPruner(initial, PruningSettings(**chosen), folder)
+    pruner.start()
+    for node, matrix in enumerate(guidance):
+        pruner.add(node, codec.quantize(matrix), 1.0, initial)
+    return pruner
+
+
+@pytest.mark.parametrize("combination", ["median", "trimmed-mean"])
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_the_servers_mask_is_that_of_the_robust_guidance(combination, weight, tmp_path):
+    rng = np.random.default_rng(0)
+    matrices = [
+        {n: rng.lognormal(0, 2, s).astype(np.float32) for n, s in SMALL_SHAPES.items()}
+        for _ in range(5)
+    ]
+    read = [codec.dequantize(codec.quantize(m), SMALL_SHAPES).dense() for m in matrices]
+    pruner = pruner_of(
+        tmp_path, matrices, combination=combination, population_weight=weight
+    )
+    found = pruner._scores([1, 3, 4], weight)
+    everyone = combine(read, combination=combination)
+    sampled = combine([read[1], read[3], read[4]], combination=combination)
+    for name, score in found.items():
+        expected = (1 - weight) * sampled[name] + weight * everyone[name]
+        assert_allclose(score, expected, rtol=1e-5)
+
+
+EXPLORERS = 20
+FAR = {"a": (40, 50), "b": (300,)}
+
+
+def honest(seed, rng):
+    """Explorers that agree in part: a common part times one of their own."""
+    common = np.random.default_rng(0)
+    return {
+        n: (common.lognormal(0, 1.5, s) * rng.lognormal(0, 1, s)).astype(np.float32)
+        for n, s in FAR.items()
+    }
+
+
+LIES = {
+    "times 1e6": lambda g: {n: v * np.float32(1e6) for n, v in g.items()},
+    "few": lambda g: {
+        n: np.where(np.arange(v.size).reshape(v.shape) < 10, 1e6, 0).astype(np.float32)
+        for n, v in g.items()
+    },
+    "inverted": lambda g: {n: v.max() - v for n, v in g.items()},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("combination", ["mean", "median", "trimmed-mean"])
+def test_a_poisoned_explorer_moves_the_mask_no_further_than_an_honest_one_could(
+    lie, combination, tmp_path
+):
+    """Beside the mask without it: no further than the one that matters most."""
+    rng = np.random.default_rng(1)
+    guidance = [honest(seed, rng) for seed in range(EXPLORERS)]
+
+    def mask(matrices):
+        initial = {n: np.ones(s, np.float32) for n, s in FAR.items()}
+        settings = PruningSettings(
+            threshold=0.8, population_weight=1.0, combination=combination
+        )
+        pruner = AutoFlipPruner(initial, settings, tmp_path)
+        pruner.start()
+        for node, matrix in enumerate(matrices):
+            pruner.add(node, codec.quantize(matrix), 1.0, initial)
+        return pruner.masks([0], initial, 1)
+
+    without = mask(guidance[1:])
+    could = max(
+        change(mask(guidance[:k] + guidance[k + 1 :]), mask(guidance))
+        for k in range(EXPLORERS)
+    )
+    moved = change(without, mask([LIES[lie](guidance[0]), *guidance[1:]]))
+    if (lie, combination) == ("few", "mean"):
+        # Its whole weight buys twenty entries a place, which twenty others lose.
+        assert 0 < moved <= 40 / sum(int(np.prod(s)) for s in FAR.values())
+    else:
+        assert moved <= could
