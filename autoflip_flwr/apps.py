@@ -1,5 +1,7 @@
 """What our ServerApp and ClientApp do: read settings, compose, nothing else."""
 
+import logging
+
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -16,8 +18,14 @@ from autoflip_flwr.checkpoint import Checkpointed
 from autoflip_flwr.grid import CLIENT_ID, RunGrid
 from autoflip_flwr.inner import build_strategy
 from autoflip_flwr.mod import AutoFlipMod, exploring, masked
+from autoflip_flwr.privacy import GuidancePrivacy
 from autoflip_flwr.runlog import RunLog, log_summary, run_directory
 from autoflip_flwr.strategy import AutoFLIP
+
+_log = logging.getLogger("flwr")
+
+#: At which a run tells its epsilon.
+_DELTA = 1e-5
 
 
 def serve(grid: Grid, context: Context) -> None:
@@ -59,6 +67,14 @@ def serve(grid: Grid, context: Context) -> None:
         return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
 
     experiment.warn_of_few_nodes(settings, len(list(grid.get_node_ids())))
+    privacy = experiment.guidance_privacy(settings)
+    if privacy is not None:
+        _log.info(
+            "guidance leaves a client (%.3g, %g)-differentially private, each time it "
+            "explores",
+            privacy.epsilon(_DELTA),
+            _DELTA,
+        )
     result = run.start(
         run_grid,
         initial,
@@ -78,11 +94,15 @@ def serve(grid: Grid, context: Context) -> None:
 
 def client_app() -> ClientApp:
     """Return the app of every node: train, explore, evaluate, answer the roll call."""
-    app = ClientApp(mods=[AutoFlipMod()])
+    app = ClientApp(mods=[AutoFlipMod(privacy=_privacy)])
     app.train()(train)
     app.evaluate()(evaluate)
     app.query()(query)
     return app
+
+
+def _privacy(context: Context) -> GuidancePrivacy | None:
+    return experiment.guidance_privacy(experiment.settings_of(context.run_config))
 
 
 def train(message: Message, context: Context) -> Message:

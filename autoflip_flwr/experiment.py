@@ -13,6 +13,7 @@ from torch import nn
 from autoflip_flwr import data, models
 from autoflip_flwr.data import Federated, Samples
 from autoflip_flwr.errors import DataError
+from autoflip_flwr.privacy import GuidancePrivacy
 from autoflip_flwr.settings import Settings, TrainingSettings, load
 from autoflip_flwr.wire import EPOCH
 
@@ -115,6 +116,14 @@ def client_id(node_config: Mapping[str, Any]) -> int | str:
     if "client-id" in node_config:
         return str(node_config["client-id"])
     return int(node_config.get("partition-id", -1))
+
+
+def guidance_privacy(settings: Settings) -> GuidancePrivacy | None:
+    """Return what clients do to their guidance before it leaves; None: nothing."""
+    chosen = settings.exploration
+    if not chosen.privacy_noise:
+        return None
+    return GuidancePrivacy(clip=chosen.privacy_clip, noise=chosen.privacy_noise)
 
 
 def warn_of_few_nodes(settings: Settings, connected: int) -> None:

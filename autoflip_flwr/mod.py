@@ -1,7 +1,7 @@
 """The client's half of the protocol: a Flower mod around any app."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from autoflip_flwr import codec, guidance, training, units, wire
 from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.manifest import Manifest
+from autoflip_flwr.privacy import GuidancePrivacy
 from autoflip_flwr.types import Array, Guidance, Masks, Params
 from autoflip_flwr.units import ExampleInputs
 
@@ -37,6 +38,9 @@ class AutoFlipMod:
         Metric of the app's replies that early stopping of the exploration watches.
         By default the first one with "loss" in its name; without any, exploration
         goes on for all of its epochs.
+    privacy : GuidancePrivacy, or callable of Context that returns one or None, optional
+        Clips the guidance and adds noise before it leaves the client. Requests for
+        anything else (gradients, the signs of a warm start) are refused then.
 
     Examples
     --------
@@ -48,8 +52,16 @@ class AutoFlipMod:
     privacy): ``mods=[AutoFlipMod(), LocalDpMod(...)]``.
     """
 
-    def __init__(self, *, loss_key: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        loss_key: str | None = None,
+        privacy: GuidancePrivacy
+        | Callable[[Context], GuidancePrivacy | None]
+        | None = None,
+    ) -> None:
         self.loss_key = loss_key
+        self.privacy = privacy
 
     def __call__(
         self, message: Message, context: Context, call_next: ClientAppCallable
@@ -60,7 +72,8 @@ class AutoFlipMod:
         if phase is None:
             return call_next(message, context)
         if phase == "explore":
-            return self._explore(message, context, call_next)
+            privacy = self.privacy(context) if callable(self.privacy) else self.privacy
+            return self._explore(message, context, call_next, privacy)
         plan = wire.Plan.of(config)
         key, record = wire.only_array_record(message.content)
         arrays = plan.unpack(wire.named(record, plan))
@@ -76,10 +89,20 @@ class AutoFlipMod:
         return reply
 
     def _explore(
-        self, message: Message, context: Context, call_next: ClientAppCallable
+        self,
+        message: Message,
+        context: Context,
+        call_next: ClientAppCallable,
+        privacy: GuidancePrivacy | None,
     ) -> Message:
         """Measure what is asked, by the app's own train function, and reply with it."""
         asked = wire.Exploration.of(_config_of(message))
+        if privacy is not None and asked.measure != "deviation":
+            raise WireError(
+                "this client tells its guidance alone, with noise; the server asked "
+                f"for {asked.measure!r}: set exploration.warm-start=false, "
+                "pruning.refresh=0 and strategy.name=autoflip"
+            )
         key, record = wire.only_array_record(message.content)
         initial = asked.unpack(record)
         message.content[key] = wire.record_of(initial)
@@ -104,6 +127,8 @@ class AutoFlipMod:
         if reply.has_error():
             return reply
         reply_key, _ = wire.only_array_record(reply.content)
+        if privacy is not None:
+            found = privacy.protect(found)
         frame = codec.quantize(found)
         reply.content[reply_key] = wire.guidance_record(frame, signs)
         for metrics in reply.content.metric_records.values():

@@ -74,6 +74,10 @@ class ExplorationSettings:
     every: int = 0  # explore again every so many rounds; 0: once
     warm_start: bool = False  # begin where the explorers on average ended, not at W0
     timeout: float = 3600.0  # seconds to wait for the explorers
+    # Differential privacy on the client: L2 norm that guidance is clipped to, and the
+    # noise's standard deviation as a multiple of it. 0: off.
+    privacy_clip: float = 0.0
+    privacy_noise: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types("exploration", self)
@@ -82,6 +86,18 @@ class ExplorationSettings:
         _at_least("exploration.patience", self.patience, 1)
         _at_least("exploration.every", self.every, 0)
         _positive("exploration.timeout", self.timeout)
+        _at_least("exploration.privacy-clip", self.privacy_clip, 0)
+        _at_least("exploration.privacy-noise", self.privacy_noise, 0)
+        if (self.privacy_clip > 0) != (self.privacy_noise > 0):
+            raise SettingsError(
+                "exploration.privacy-clip and .privacy-noise go together: expected "
+                f"both > 0, or both 0, got {self.privacy_clip}, {self.privacy_noise}"
+            )
+        if self.privacy_noise and self.warm_start:
+            raise SettingsError(
+                "exploration.warm-start would send the signs of the updates without "
+                "noise; with exploration.privacy-noise it must be false"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +299,13 @@ class Settings:
                 "client's samples that it does not train on"
             )
         _at_least("rounds", self.rounds, 1)
+        gradients = self.pruning.refresh or self.strategy.name in _ASK_FOR_GRADIENTS
+        if self.exploration.privacy_noise and gradients:
+            raise SettingsError(
+                "exploration.privacy-noise covers guidance, not gradients: set "
+                "pruning.refresh=0, and a strategy.name other than "
+                f"{list(_ASK_FOR_GRADIENTS)}"
+            )
         half = self.rounds // 2
         self._resolve("rivals", until=half, every=max(1, self.rounds // 20))
         self._resolve(
@@ -333,6 +356,8 @@ _RIVALS_READ: dict[str, tuple[StrategyName, ...]] = {
     "replaced": ("feddst",),
     "until": ("feddst",),
 }
+
+_ASK_FOR_GRADIENTS: tuple[StrategyName, ...] = ("ssfl", "prunefl", "feddst")
 
 _PRUNING_OF_RIVALS = (
     "threshold",

@@ -1,0 +1,111 @@
+"""Differential privacy for local guidance: clip it, add noise, before it leaves."""
+
+import math
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.types import Guidance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuidancePrivacy:
+    """The Gaussian mechanism, on the client: the server sees noised guidance alone.
+
+    Parameters
+    ----------
+    clip : float
+        > 0: a client's whole guidance is scaled down to this L2 norm at most.
+    noise : float
+        > 0: standard deviation of the noise on each entry, as a multiple of `clip`.
+    """
+
+    clip: float
+    noise: float
+
+    def __post_init__(self) -> None:
+        for name in ("clip", "noise"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise SettingsError(f"privacy: expected {name} > 0, got {value}")
+
+    def protect(
+        self, guidance: Guidance, rng: np.random.Generator | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return guidance that may leave the client.
+
+        Parameters
+        ----------
+        guidance : mapping of name -> float array
+            >= 0.
+        rng : Generator, optional
+            For tests. By default one that nobody can foresee: a seed that the server
+            knows would let it take the noise off again.
+
+        Returns
+        -------
+        dict of name -> float32 array
+            >= 0: entries that the noise made negative are set to zero.
+        """
+        rng = rng or np.random.default_rng(secrets.randbits(128))
+        squares = sum(
+            float(np.square(value, dtype=np.float64).sum())
+            for value in guidance.values()
+        )
+        scale = min(1.0, self.clip / math.sqrt(squares)) if squares > 0 else 1.0
+        deviation = self.noise * self.clip
+        return {
+            name: np.maximum(
+                scale * value + rng.normal(0, deviation, np.shape(value)), 0
+            ).astype(np.float32)
+            for name, value in guidance.items()
+        }
+
+    def epsilon(
+        self, delta: float, *, releases: int = 1, replace: bool = True
+    ) -> float:
+        """Return the epsilon that clipping and noise buy, at a `delta` in (0, 1).
+
+        Exact for the Gaussian mechanism: Balle and Wang, Improving the Gaussian
+        Mechanism for Differential Privacy (arXiv:1805.06530, Theorem 8).
+
+        Parameters
+        ----------
+        delta : float
+        releases : int
+            How often the client explores.
+        replace : bool
+            Whether any other data of the client must look much the same (its guidance
+            moves by sqrt(2) times `clip` at most, since it is not negative); else
+            whether it took part at all (`clip`).
+        """
+        if not 0 < delta < 1:
+            raise SettingsError(f"privacy: expected delta in (0, 1), got {delta}")
+        distance = math.sqrt(2 * releases) if replace else math.sqrt(releases)
+        ratio = distance / self.noise
+        if _delta(0.0, ratio) <= delta:
+            return 0.0
+        low, high = 0.0, 1.0
+        while _delta(high, ratio) > delta:
+            low, high = high, 2 * high
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (
+                (middle, high) if _delta(middle, ratio) > delta else (low, middle)
+            )
+        return high
+
+
+def _delta(epsilon: float, ratio: float) -> float:
+    """Return the least delta, with `ratio` = sensitivity / deviation."""
+    first = _normal(ratio / 2 - epsilon / ratio)
+    tail = _normal(-ratio / 2 - epsilon / ratio)
+    return first - (math.exp(epsilon + math.log(tail)) if tail > 0 else 0.0)
+
+
+def _normal(value: float) -> float:
+    """Return the distribution function of the standard normal distribution."""
+    return math.erfc(-value / math.sqrt(2)) / 2
