@@ -9,7 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -259,7 +259,8 @@ def _runs_at_once(run: Planned, cores: int) -> int:
 def _check_settings(run: Planned, folder: Path) -> None:
     """Refuse to take a run of other settings for this one."""
     found = presets.read(folder / "settings.yaml")
-    if replace(found, log=run.settings.log) != run.settings:
+    same = found.data.dir == run.settings.data.dir
+    if not same or found.identity() != run.settings.identity():
         raise SettingsError(
             f"{folder} holds a run of other settings; name another output, or move "
             "that folder away"

@@ -149,8 +149,9 @@ def call_seed(
         int(config.get(EPOCH, -1)) + 1,
         int(node_config.get("partition-id", 0)),
     ]
-    if "data-path" in node_config:
-        words.append(zlib.crc32(str(node_config["data-path"]).encode()))
+    if "data-path" in node_config:  # which may be the same in all containers
+        name = node_config.get("client-id", node_config["data-path"])
+        words.append(zlib.crc32(str(name).encode()))
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 

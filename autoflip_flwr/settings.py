@@ -321,14 +321,23 @@ class Settings:
         object.__setattr__(self, group, dataclasses.replace(values, **left))
 
     def identity(self) -> dict[str, Any]:
-        """Return all values that a run depends on, by group.
+        """Return the values that a run depends on, by their dotted keys.
 
-        Where the data is and what is logged may change when a run goes on.
+        All that its strategy reads, but not where the data is, nor what is logged.
         """
-        values: dict[str, Any] = _plain(self)
-        del values["log"]
-        values["data"].pop("dir", None)
-        return values
+        flat: dict[str, Any] = {}
+        for group, values in _plain(self).items():
+            if isinstance(values, dict):
+                flat.update({f"{group}.{key}": value for key, value in values.items()})
+            else:
+                flat[group] = values
+        return {
+            key: value
+            for key, value in flat.items()
+            if reads(self.strategy.name, key)
+            and key != "data.dir"
+            and not key.startswith("log.")
+        }
 
     def as_yaml(self) -> str:
         """Return all values, resolved, in a preset's form."""

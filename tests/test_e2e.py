@@ -106,6 +106,47 @@ def test_a_server_killed_with_sigkill_goes_on_where_it_was(tmp_path):
         np.testing.assert_array_equal(killed[name], values)
 
 
+def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
+    """They come back with new ids, as the clients they were."""
+    count = 6
+    overrides = (
+        "rounds=8 strategy.fraction-train=1.0 strategy.min-nodes=4 strategy.timeout=15 "
+        "data.partition=iid"
+    )
+
+    def node(i: int) -> str:
+        return f"partition-id={i} num-partitions={count}"
+
+    def lines(folder: Path) -> list[dict]:
+        path = folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    with deployment(tmp_path / "home", []) as flower:
+        nodes = {i: flower.supernode(node(i)) for i in range(count)}
+        out = flower.run(ROOT, config(tmp_path / "whole", overrides))
+        assert "AutoFLIP run finished" in out, out
+        folder = tmp_path / "killed"
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(flower.run, ROOT, config(folder, overrides))
+            for server_round, victims in ((1, (0, 1)), (2, (2, 3)), (3, (4, 5))):
+                while len(lines(folder)) < server_round:
+                    assert not running.done(), running.result()
+                    time.sleep(0.05)
+                for i in victims:
+                    os.killpg(nodes[i].pid, signal.SIGKILL)
+                    nodes[i].wait()
+                    nodes[i] = flower.supernode(node(i))
+            assert "AutoFLIP run finished" in running.result(), running.result()
+    rows = lines(folder)
+    assert len(rows) == 8
+    assert any(row["missing"] for row in rows)
+    undisturbed = lines(tmp_path / "whole")[-1]["accuracy"]
+    assert rows[-1]["accuracy"] >= undisturbed - 0.03
+    explored = [summary(f)["bytes"]["explore_up"] for f in (folder, tmp_path / "whole")]
+    assert explored[0] == explored[1], "nobody explores again"
+
+
 def test_two_simulations_of_one_seed_are_equal_bit_for_bit(tmp_path):
     overrides = "rounds=3 strategy.min-nodes=6"
     with simulation(tmp_path / "home") as flower:

@@ -296,3 +296,18 @@ def test_nodes_that_evaluate_hold_samples_out():
     assert load("quickstart", chosen).data.holdout == 0.1
     with pytest.raises(SettingsError, match=r"needs data\.holdout > 0"):
         load("quickstart", "strategy.fraction-evaluate=0.5 data.holdout=0")
+
+
+def test_a_run_is_what_its_strategy_reads():
+    one = load("quickstart", "strategy.name=l1 pruning.units=0.5 data.dir=/a")
+    other = load("quickstart", "strategy.name=l1 log.tensorboard=true data.dir=/b")
+    assert one.identity() == other.identity()
+    assert one.identity()["pruning.threshold"] == 0.8
+    assert "pruning.units" not in one.identity()
+    for change in ("pruning.threshold=0.5", "seed=1", "model.hidden=9", "rounds=3"):
+        assert load("quickstart", f"strategy.name=l1 {change}").identity() != (
+            one.identity()
+        )
+    assert load("quickstart", "pruning.units=0.5").identity() != (
+        load("quickstart").identity()
+    )
