@@ -1,7 +1,7 @@
 """The one port that nodes reach: it passes SuperNodes' calls on and nothing else.
 
-A SuperLink serves three APIs on one port. Only the first asks for a key: Fleet (what
-SuperNodes call), Control (submit runs, register keys), Runtime (fetch tasks). So whoever
+A SuperLink serves three APIs on one port. Only Fleet, what SuperNodes call, asks for a
+key; Control (submit runs, register keys) and Runtime (fetch tasks) do not. So whoever
 reaches that port could register a key of their own and run code on every node. The gate
 stands between it and the network.
 """
@@ -29,7 +29,7 @@ async def superlink(app: Starlette) -> AsyncIterator[None]:
     """Hold the connections to the SuperLink while the gate is open."""
     async with httpx.AsyncClient(
         base_url=os.environ["SUPERLINK"],
-        verify=ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"]),
+        verify=ssl.create_default_context(cafile=os.environ["SUPERLINK_CA"]),
         timeout=httpx.Timeout(300, connect=10),
         trust_env=False,
     ) as app.state.superlink:
@@ -39,7 +39,7 @@ async def superlink(app: Starlette) -> AsyncIterator[None]:
 async def forward(request: Request) -> Response:
     """Pass a call on as it came, and the answer back as it comes."""
     # The decoded path is what is checked and what is sent: no second reading of it.
-    path = request.url.path
+    path: str = request.scope["path"]
     if not ALLOWED.fullmatch(path):
         return PlainTextResponse("Only the Fleet API passes this gate.", 403)
     client: httpx.AsyncClient = request.app.state.superlink
