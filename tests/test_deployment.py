@@ -1,13 +1,16 @@
 """The compose files' own commands as processes; certificates and keys; the images."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,11 +19,13 @@ from pathlib import Path
 import pytest
 import yaml
 from flower import ROOT, Flower, free_port
+from packaging.requirements import Requirement
 
 DOCKER = ROOT / "docker"
 GUIDE = (ROOT / "docs" / "deployment.md").read_text()
 ON_SERVER = "docker compose -f server.yaml exec superlink "
 ON_ONE_MACHINE = "docker compose exec superlink "
+LISTENING = "Uvicorn running on https://"
 
 
 def compose(name: str, **environment: str) -> dict:
@@ -77,13 +82,9 @@ class Machine:
         pattern = "|".join(map(re.escape, places))
         return re.sub(pattern, lambda match: places[match[0]], text)
 
-    def start(self, found: dict, name: str, *, without: str = "") -> "Started":
-        """Start a service's command, less the options that begin with `without`."""
-        command = [
-            self.placed(word, found)
-            for word in found["command"]
-            if not (without and word.startswith(without))
-        ]
+    def start(self, found: dict, name: str) -> "Started":
+        """Start a service's command."""
+        command = [self.placed(word, found) for word in found["command"]]
         self.flower.environment |= {
             key: self.placed(text, found)
             for key, text in found.get("environment", {}).items()
@@ -152,31 +153,35 @@ class Processes(Flower):
         return self
 
 
+def started_server(folder: Path, flower: Flower) -> tuple[Machine, Started]:
+    """Start a SuperLink and its gate as server.yaml does."""
+    machine = Machine(folder, flower, {"8000": free_port(), "8443": free_port()})
+    machine.script("make-certificates", "localhost")
+    superlink = with_flower_config(machine, service("superlink", "server"))
+    superlink.says(LISTENING)
+    machine.start(service("gate", "server"), "gate").says(LISTENING)
+    return machine, superlink
+
+
+def with_flower_config(machine: Machine, found: dict) -> Started:
+    """Start a SuperLink, with `flwr` configured as in its image."""
+    config = (DOCKER / "flower.toml").read_text()
+    (machine.flower.home / "config.toml").write_text(machine.placed(config, found))
+    return machine.start(found, "superlink")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A SuperLink and its gate, as server.yaml starts them."""
     folder = tmp_path_factory.mktemp("deployment")
     with Processes(folder / "home") as flower:
-        ports = {"8000": free_port(), "8443": free_port()}
-        machine = Machine(folder / "server", flower, ports)
-        out = machine.script("make-certificates", "localhost")
-        assert "DNS:localhost" in out, out
-        superlink = service("superlink", "server")
-        config = (DOCKER / "flower.toml").read_text()
-        (flower.home / "config.toml").write_text(machine.placed(config, superlink))
-        machine.start(superlink, "superlink").says("Uvicorn running on https://")
-        gate = machine.start(service("gate", "server"), "gate")
-        gate.says("Uvicorn running on https://")
-        yield machine
+        yield started_server(folder / "server", flower)[0]
 
 
-def ask(
-    server: Machine, port: str, path: str, method: str = "POST", host: str = "localhost"
-) -> int:
+def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
     """Ask one of the server's ports and return the status."""
     ca = server.folder / "keys" / "edge" / "ca.crt"
     request = urllib.request.Request(
-        f"https://{host}:{server.ports[port]}{path}", method=method
+        f"https://localhost:{server.ports[port]}{path}", method=method
     )
     context = ssl.create_default_context(cafile=str(ca))
     try:
@@ -247,12 +252,14 @@ def test_the_guide_ends_with_a_finished_run(server):
 )
 def test_a_node_without_a_registered_key_is_refused(server, name, reason):
     machine = new_edge(server, name)
+    found = supernode(name)
     if name == "stranger":
         machine.script("make-node-key", name)
-        without = "--insecure"
     else:
-        without = "--auth-supernode-private-key"
-    node = machine.start(supernode(name), name, without=without)
+        keyed = [word for word in found["command"] if word.startswith("--auth")]
+        assert len(keyed) == 1
+        found["command"].remove(keyed[0])
+    node = machine.start(found, name)
     node.says(reason)
     assert node.ends() != 0
     assert "SuperNode ID" not in node.log
@@ -319,15 +326,33 @@ def test_the_health_that_the_images_ask_for(server, port):
 
 @pytest.mark.e2e
 @pytest.mark.slow
+def test_nodes_and_their_keys_outlive_a_crash_of_the_superlink(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        server, superlink = started_server(tmp_path / "server", flower)
+        machine = new_edge(server, "edge-1")
+        machine.script("make-node-key", "edge-1")
+        copy_key(machine, "edge/edge-1.pub", server)
+        register, *_ = in_guide(ON_SERVER)
+        found = service("superlink", "server")
+        server.run([server.placed(word, found) for word in register])
+        node = machine.start(supernode("edge-1"), "edge-1")
+        node.says("SuperNode ID")
+        os.killpg(superlink.process.pid, signal.SIGKILL)
+        superlink.ends()
+        assert ask(server, "8443", "/health", "GET") == 503
+        server.start(found, "superlink-again").says(LISTENING)
+        node.says("Connection successful after")
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_one_machine(tmp_path):
     with Processes(tmp_path / "home") as flower:
         machine = Machine(tmp_path / "machine", flower, {"8000": free_port()})
         machine.script("make-certificates", "localhost")
         services = compose("compose", TORCH_INDEX="default")["services"]
         superlink = services.pop("superlink")
-        config = (DOCKER / "flower.toml").read_text()
-        (flower.home / "config.toml").write_text(machine.placed(config, superlink))
-        machine.start(superlink, "superlink").says("Uvicorn running on https://")
+        with_flower_config(machine, superlink).says(LISTENING)
         for name, found in services.items():
             machine.ports["9094"] = free_port()
             machine.start(found, name)
@@ -335,3 +360,145 @@ def test_one_machine(tmp_path):
         out = machine.run([machine.placed(word, superlink) for word in command])
     assert "AutoFLIP run finished" in out, out
     assert (machine.folder / "state" / "first" / "summary.json").exists()
+
+
+def test_what_the_compose_files_name_exists(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        machine = Machine(tmp_path / "machine", flower, {})
+        machine.script("make-certificates", "localhost")
+        machine.script("make-node-key", "edge-1")
+    stages = re.findall(
+        r"^FROM .* AS (\w+)$", (DOCKER / "Dockerfile").read_text(), re.M
+    )
+    values = {"TORCH_INDEX": "default", "SERVER": "localhost", "CLIENT_ID": "edge-1"}
+    for name in ("compose", "server", "edge"):
+        whole = compose(name, **values)
+        for found in whole["services"].values():
+            if "build" in found:
+                context = DOCKER / found["build"]["context"]
+                assert (context / found["build"]["dockerfile"]).is_file()
+                assert found["build"]["target"] in stages
+            mounted = {}
+            for volume in found["volumes"]:
+                source, target = volume.split(":")[:2]
+                if source.startswith("."):
+                    assert (machine.folder / source).is_dir()
+                    mounted[target] = machine.folder / source
+                else:
+                    assert source in whole["volumes"]
+            for word in found["command"]:
+                for file in re.findall(r"=(/keys/\S+)", word):
+                    assert (mounted["/keys"] / file.removeprefix("/keys/")).is_file()
+            assert set(found.get("depends_on", {})) <= set(whole["services"])
+
+
+@pytest.mark.parametrize("name", ["compose", "server", "edge"])
+def test_a_value_that_is_missing_is_asked_for_in_words_of_the_guide(name):
+    text = (DOCKER / f"{name}.yaml").read_text()
+    for variable in re.findall(r"\$\{(\w+):\?", text):
+        others = {"TORCH_INDEX": "x", "SERVER": "x", "CLIENT_ID": "x"}
+        del others[variable]
+        with pytest.raises(KeyError, match=rf"{variable}: in docker/\.env; "):
+            compose(name, **others)
+        assert f'echo "{variable}=' in GUIDE
+
+
+def test_only_the_gate_publishes_a_port():
+    values = {"TORCH_INDEX": "default", "SERVER": "localhost", "CLIENT_ID": "edge-1"}
+    published = {
+        (name, key): found["ports"]
+        for name in ("compose", "server", "edge")
+        for key, found in compose(name, **values)["services"].items()
+        if "ports" in found
+    }
+    assert published == {("server", "gate"): ["8443:8443"]}
+
+
+def test_the_images_get_all_of_the_app_and_no_keys():
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in rules
+    allowed = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+    assert all((ROOT / path).exists() for path in allowed)
+    assert {"autoflip_flwr", "conf", "server_app.py", "client_app.py"} <= allowed
+    assert not any(path in {"docker", "docker/keys", "docker/data"} for path in allowed)
+
+
+def test_every_dependency_is_pinned_to_a_version_that_fits():
+    lines = (DOCKER / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    for name in ("torch", "torchvision"):
+        (pins[name],) = re.findall(rf"^ARG {name.upper()}=(\S+)$", dockerfile, re.M)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for dependency in map(Requirement, project["dependencies"]):
+        pinned = pins[dependency.name]
+        assert pinned in dependency.specifier, dependency
+
+
+def names_in(certificate: Path) -> str:
+    command = [
+        "openssl",
+        "x509",
+        "-in",
+        certificate,
+        "-noout",
+        "-ext",
+        "subjectAltName",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_certificates_have_the_names_given_and_the_authority_stays(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        machine = Machine(tmp_path / "machine", flower, {})
+        assert "usage: " in machine.script("make-certificates")
+        machine.script(
+            "make-certificates", "server.example.org", "192.0.2.7", "fd00::7"
+        )
+        keys = machine.folder / "keys"
+        authority = (keys / "edge" / "ca.crt").read_text()
+        found = names_in(keys / "server" / "server.crt")
+        for name in ("DNS:server.example.org", "192.0.2.7", "FD00:0:0:0:0:0:0:7"):
+            assert name in found
+        machine.script("make-certificates", "new.example.org")
+        assert "DNS:new.example.org" in names_in(keys / "server" / "server.crt")
+        assert (keys / "edge" / "ca.crt").read_text() == authority
+        for secret in ("ca.key", "server/server.key"):
+            assert (keys / secret).stat().st_mode & 0o077 == 0
+        # What containers mount has no authority to sign.
+        assert not list(keys.glob("*/ca.key"))
+
+
+def test_a_key_of_a_node_is_never_overwritten(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        machine = Machine(tmp_path / "machine", flower, {})
+        assert "usage: " in machine.script("make-node-key")
+        machine.script("make-node-key", "edge-1")
+        key = machine.folder / "keys" / "edge" / "node.key"
+        before = key.read_text()
+        assert "exists" in machine.script("make-node-key", "edge-1")
+        assert key.read_text() == before
+        assert key.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
+def test_the_scripts_are_clean():
+    scripts = [
+        path for path in DOCKER.iterdir() if path.name.startswith(("make", "check"))
+    ]
+    assert len(scripts) == 3
+    subprocess.run(["shellcheck", *scripts], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap needs root")
+@pytest.mark.skipif(
+    not (shutil.which("buildah") and shutil.which("debootstrap")),
+    reason="needs buildah and debootstrap: apt-get install buildah debootstrap",
+)
+def test_both_images_build_and_get_healthy():
+    done = subprocess.run(
+        [DOCKER / "check-build"], capture_output=True, text=True, check=False
+    )
+    assert "both images are built and healthy" in done.stdout, done.stdout + done.stderr
