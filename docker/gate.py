@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 ALLOWED = re.compile(r"/v1/fleet/[a-z-]+|/health")
 # What belongs to one connection, not to the message (RFC 9110, 7.6.1).
-HOP_BY_HOP = {b"connection", b"host", b"keep-alive", b"te", b"transfer-encoding"}
+HOP_BY_HOP = b"connection host keep-alive te transfer-encoding upgrade".split()
 
 
 @asynccontextmanager
