@@ -184,8 +184,9 @@ def test_nodes_and_their_keys_outlive_a_crash_of_the_superlink(tmp_path):
         os.killpg(superlink.process.pid, signal.SIGKILL)
         superlink.ends()
         assert ask(server, "8443", "/health", "GET") == 503
+        node.says("Connection attempt failed")
         server.start(found, "superlink-again").says(LISTENING)
-        node.says("Connection successful after")
+        node.says("Connection successful after", 120)
 
 
 @real
