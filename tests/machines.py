@@ -1,0 +1,180 @@
+"""Machines of a deployment as folders and processes, on the loopback."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from flower import ROOT, Flower, free_port
+
+DOCKER = ROOT / "docker"
+GUIDE = (ROOT / "docs" / "deployment.md").read_text()
+ON_SERVER = "docker compose -f server.yaml exec superlink "
+ON_ONE_MACHINE = "docker compose exec superlink "
+LISTENING = "Uvicorn running on https://"
+
+
+def compose(name: str, **environment: str) -> dict:
+    """Read a compose file with its `${NAME:-default}` and `${NAME:?message}`."""
+
+    def value(match: re.Match) -> str:
+        variable, kind, text = match.groups()
+        if variable not in environment and kind == "?":
+            raise KeyError(f"{variable}: {text}")
+        return environment.get(variable, text)
+
+    text = (DOCKER / f"{name}.yaml").read_text()
+    return yaml.safe_load(re.sub(r"\$\{(\w+):([-?])([^}]*)\}", value, text))
+
+
+def service(name: str, of: str, **environment: str) -> dict:
+    known = {"TORCH_INDEX": "default", "SERVER": "localhost", "CLIENT_ID": "none"}
+    return compose(of, **(known | environment))["services"][name]
+
+
+def in_guide(start: str) -> Iterator[list[str]]:
+    """Yield the guide's shell commands that begin with `start`, without it."""
+    for line in GUIDE.splitlines():
+        if line.startswith(start):
+            yield shlex.split(line.removeprefix(start))
+
+
+class Machine:
+    """What a machine has beside a checkout, in a folder: keys/, data/ and volumes."""
+
+    def __init__(self, folder: Path, flower: Flower, ports: dict[str, int]) -> None:
+        self.folder = folder
+        self.flower = flower
+        self.ports = {**ports, "9094": free_port()}
+        for name in ("keys", "data", "state"):
+            (folder / name).mkdir(parents=True)
+
+    def placed(self, text: str, found: dict) -> str:
+        """Say for a process what `found` says for a container: the only difference.
+
+        Volumes are folders of this machine. Servers listen on the loopback, each on a
+        port of its own.
+        """
+        places = {}
+        for volume in found["volumes"]:
+            source, target = volume.split(":")[:2]
+            places[f"{target}/"] = f"{self.folder / source}/"
+        places |= {
+            "/app": str(ROOT),
+            "0.0.0.0": "127.0.0.1",
+            "superlink:": "localhost:",
+        }
+        places |= {port: str(actual) for port, actual in self.ports.items()}
+        pattern = "|".join(map(re.escape, places))
+        return re.sub(pattern, lambda match: places[match[0]], text)
+
+    def start(self, found: dict, name: str) -> "Started":
+        """Start a service's command."""
+        command = [self.placed(word, found) for word in found["command"]]
+        self.flower.environment |= {
+            key: self.placed(text, found)
+            for key, text in found.get("environment", {}).items()
+        }
+        process = self.flower._start(command, name)
+        return Started(process, self.flower.home / f"{name}.log")
+
+    def run(self, command: list[str], **more: str) -> str:
+        """Run a command to its end; returns what it printed."""
+        done = subprocess.run(
+            command,
+            env={**self.flower.environment, "KEYS": str(self.folder / "keys")},
+            cwd=self.flower.home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+            check=False,
+            **more,
+        )
+        return done.stdout
+
+    def script(self, name: str, *arguments: str) -> str:
+        return self.run([str(DOCKER / name), *arguments])
+
+    def samples(self, part: int, parts: int) -> None:
+        """Write a node's samples with the guide's program."""
+        (program,) = re.findall(r"python - 0 2 <<'EOF'\n(.*?)\nEOF", GUIDE, re.DOTALL)
+        program = program.replace("/out/", f"{self.folder}/data/")
+        out = self.run([sys.executable, "-", str(part), str(parts)], input=program)
+        assert (self.folder / "data" / "train.npz").exists(), out
+
+
+class Started:
+    """A process and its log."""
+
+    def __init__(self, process: subprocess.Popen[bytes], path: Path) -> None:
+        self.process = process
+        self.path = path
+
+    @property
+    def log(self) -> str:
+        return self.path.read_text()
+
+    def says(self, text: str, seconds: float = 60) -> None:
+        """Wait until the log has `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log:
+            ended = self.process.poll() is not None
+            assert not ended or text in self.log, f"ended:\n{self.log}"
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.log}"
+            time.sleep(0.2)
+
+    def ends(self, seconds: float = 60) -> int:
+        return self.process.wait(timeout=seconds)
+
+
+class Processes(Flower):
+    """Processes in a home of their own, ended on exit; none is started for us."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(home, simulation=False)
+
+    def __enter__(self) -> "Processes":
+        self.home.mkdir(parents=True)
+        return self
+
+
+def started_server(folder: Path, flower: Flower) -> tuple[Machine, Started]:
+    """Start a SuperLink and its gate as server.yaml does."""
+    machine = Machine(folder, flower, {"8000": free_port(), "8443": free_port()})
+    machine.script("make-certificates", "localhost")
+    superlink = with_flower_config(machine, service("superlink", "server"))
+    superlink.says(LISTENING)
+    machine.start(service("gate", "server"), "gate").says(LISTENING)
+    return machine, superlink
+
+
+def with_flower_config(machine: Machine, found: dict) -> Started:
+    """Start a SuperLink, with `flwr` configured as in its image."""
+    config = (DOCKER / "flower.toml").read_text()
+    (machine.flower.home / "config.toml").write_text(machine.placed(config, found))
+    return machine.start(found, "superlink")
+
+
+def new_edge(server: Machine, name: str) -> Machine:
+    """Set up a node's machine as the guide does, but for key and samples."""
+    ports = {"8443": server.ports["8443"]}
+    machine = Machine(server.folder.parent / name, server.flower, ports)
+    (machine.folder / "keys" / "edge").mkdir()
+    copy_key(server, "edge/ca.crt", machine)
+    return machine
+
+
+def copy_key(source: Machine, name: str, target: Machine) -> None:
+    """Copy a file of keys/ to keys/server/ of the server, keys/edge/ of a node."""
+    to = "server" if (target.folder / "keys" / "server").exists() else "edge"
+    shutil.copy(source.folder / "keys" / name, target.folder / "keys" / to)
+
+
+def supernode(name: str) -> dict:
+    return service("supernode", "edge", CLIENT_ID=name)

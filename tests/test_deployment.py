@@ -1,0 +1,356 @@
+"""The compose files' own commands as processes; certificates and keys; the images."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flower import ROOT, free_port
+from machines import (
+    DOCKER,
+    GUIDE,
+    LISTENING,
+    ON_ONE_MACHINE,
+    ON_SERVER,
+    Machine,
+    Processes,
+    compose,
+    copy_key,
+    in_guide,
+    new_edge,
+    service,
+    started_server,
+    supernode,
+    with_flower_config,
+)
+from packaging.requirements import Requirement
+
+
+def real(test: Callable) -> Callable:
+    """Mark a test that starts real processes."""
+    return pytest.mark.e2e(pytest.mark.slow(test))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("deployment")
+    with Processes(folder / "home") as flower:
+        yield started_server(folder / "server", flower)[0]
+
+
+def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
+    """Ask one of the server's ports and return the status."""
+    ca = server.folder / "keys" / "edge" / "ca.crt"
+    request = urllib.request.Request(
+        f"https://localhost:{server.ports[port]}{path}", method=method
+    )
+    context = ssl.create_default_context(cafile=str(ca))
+    try:
+        with urllib.request.urlopen(request, context=context, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+@real
+def test_the_guide_ends_with_a_finished_run(server):
+    nodes = []
+    for part in range(2):
+        name = f"edge-{part + 1}"
+        machine = new_edge(server, name)
+        machine.script("make-node-key", name)
+        machine.samples(part, 2)
+        copy_key(machine, f"edge/{name}.pub", server)
+        nodes.append((name, machine))
+    superlink = service("superlink", "server")
+    printed = []
+    for command in in_guide(ON_SERVER):
+        if command[1:2] == ["run"]:
+            assert len(printed) == 3, "keys are registered and nodes are seen first"
+        if command[1:3] == ["supernode", "list"]:
+            logs = [machine.start(supernode(name), name) for name, machine in nodes]
+            for log in logs:
+                log.says("SuperNode ID")
+        printed.append(server.run([server.placed(word, superlink) for word in command]))
+    *registered, seen, out = printed
+    assert [("registered successfully" in text) for text in registered] == [True] * 2
+    assert seen.count("online") == 2, seen
+    assert "AutoFLIP run finished" in out, out
+    found = json.loads((server.folder / "state" / "first" / "summary.json").read_text())
+    assert found["rounds"] == 2
+    assert all("Sent successfully" in log.log for log in logs)
+
+
+@real
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("keyless", "All SuperNodes must be registered via the CLI"),
+        ("stranger", "[code: 2004] Failed to activate SuperNode"),
+    ],
+)
+def test_a_node_without_a_registered_key_is_refused(server, name, reason):
+    machine = new_edge(server, name)
+    found = supernode(name)
+    if name == "stranger":
+        machine.script("make-node-key", name)
+    else:
+        keyed = [word for word in found["command"] if word.startswith("--auth")]
+        assert len(keyed) == 1
+        found["command"].remove(keyed[0])
+    node = machine.start(found, name)
+    node.says(reason)
+    assert node.ends() != 0
+    assert "SuperNode ID" not in node.log
+
+
+@real
+def test_a_node_that_does_not_trust_the_server_does_not_talk_to_it(server):
+    machine = new_edge(server, "elsewhere")
+    machine.script("make-node-key", "elsewhere")
+    other = Machine(server.folder.parent / "other", server.flower, {})
+    other.script("make-certificates", "localhost")
+    copy_key(other, "server/ca.crt", machine)
+    node = machine.start(supernode("elsewhere"), "elsewhere")
+    node.says("CERTIFICATE_VERIFY_FAILED")
+    assert node.ends() != 0
+
+
+@real
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/register-node",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/../control/register-node",
+        "/v1/fleet/%2e%2e/control/register-node",
+        "/v1/fleet/%2e%2e%2fcontrol%2fregister-node",
+        "/v1/fleet/activate-node%0a",
+        "//v1/control/register-node",
+        "/docs",
+    ],
+)
+def test_only_calls_of_nodes_pass_the_gate(server, path):
+    assert ask(server, "8443", path) == 403
+
+
+@real
+def test_nobody_registers_a_key_through_the_gate(server):
+    # The SuperLink itself takes a key from whoever reaches it.
+    (server.flower.home / "config.toml").write_text(
+        (server.flower.home / "config.toml").read_text()
+        + '\n[superlink.gate]\naddress = "localhost:'
+        + f'{server.ports["8443"]}"\nroot-certificates = '
+        + f'"{server.folder}/keys/server/ca.crt"\n'
+    )
+    machine = new_edge(server, "intruder")
+    machine.script("make-node-key", "intruder")
+    key = str(machine.folder / "keys" / "edge" / "intruder.pub")
+    register = ["flwr", "supernode", "register", key]
+    refused = server.run([*register, "gate"])
+    assert "403" in refused, refused
+    assert "registered successfully" not in refused
+    assert "registered successfully" in server.run(register)
+
+
+@real
+@pytest.mark.parametrize("port", ["8000", "8443"])
+def test_the_health_that_the_images_ask_for(server, port):
+    assert ask(server, port, "/health", "GET") == 200
+
+
+@real
+def test_nodes_and_their_keys_outlive_a_crash_of_the_superlink(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        server, superlink = started_server(tmp_path / "server", flower)
+        machine = new_edge(server, "edge-1")
+        machine.script("make-node-key", "edge-1")
+        copy_key(machine, "edge/edge-1.pub", server)
+        register, *_ = in_guide(ON_SERVER)
+        found = service("superlink", "server")
+        server.run([server.placed(word, found) for word in register])
+        node = machine.start(supernode("edge-1"), "edge-1")
+        node.says("SuperNode ID")
+        os.killpg(superlink.process.pid, signal.SIGKILL)
+        superlink.ends()
+        assert ask(server, "8443", "/health", "GET") == 503
+        node.says("Connection attempt failed")
+        server.start(found, "superlink-again").says(LISTENING)
+        node.says("Connection successful after", 120)
+
+
+@real
+def test_one_machine(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        machine = Machine(tmp_path / "machine", flower, {"8000": free_port()})
+        machine.script("make-certificates", "localhost")
+        services = compose("compose", TORCH_INDEX="default")["services"]
+        superlink = services.pop("superlink")
+        with_flower_config(machine, superlink).says(LISTENING)
+        for name, found in services.items():
+            machine.ports["9094"] = free_port()
+            machine.start(found, name)
+        (command,) = in_guide(ON_ONE_MACHINE)
+        out = machine.run([machine.placed(word, superlink) for word in command])
+    assert "AutoFLIP run finished" in out, out
+    assert (machine.folder / "state" / "first" / "summary.json").exists()
+
+
+def test_what_the_compose_files_name_exists(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        machine = Machine(tmp_path / "machine", flower, {})
+        machine.script("make-certificates", "localhost")
+        machine.script("make-node-key", "edge-1")
+    stages = re.findall(
+        r"^FROM .* AS (\w+)$", (DOCKER / "Dockerfile").read_text(), re.M
+    )
+    values = {"TORCH_INDEX": "default", "SERVER": "localhost", "CLIENT_ID": "edge-1"}
+    for name in ("compose", "server", "edge"):
+        whole = compose(name, **values)
+        for found in whole["services"].values():
+            if "build" in found:
+                context = DOCKER / found["build"]["context"]
+                assert (context / found["build"]["dockerfile"]).is_file()
+                assert found["build"]["target"] in stages
+            mounted = {}
+            for volume in found["volumes"]:
+                source, target = volume.split(":")[:2]
+                if source.startswith("."):
+                    assert (machine.folder / source).is_dir()
+                    mounted[target] = machine.folder / source
+                else:
+                    assert source in whole["volumes"]
+            for word in found["command"]:
+                for file in re.findall(r"=(/keys/\S+)", word):
+                    assert (mounted["/keys"] / file.removeprefix("/keys/")).is_file()
+            assert set(found.get("depends_on", {})) <= set(whole["services"])
+
+
+@pytest.mark.parametrize("name", ["compose", "server", "edge"])
+def test_a_value_that_is_missing_is_asked_for_in_words_of_the_guide(name):
+    text = (DOCKER / f"{name}.yaml").read_text()
+    for variable in re.findall(r"\$\{(\w+):\?", text):
+        others = {"TORCH_INDEX": "x", "SERVER": "x", "CLIENT_ID": "x"}
+        del others[variable]
+        with pytest.raises(KeyError, match=rf"{variable}: in docker/\.env; "):
+            compose(name, **others)
+        assert f'echo "{variable}=' in GUIDE
+
+
+def test_only_the_gate_publishes_a_port():
+    values = {"TORCH_INDEX": "default", "SERVER": "localhost", "CLIENT_ID": "edge-1"}
+    published = {
+        (name, key): found["ports"]
+        for name in ("compose", "server", "edge")
+        for key, found in compose(name, **values)["services"].items()
+        if "ports" in found
+    }
+    assert published == {("server", "gate"): ["8443:8443"]}
+
+
+def test_the_images_get_all_of_the_app_and_no_keys():
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in rules
+    allowed = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+    assert all((ROOT / path).exists() for path in allowed)
+    assert {"autoflip_flwr", "conf", "server_app.py", "client_app.py"} <= allowed
+    assert not any(path in {"docker", "docker/keys", "docker/data"} for path in allowed)
+
+
+def test_every_dependency_is_pinned_to_a_version_that_fits():
+    lines = (DOCKER / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    for name in ("torch", "torchvision"):
+        (pins[name],) = re.findall(rf"^ARG {name.upper()}=(\S+)$", dockerfile, re.M)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for dependency in map(Requirement, project["dependencies"]):
+        pinned = pins[dependency.name]
+        assert pinned in dependency.specifier, dependency
+
+
+def names_in(certificate: Path) -> str:
+    command = [
+        "openssl",
+        "x509",
+        "-in",
+        certificate,
+        "-noout",
+        "-ext",
+        "subjectAltName",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_certificates_have_the_names_given_and_the_authority_stays(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        machine = Machine(tmp_path / "machine", flower, {})
+        assert "usage: " in machine.script("make-certificates")
+        machine.script(
+            "make-certificates", "server.example.org", "192.0.2.7", "fd00::7"
+        )
+        keys = machine.folder / "keys"
+        authority = (keys / "edge" / "ca.crt").read_text()
+        found = names_in(keys / "server" / "server.crt")
+        for name in ("DNS:server.example.org", "192.0.2.7", "FD00:0:0:0:0:0:0:7"):
+            assert name in found
+        machine.script("make-certificates", "new.example.org")
+        assert "DNS:new.example.org" in names_in(keys / "server" / "server.crt")
+        assert (keys / "edge" / "ca.crt").read_text() == authority
+        for secret in ("ca.key", "server/server.key"):
+            assert (keys / secret).stat().st_mode & 0o077 == 0
+        # What containers mount has no authority to sign.
+        assert not list(keys.glob("*/ca.key"))
+
+
+def test_a_key_of_a_node_is_never_overwritten(tmp_path):
+    with Processes(tmp_path / "home") as flower:
+        machine = Machine(tmp_path / "machine", flower, {})
+        assert "usage: " in machine.script("make-node-key")
+        machine.script("make-node-key", "edge-1")
+        key = machine.folder / "keys" / "edge" / "node.key"
+        before = key.read_text()
+        assert "exists" in machine.script("make-node-key", "edge-1")
+        assert key.read_text() == before
+        assert key.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
+def test_the_scripts_are_clean():
+    scripts = [
+        path for path in DOCKER.iterdir() if path.name.startswith(("make", "check"))
+    ]
+    assert len(scripts) == 3
+    subprocess.run(["shellcheck", *scripts], check=True)
+
+
+def no_build() -> str:
+    """Say why images cannot be built here; empty if they can."""
+    missing = [name for name in ("buildah", "debootstrap") if not shutil.which(name)]
+    if missing:
+        return f"needs {' and '.join(missing)}: apt-get install {' '.join(missing)}"
+    if os.geteuid() != 0:
+        return "debootstrap needs root"
+    mounts = subprocess.run(["unshare", "--mount", "true"], check=False)
+    return "" if mounts.returncode == 0 else "building needs the right to mount"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_both_images_build_and_get_healthy():
+    if reason := no_build():
+        pytest.skip(reason)
+    done = subprocess.run(
+        [DOCKER / "check-build"], capture_output=True, text=True, check=False
+    )
+    assert "both images are built and healthy" in done.stdout, done.stdout + done.stderr
