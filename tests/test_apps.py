@@ -192,8 +192,11 @@ def test_every_call_of_the_client_has_a_seed_of_its_own():
         for p in (0, 1, 2)
     ]
     calls += [({"server-round": r}, {"partition-id": 0}) for r in (1, 2, 3)]
+    data = {"data-path": "/data/train.npz"}  # the same in every container
+    calls += [({}, data), ({}, data | {"client-id": "a"})]
+    calls += [({}, data | {"client-id": "b"})]
     seeds = [experiment.call_seed(settings, *call) for call in calls]
-    assert len(set(seeds)) == len(seeds) == 30
+    assert len(set(seeds)) == len(seeds) == 33
     assert seeds == [experiment.call_seed(settings, *call) for call in calls]
     other = load("quickstart", "seed=1")
     assert not set(seeds) & {experiment.call_seed(other, *call) for call in calls}
