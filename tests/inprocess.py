@@ -171,6 +171,33 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type)
 
 
+class OneByOne(LocalGrid):
+    """Every look for replies lets one node more answer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._left: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        for message in messages:
+            message_id = str(uuid.uuid4())
+            message.metadata.__dict__["_message_id"] = message_id
+            self._left[message_id] = message
+        return list(self._left)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        wanted = set(message_ids)
+        message_id = next((i for i in self._left if i in wanted), None)
+        if message_id is None:
+            return []
+        message = self._left.pop(message_id)
+        replies = super().pull_messages(super().push_messages([message]))
+        message.metadata.__dict__["_message_id"] = message_id
+        for reply in replies:
+            reply.metadata.__dict__["_reply_to_message_id"] = message_id
+        return replies
+
+
 def _carried(content: RecordDict) -> RecordDict:
     return recorddict_from_proto(recorddict_to_proto(content))
 

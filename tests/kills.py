@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
-from inprocess import ROOT, LocalGrid, load_script
+from inprocess import ROOT, OneByOne, load_script
 from safetensors.numpy import load_file
 
 from autoflip_flwr import checkpoint, store
@@ -42,8 +42,8 @@ OVERRIDES = (
 NODES = range(1, 7)
 
 
-class SlowGrid(LocalGrid):
-    """One node answers after the other, and a file tells whose answer has arrived."""
+class SlowGrid(OneByOne):
+    """A file tells whose answer has been kept: one that came before the next look."""
 
     def __init__(self, folder: Path) -> None:
         config = {
@@ -54,39 +54,19 @@ class SlowGrid(LocalGrid):
         }
         super().__init__(client_app.app, NODES, run_config=config)
         self._log = (folder / "explored.txt").open("a", buffering=1)
-        self._left: dict[str, Message] = {}
-        self._last: Message | None = None
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        for message in messages:
-            message_id = f"{message.metadata.dst_node_id}-{len(self.sent)}"
-            message.metadata.__dict__["_message_id"] = message_id
-            self._left[message_id] = message
-        return list(self._left)
+        self._kept = 0
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        if self._last is not None:  # what came with the last pull has been kept
-            config = next(iter(self._last.content.config_records.values()), {})
-            if config.get("autoflip.phase") == "explore":
-                words = (config["server-round"], self._last.metadata.dst_node_id)
-                print(*words, file=self._log)
-        waiting = [i for i in message_ids if i in self._left]
-        if not waiting:
-            return []
-        message = self._last = self._left.pop(min(waiting))
-        (given,) = super().push_messages([message])
-        (reply,) = super().pull_messages([given])
-        reply.metadata.__dict__["_reply_to_message_id"] = min(waiting)
-        message.metadata.__dict__["_message_id"] = min(waiting)
-        return [reply]
-
-    def send_and_receive(self, messages, *, timeout=None):
-        left, replies = set(self.push_messages(messages)), []
-        while left:
-            (reply,) = self.pull_messages(left)
-            left.remove(reply.metadata.reply_to_message_id)
-            replies.append(reply)
-        return replies
+        for sent in self.up[self._kept :]:
+            if sent.phase == "explore":
+                rounds = [
+                    down.config["server-round"]
+                    for down in self.down
+                    if (down.phase, down.node_id) == ("explore", sent.node_id)
+                ]
+                print(rounds[-1], sent.node_id, file=self._log)
+        self._kept = len(self.up)
+        return super().pull_messages(message_ids)
 
 
 def serve(folder: Path) -> None:

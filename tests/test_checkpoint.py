@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import (
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from inprocess import LocalGrid, net, plain_net, toy_app
+from inprocess import LocalGrid, OneByOne, net, plain_net, toy_app
 from numpy.testing import assert_array_equal
 
 from autoflip_flwr import AutoFLIP
@@ -227,22 +227,6 @@ def test_killed_while_clients_explore_only_the_others_are_asked_again(
         elif phase == "train" and len(told) <= answers:
             raise Killed
         return reply
-
-    class OneByOne(LocalGrid):
-        def push_messages(self, messages):
-            self.left = list(messages)
-            for number, message in enumerate(self.left):
-                message.metadata.__dict__["_message_id"] = str(number)
-            return [message.metadata.message_id for message in self.left]
-
-        def pull_messages(self, message_ids):
-            message = self.left.pop(0)
-            number = message.metadata.message_id
-            (given,) = super().push_messages([message])
-            (reply,) = super().pull_messages([given])
-            reply.metadata.__dict__["_reply_to_message_id"] = number
-            message.metadata.__dict__["_message_id"] = number
-            return [reply]
 
     grid = OneByOne(toy_app(), NODES, tamper=tamper)
     strategy = Checkpointed(make(tmp_path / "two"), tmp_path / "two" / "checkpoints")
