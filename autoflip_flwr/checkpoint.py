@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from autoflip_flwr.errors import CheckpointError
+from autoflip_flwr.strategy import chain
 
 _log = logging.getLogger("flwr")
 
@@ -94,7 +95,7 @@ class Checkpointed(Strategy):
         self._parts = dict(parts or {})
         self._done = 0  # rounds, before this process
         # Strategies from the outermost in, with what they were made with.
-        self._built = {one: dict(vars(one)) for one in _chain(strategy)}
+        self._built = {one: dict(vars(one)) for one in chain(strategy)}
         self._unsaved: set[str] = set()
 
     def start(
@@ -113,10 +114,9 @@ class Checkpointed(Strategy):
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         layout = _layout(initial_arrays)
-        found = self._newest(layout)
-        arrays = initial_arrays
+        found = self._go_on(layout)
+        arrays = initial_arrays if found is None else found
         if found is not None:
-            arrays = self._restore(found)
             _log.info(
                 "going on after round %d of %d: [ROUND 1] is round %d",
                 self._done,
@@ -221,7 +221,11 @@ class Checkpointed(Strategy):
                         type(value).__name__,
                     )
                 self._unsaved.add(f"{name}.{key}")
-            elif not isinstance(value, _SCALARS) or value != self._built[strategy][key]:
+            elif (
+                not isinstance(value, _SCALARS)
+                or key not in self._built[strategy]
+                or value != self._built[strategy][key]
+            ):
                 state[key] = value
         return {"name": name, "state": state}
 
@@ -239,18 +243,21 @@ class Checkpointed(Strategy):
         self._done = found["round"]
         return arrays
 
-    def _newest(self, layout: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the last checkpoint that is whole; None: there is none at all."""
+    def _go_on(self, layout: dict[str, Any]) -> ArrayRecord | None:
+        """Go on with the last checkpoint that is whole; None: there is none at all."""
         torn: list[str] = []
         for path in self._paths():
             try:
                 found = read(path)
             except CheckpointError as error:
-                _log.error("%s; the checkpoint before it is taken", error)
                 torn.append(str(error))
-                continue
-            self._check(path, found, layout)
-            return found
+            else:
+                self._check(path, found, layout)
+                try:
+                    return self._restore(found)
+                except CheckpointError as error:  # guidance that it stands on
+                    torn.append(f"{path}: {error}")
+            _log.error("%s; the checkpoint before it is taken", torn[-1])
         if torn:
             raise CheckpointError(
                 "no whole checkpoint is left; begin the run anew in another folder: "
@@ -295,14 +302,6 @@ class Checkpointed(Strategy):
     def _paths(self) -> list[Path]:
         """Return the checkpoints, the newest first."""
         return sorted(self.directory.glob("round-*.safetensors"), reverse=True)
-
-
-def _chain(strategy: Strategy) -> Iterator[Strategy]:
-    """Yield a strategy, the one inside it, and so on."""
-    inner: Any = strategy
-    while isinstance(inner, Strategy):
-        yield inner
-        inner = getattr(inner, "strategy", None)
 
 
 def _layout(arrays: ArrayRecord) -> dict[str, Any]:
@@ -415,11 +414,13 @@ class _Writer:
 
     def plain(self, value: Any) -> Any:
         """Return JSON for a value; a list's first entry tells what it is."""
-        if isinstance(value, np.bool_ | np.integer | np.floating):
-            value = value.item()
+        if isinstance(value, np.generic):  # before float, which float64 is, too
+            return ["scalar", self.plain(np.asarray(value))]
         if isinstance(value, _SCALARS):
             return value
         if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
+                raise TypeError(f"a checkpoint cannot hold an array of {value.dtype}")
             if value.dtype == np.bool_:
                 bits = self._key(value, lambda: np.packbits(value))
                 return ["bits", bits, list(value.shape)]
@@ -444,7 +445,9 @@ class _Writer:
         if id(held) not in self._keys:
             key = self._keys[id(held)] = f"{len(self._keys)}"
             self._held.append(held)  # so that no other gets its id
-            self.arrays[key] = np.ascontiguousarray(array()).reshape(array().shape)
+            made = array()
+            little = made.astype(made.dtype.newbyteorder("<"), copy=False)
+            self.arrays[key] = np.ascontiguousarray(little).reshape(made.shape)
         return self._keys[id(held)]
 
 
@@ -462,6 +465,8 @@ class _Reader:
         kind, *rest = found
         if kind == "array":
             return self._arrays[rest[0]]
+        if kind == "scalar":
+            return self.value(rest[0])[()]
         if kind == "bits":
             count = int(np.prod(rest[1], dtype=np.int64))
             bits = np.unpackbits(self._arrays[rest[0]], count=count)

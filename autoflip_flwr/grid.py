@@ -28,6 +28,9 @@ CLIENT_ID = "client-id"
 
 _ROLL_CALL_TIMEOUT = 120.0
 
+#: More samples or epochs than anybody has: a client that says so is not believed.
+_MOST = 1 << 40
+
 #: Seconds from one look for replies to the next: first, and at most.
 _SOON, _LATER = 0.02, 1.0
 
@@ -108,6 +111,8 @@ class RunGrid(Grid):
         self._stage = "train-1"
         self._claims: dict[int, int] = {}  # node -> who it says it is, as they came
         self._names: dict[int, int | str] = {}  # of clients, as they said them
+        self._listing = 0
+        self._again: dict[int, int] = {}  # who did not answer the roll -> next listing
         self._nodes: dict[int, int] = {}  # client -> the node that is it now
         self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
         self._silent: set[int] = set()
@@ -154,20 +159,31 @@ class RunGrid(Grid):
         """Go on with what an earlier process of the run has counted."""
         if self._meter is None or not self._meter.exists():
             return
-        counted = json.loads(self._meter.read_text())
-        for phase, direction, count in counted["sent"]:
-            self.sent[phase, direction] = count
-        for phase, direction, count in counted["dense"]:
-            self.dense[phase, direction] = count
-        self.samples.update(counted["samples"])
-        self.seconds.update(counted["seconds"])
+        try:
+            counted = json.loads(self._meter.read_text())
+            for phase, direction, count in counted["sent"]:
+                self.sent[phase, direction] = count
+            for phase, direction, count in counted["dense"]:
+                self.dense[phase, direction] = count
+            self.samples.update(counted["samples"])
+            self.seconds.update(counted["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            _log.error("%s is torn, bytes are counted anew: %s", self._meter, error)
 
     def get_node_ids(self) -> list[int]:
         """Return the connected clients in a stable order, the generator seeded."""
         connected = set(self._grid.get_node_ids())
-        self._roll_call(sorted(connected.difference(self._claims)))
+        self._listing += 1
+        self._roll_call(
+            [
+                node_id
+                for node_id in sorted(connected.difference(self._claims))
+                if self._listing >= self._again.get(node_id, 0)
+            ]
+        )
         self._nodes = {}
-        for node_id, client in self._claims.items():
+        strangers = {n: n for n in sorted(connected.difference(self._claims))}
+        for node_id, client in {**self._claims, **strangers}.items():
             if node_id in connected:
                 first = self._nodes.setdefault(client, node_id)
                 if first != node_id:
@@ -249,7 +265,7 @@ class RunGrid(Grid):
         size = wire.count_bytes(message.content)
         self.sent[phase, direction] += size
         if phase in ("train", "evaluate"):
-            arrays = len(message.content.array_records)
+            arrays = min(1, len(message.content.array_records))  # as FedAvg's have
             own = wire.own_bytes(message.content)
             self.dense[phase, direction] += size - own + arrays * self._dense_bytes
 
@@ -257,21 +273,25 @@ class RunGrid(Grid):
         """Ask nodes who they are."""
         if not node_ids:
             return
-        claims = dict.fromkeys(node_ids, -1)
+        for node_id in node_ids:  # asked again if there is no answer, ever more seldom
+            self._again[node_id] = 2 * self._listing
         batch = [Message(RecordDict(), node_id, "query") for node_id in node_ids]
+        found: dict[int, int] = {}
         for reply in stream(self._grid, batch, timeout=_ROLL_CALL_TIMEOUT):
             node_id = wire.node_of(reply, wire.nodes_by_message(batch))
             if reply.has_error():
                 _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
                 continue
             self.sent["roll-call", "up"] += wire.count_bytes(reply.content)
+            found[node_id] = node_id
             for record in reply.content.config_records.values():
                 name = record.get(CLIENT_ID)
                 if isinstance(name, str) or (isinstance(name, int) and name >= 0):
-                    claims[node_id] = client = _client_of(name)
+                    found[node_id] = client = _client_of(name)
                     self._names[client] = name
-        for node_id, client in claims.items():
-            self._claims[node_id] = client if client >= 0 else node_id
+        for node_id in node_ids:  # in their order, not that of the answers
+            if node_id in found:
+                self._claims[node_id] = found[node_id]
         self._note()
 
     # --- everything else is Flower's own ---------------------------------------
@@ -312,7 +332,8 @@ def _samples(reply: Message) -> float:
     for metrics in reply.content.metric_records.values():
         count, epochs = metrics.get("num-examples", 0), metrics.get(wire.EPOCHS, 1)
         if isinstance(count, int | float) and isinstance(epochs, int):
-            return count * epochs if math.isfinite(count) else 0
+            told = count * min(max(epochs, 0), _MOST)
+            return told if 0 <= told <= _MOST else 0
     return 0
 
 

@@ -167,24 +167,27 @@ class AutoFLIP(Strategy):
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Unpack the valid results and let the inner strategy aggregate them."""
         valid: list[tuple[ClientProxy, FitRes]] = []
-        received: dict[int, tuple[bytes, bytes, float]] = {}
+        frames: dict[int, bytes] = {}
+        replies: dict[int, tuple[Params, float]] = {}
         dropped: list[tuple[ClientProxy, FitRes] | BaseException] = []
         for client, result in sorted(results, key=lambda pair: _id(pair[0])):
             try:
                 unpacked = self._unpack(result)
-                frame = result.parameters.tensors[0]
-                received[id(unpacked)] = self._sent, frame, result.num_examples
+                frames[id(unpacked)] = result.parameters.tensors[0]
+                named = self._named(unpacked.parameters)
+                replies[id(unpacked)] = named, result.num_examples
                 valid.append((client, unpacked))
             except (AutoFlipError, ValueError, TypeError) as error:
                 self.rounds.drop(server_round, _id(client), str(error))
                 dropped.append((client, result))
-        odd = self.rounds.outliers(received)
+        odd = self.rounds.outliers(replies)
         for client, result in valid:
             if id(result) in odd:
                 self.rounds.drop(server_round, _id(client), odd[id(result)])
                 dropped.append((client, result))
             else:
-                self.rounds.observe(*received[id(result)])
+                frame = frames[id(result)]
+                self.rounds.observe(self._sent, frame, result.num_examples)
         valid = [pair for pair in valid if id(pair[1]) not in odd]
         if not valid:
             self.rounds.abandon(server_round, "no valid reply")

@@ -199,17 +199,21 @@ class Rounds:
 
     def waiting(self, ask: Ask) -> list[int]:
         """Return the nodes whose answer an interrupted run does not have yet."""
-        return [n for n in ask.nodes if self._answers.get(n) is None]
+        return [
+            n
+            for n in ask.nodes
+            if self._answers.get(n) is None and self._answers.failure(n) is None
+        ]
 
     def answer(self, node_id: int, answer: Answer | str) -> None:
         """Keep what a node answered; a text is the reason why it is nothing."""
         if isinstance(answer, str):
-            self._reasons[node_id] = answer
+            self._answers.fail(node_id, answer)
             return
         try:
             self._answers.put(node_id, answer)
         except (TypeError, ValueError, OverflowError) as error:
-            self._reasons[node_id] = f"expected examples, got {error}"
+            self._answers.fail(node_id, f"expected examples, got {error}")
 
     def exploration_of(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
         """Return what nodes need to measure: arrays, and entries of the config."""
@@ -257,6 +261,8 @@ class Rounds:
         ExplorationError
             If no mask can be made.
         """
+        for node_id in self.waiting(ask):  # so that nobody is asked after a restart
+            self._answers.fail(node_id, "no reply in time")
         failed = 0
         start = self._weights(self._start_of(ask))
         odd = self._odd_answers(ask)
@@ -264,7 +270,9 @@ class Rounds:
             try:
                 answer = self._answers.get(node_id)
                 if answer is None:
-                    raise WireError(self._reasons.get(node_id, "no reply in time"))
+                    raise WireError(
+                        self._answers.failure(node_id) or "no reply in time"
+                    )
                 if node_id in odd:
                     raise WireError(odd[node_id])
                 if not (answer.examples > 0 and math.isfinite(answer.examples)):
@@ -301,39 +309,51 @@ class Rounds:
                 squared = ask.measure in ("deviation", "squared-gradient")
                 moved[node_id] = math.sqrt(size) if squared else size
                 examples[node_id] = answer.examples
-        return self._far_off(moved, examples)
+        earlier = self.pruner.explored() if ask.measure == "deviation" else []
+        return {
+            **self._far_off("moved", moved, [math.sqrt(mean) for mean in earlier]),
+            **self._far_off("has examples", examples),
+        }
 
-    def outliers(
-        self, replies: Mapping[int, tuple[bytes, bytes, float]]
-    ) -> dict[int, str]:
+    def outliers(self, replies: Mapping[int, tuple[Params, float]]) -> dict[int, str]:
         """Return the reasons to drop replies that are far from the others.
 
-        `replies` are the frame that went out, the one that came back and its examples,
-        by any key.
+        `replies` are all arrays of a reply, by name, and its examples, by any key. The
+        prunable weights are compared together, every other array alone, so that none
+        hides behind them.
         """
-        kind = np.dtype(self._values).newbyteorder("<")
-        moved: dict[int, float] = {}
-        for key, (sent, received, _) in replies.items():
-            update = np.frombuffer(received, kind).astype(np.float64)
-            update -= np.frombuffer(sent, kind)
-            moved[key] = float(np.linalg.norm(update))
-        return self._far_off(moved, {key: reply[2] for key, reply in replies.items()})
+        sizes: dict[str, dict[int, float]] = {}
+        for key, (arrays, _) in replies.items():
+            squares: dict[str, float] = {}
+            for entry in self.manifest.entries:
+                if entry.dtype[1] == "f":
+                    group = "" if entry.masked else f" {entry.name}"
+                    update = arrays[entry.name].astype(np.float64)
+                    update -= self.arrays[entry.name]
+                    square = float(np.square(update, out=update).sum())
+                    squares[group] = squares.get(group, 0.0) + square
+            for group, square in squares.items():
+                sizes.setdefault(group, {})[key] = math.sqrt(square)
+        reasons: dict[int, str] = {}
+        for group, found in sizes.items():
+            reasons.update(self._far_off(f"moved{group}", found))
+        examples = {key: reply[1] for key, reply in replies.items()}
+        return {**reasons, **self._far_off("has examples", examples)}
 
     def _far_off(
-        self, moved: Mapping[int, float], examples: Mapping[int, float]
+        self, what: str, sizes: Mapping[int, float], others: Sequence[float] = ()
     ) -> dict[int, str]:
-        reasons: dict[int, str] = {}
-        for what, sizes in (("moved", moved), ("has examples", examples)):
-            if self._outlier is None or len(sizes) < _FEW:
-                continue
-            usual = statistics.median(sizes.values())
-            for key, size in sizes.items():
-                if usual > 0 and size > self._outlier * usual:
-                    reasons[key] = (
-                        f"expected at most {self._outlier:g} times the median: it "
-                        f"{what} {size:.3g}, the median is {usual:.3g}"
-                    )
-        return reasons
+        """Compare sizes with the median of them and of earlier ones."""
+        every = [*sizes.values(), *others]
+        if self._outlier is None or len(every) < _FEW:
+            return {}
+        usual = statistics.median(every)
+        return {
+            key: f"expected at most {self._outlier:g} times the median: it {what} "
+            f"{size:.3g}, the median is {usual:.3g}"
+            for key, size in sizes.items()
+            if usual > 0 and size > self._outlier * usual
+        }
 
     def _warmth_of(self, answer: Answer) -> Params:
         """Return how far an explorer's weights moved, with their signs."""

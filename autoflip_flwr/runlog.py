@@ -1,10 +1,13 @@
 """What a run leaves behind: settings, a line a round, a summary, model and mask."""
 
+import fcntl
 import json
 import logging
 import math
+import os
 import shutil
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
@@ -64,6 +67,7 @@ class RunLog:
         self._metrics = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
         if resume and (directory / "summary.json").exists():
+            shutil.rmtree(directory / "guidance", ignore_errors=True)
             raise SettingsError(
                 f"the run in {directory} is finished; to run it again name a new folder"
             )
@@ -75,6 +79,7 @@ class RunLog:
                 f"output-dir {directory} holds another run; name a new folder, or go "
                 "on with it: resume=true"
             ) from error
+        self._let_go = weakref.finalize(self, os.close, _held(directory))
         self._settings = settings
         self._grid = grid
         self._rounds = rounds
@@ -215,9 +220,31 @@ class RunLog:
         partial.write_text(text)
         partial.replace(self.directory / "summary.json")
         shutil.rmtree(self.directory / "guidance", ignore_errors=True)
+        (self.directory / ".lock").unlink()
+        self._let_go()
         if self._board is not None:
             self._board.close()
         return summary
+
+
+def _held(directory: Path) -> int:
+    """Hold a run's folder until the descriptor is closed, or the process ends.
+
+    Raises
+    ------
+    SettingsError
+        If another process does.
+    """
+    lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise SettingsError(
+            f"another server is at work in {directory}; end it first, or name a new "
+            "folder"
+        ) from error
+    return lock
 
 
 def log_summary(summary: dict[str, Any], directory: Path) -> None:

@@ -1,5 +1,6 @@
 """What nodes told the server, on its disk: local guidance, and answers of a round."""
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ class GuidanceStore:
         guidance = dequantize(frame, self._shapes)
         found = statistics_of(guidance)
         slot = 1 - self._slots.get(node_id, 1)
-        write(self._path(node_id, slot), frame)
+        write(self._path(node_id, slot), frame, sync=True)
         self._slots[node_id] = slot
         self._entries[node_id] = _Entry(zlib.crc32(frame), found)
         return guidance
@@ -159,7 +160,7 @@ class Answers:
     def begin(self, server_round: int) -> None:
         """Keep the answers of this round alone."""
         self._round = server_round
-        for path in self._directory.glob("*.answer"):
+        for path in self._directory.glob("*.answer*"):
             if not path.name.startswith(f"{server_round}-"):
                 path.unlink()
 
@@ -183,6 +184,18 @@ class Answers:
         signs = body[_HEAD.size : frame_at]
         return Answer(body[frame_at:], signs or None, examples)
 
+    def fail(self, node_id: int, reason: str) -> None:
+        """Keep why there is nothing of a node in this round."""
+        write(self._path(node_id).with_suffix(".answerless"), reason.encode())
+
+    def failure(self, node_id: int) -> str | None:
+        """Return why there is nothing of a node; None: it may still answer."""
+        try:
+            data = self._path(node_id).with_suffix(".answerless").read_bytes()
+        except FileNotFoundError:
+            return None
+        return data.decode(errors="replace")
+
     def clear(self) -> None:
         """Delete all answers."""
         self.begin(0)
@@ -195,8 +208,8 @@ class Answers:
 _CRC, _HEAD = struct.Struct("<I"), struct.Struct("<dq")
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+def write(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Write a file whole or not at all; with `sync` it is on the disk then.
 
     Raises
     ------
@@ -206,7 +219,11 @@ def write(path: Path, data: bytes) -> None:
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -324,12 +324,16 @@ class AutoFLIP(Strategy):
         if not any(_examples_of(reply) for reply in valid):
             self.rounds.abandon(server_round, "no valid reply trained on any example")
             return None, None
+        before = [(one, dict(vars(one))) for one in chain(self.strategy)]
         aggregated, metrics = self.strategy.aggregate_train(server_round, valid)
         if aggregated is None:
             self.rounds.abandon(server_round, "the inner strategy aggregated nothing")
             return None, metrics
         found = {key: value.numpy() for key, value in aggregated.items()}
         if not all(np.isfinite(value).all() for value in found.values()):
+            for one, state in before:  # what it would go on with is not finite either
+                vars(one).clear()
+                vars(one).update(state)
             self.rounds.abandon(server_round, "the aggregate is not finite")
             return None, metrics
         self.rounds.finish(found)
@@ -449,7 +453,10 @@ class AutoFLIP(Strategy):
         """Drop and name replies far from the others."""
         reasons = self.rounds.outliers(
             {
-                id(reply): (*self._received[id(reply)], _examples_of(reply))
+                id(reply): (
+                    wire.arrays_of(wire.only_array_record(reply.content)[1]),
+                    _examples_of(reply),
+                )
                 for reply in replies
             }
         )
@@ -495,6 +502,14 @@ class AutoFLIP(Strategy):
         return sorted(
             usual, key=lambda r: order.get(wire.node_of(r, nodes), len(order))
         )
+
+
+def chain(strategy: Strategy) -> Iterator[Strategy]:
+    """Yield a strategy, the one inside it, and so on."""
+    inner: Any = strategy
+    while isinstance(inner, Strategy):
+        yield inner
+        inner = getattr(inner, "strategy", None)
 
 
 def check_warm_start(inner: object) -> None:

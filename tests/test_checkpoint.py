@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import (
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from inprocess import LocalGrid, OneByOne, net, plain_net, toy_app
+from inprocess import LocalGrid, OneByOne, net, only_in, plain_net, toy_app
 from numpy.testing import assert_array_equal
 
 from autoflip_flwr import AutoFLIP
@@ -90,6 +90,21 @@ def test_records_come_back_and_an_array_held_twice_is_written_once(tmp_path):
     found = read(path)
     assert found["a"].object_id == arrays.object_id
     assert dict(found["c"]) == dict(config)
+
+
+@pytest.mark.parametrize("value", [np.float64(0.1), np.float32(0.1), np.int8(3)])
+def test_scalars_of_numpy_keep_their_type(tmp_path, value):
+    write(tmp_path / "x", {"v": value, "big": np.arange(3, dtype=">i4")})
+    found = read(tmp_path / "x")
+    assert type(found["v"]) is type(value)
+    assert found["v"] == value
+    assert_array_equal(found["big"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("dtype", ["U3", object, complex])
+def test_arrays_of_other_things_cannot_be_written(tmp_path, dtype):
+    with pytest.raises(TypeError, match="cannot hold an array of"):
+        write(tmp_path / "x", {"a": np.array(["1", "2"]).astype(dtype)})
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
@@ -328,6 +343,54 @@ def test_a_checkpoint_of_another_model_or_strategy_is_refused(tmp_path):
         started(tmp_path, MAKES["AutoFLIP"], model=plain_net)
     with pytest.raises(CheckpointError, match=r"\['AutoFLIP', 'FedAvg'\] there"):
         started(tmp_path, MAKES["FedAvg"])
+
+
+def test_a_strategy_may_begin_to_count_late(tmp_path):
+    class Late(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            self.last_round = getattr(self, "last_round", 0) + 1
+            return super().aggregate_train(server_round, replies)
+
+    kept = []
+
+    def make(folder):
+        kept.append(Late(fraction_train=0.4))
+        return kept[-1]
+
+    started(tmp_path, make, rounds=2)
+    started(tmp_path, make, rounds=5)
+    assert [one.last_round for one in kept] == [2, 5]
+
+
+def test_who_failed_to_explore_is_not_asked_again_after_a_kill(tmp_path):
+    make = MAKES["AutoFLIP"]
+    lost = only_in("explore", [13], lambda reply: "lost")
+
+    def deadly(message, reply):
+        if message.content["config"].get("autoflip.phase") == "train":
+            raise Killed
+        return lost(message, reply)
+
+    expected, _, _ = started(tmp_path / "one", make, rounds=2, tamper=lost)
+    with pytest.raises(Killed):
+        started(tmp_path / "two", make, rounds=2, tamper=deadly)
+    found, grid, _ = started(tmp_path / "two", make, rounds=2)
+    assert not grid.nodes("explore")
+    assert_same_weights(found, expected)
+
+
+def test_the_checkpoint_before_is_taken_where_guidance_of_the_last_is_torn(
+    tmp_path, caplog
+):
+    make = MAKES["every"]  # explores in rounds 1, 3 and 5
+    expected, _, _ = started(tmp_path / "one", make)
+    started(tmp_path / "two", make, rounds=3)
+    for path in (tmp_path / "two" / "guidance").glob("*.1.guidance"):
+        path.write_bytes(b"")  # what round 3 wrote
+    found, _, result = started(tmp_path / "two", make, seed=99)
+    assert "the checkpoint before it is taken" in caplog.text
+    assert list(result.train_metrics_clientapp) == [3, 4, 5]
+    assert_same_weights(found, expected)
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])

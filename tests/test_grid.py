@@ -12,7 +12,16 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp.strategy import FedAvg
-from inprocess import ROOT, LocalGrid, load_script, net, plain_net, run, toy_app
+from inprocess import (
+    ROOT,
+    LocalGrid,
+    load_script,
+    net,
+    only_in,
+    plain_net,
+    run,
+    toy_app,
+)
 
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.grid import RunGrid, stream
@@ -355,3 +364,42 @@ def test_clients_are_missing_under_the_names_they_gave():
     assert clients[2] == 9
     grid.send_and_receive([asked(client) for client in clients], timeout=1)
     assert grid.missing == [1, 9, "ward 3"]
+
+
+def test_a_node_that_misses_a_roll_call_is_asked_again():
+    deaf = {101}
+
+    def tamper(message, reply):
+        query = message.metadata.message_type == "query"
+        return None if query and message.metadata.dst_node_id in deaf else reply
+
+    inner = LocalGrid(
+        toy_app(), parts(0, 1, 2), node_configs=parts(0, 1, 2), tamper=tamper
+    )
+    grid = grid_of(inner)
+    assert grid.get_node_ids() == [0, 2, 101]
+    assert grid.get_node_ids() == [0, 2, 101]
+    assert grid.get_node_ids() == [0, 2, 101]
+    assert inner.nodes("query").count(101) == 2, "ever more seldom"
+    deaf.clear()
+    assert grid.get_node_ids() == [0, 1, 2]
+    assert inner.nodes("query").count(100) == 1
+
+
+def test_samples_that_nobody_has_are_not_counted():
+    def lie(reply):
+        reply.content["metrics"]["num-examples"] = 1e308
+
+    inner = LocalGrid(toy_app(), range(3), tamper=only_in("train", [1], lie))
+    grid = grid_of(inner)
+    run(AutoFLIP(), grid, net(), 1)
+    assert grid.samples["train"] == 24 + 32
+
+
+def test_a_torn_meter_is_named_and_counts_anew(tmp_path, caplog):
+    (tmp_path / "meter.json").write_text('{"sent": [["tra')
+    grid = RunGrid(
+        LocalGrid(toy_app(), [1]), seed=0, dense_bytes=1, meter=tmp_path / "meter.json"
+    )
+    assert not grid.sent
+    assert "meter.json is torn" in caplog.text

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from inprocess import LocalGrid, net, only_in, run, toy_app
 from numpy.testing import assert_allclose, assert_array_equal
 from test_store import SHAPES as SMALL_SHAPES
@@ -212,6 +212,33 @@ def test_a_huge_reply_is_dropped_and_named_and_the_others_decide(lie, caplog):
     assert "the reply of node 13 is dropped: expected at most 100 times" in caplog.text
 
 
+def buffer(name, value):
+    def change_reply(reply):
+        (key,) = reply.content.array_records
+        record = reply.content[key]
+        record[name] = Array(np.full_like(record[name].numpy(), value))
+
+    return change_reply
+
+
+@pytest.mark.parametrize(
+    ("lie", "options"),
+    [
+        (buffer("1.running_var", 1e30), {}),
+        (buffer("3.weight", 1e20), {"exclude": ["3.*"]}),
+    ],
+)
+def test_what_travels_beside_the_mask_is_compared_too(lie, options, caplog):
+    gone = only_in("train", [13], lambda reply: "lost")
+    honest = LocalGrid(toy_app(), NODES, tamper=gone)
+    expected, _ = run(AutoFLIP(**options), honest, net(), 1)
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], lie))
+    found, _ = run(AutoFLIP(**options), grid, net(), 1)
+    for name, value in expected[-1].items():
+        assert_array_equal(found[-1][name], value)
+    assert "node 13 is dropped" in caplog.text
+
+
 def test_nobody_is_dropped_where_nothing_is_told_or_few_answer():
     strategy = AutoFLIP(outlier=None)
     grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], scaled(1e6)))
@@ -233,6 +260,29 @@ def test_an_aggregate_that_is_not_finite_changes_nothing(caplog):
     assert "the aggregate is not finite: the model stays as it was" in caplog.text
     for name, value in found[0].items():
         assert_array_equal(found[-1][name], value)
+
+
+@pytest.mark.parametrize("kind", [FedAvgM, FedAdam])
+def test_a_server_optimizer_goes_on_with_what_it_had(kind, caplog):
+    """One round's aggregate is not finite; the next ones are as if it had not been."""
+
+    class Once(kind):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            if server_round == 2:
+                name = next(iter(arrays))
+                bad = np.full_like(arrays[name].numpy(), np.inf)
+                arrays[name] = Array(bad)
+                self.current_arrays = arrays
+            return arrays, metrics
+
+    options = {"server_momentum": 0.9} if kind is FedAvgM else {"eta": 0.01}
+    found, _ = run(AutoFLIP(Once(**options)), LocalGrid(toy_app(), NODES), net(), 4)
+    assert caplog.text.count("the aggregate is not finite") == 1
+    for name, value in found[1].items():
+        assert_array_equal(found[2][name], value)
+    assert any((found[3][n] != found[2][n]).any() for n in found[2])
+    assert all(np.isfinite(v).all() for v in found[4].values())
 
 
 def test_huge_values_of_one_of_two_are_no_error():
@@ -265,6 +315,29 @@ def test_an_explorer_far_from_the_others_is_left_out_of_mask_and_start(warm, cap
     for name, value in weights(huge).items():
         assert_array_equal(value, lost[name])
     assert "node 13 is left out: expected at most 100 times the median" in caplog.text
+
+
+def test_an_explorer_that_comes_alone_is_compared_with_those_before(caplog):
+    def huge(reply):
+        (key,) = reply.content.array_records
+        record = reply.content[key]
+        good = record["autoflip.guidance"]
+        data = bytearray(good.data)
+        count = 2 * len(dict(net().named_parameters()))
+        levels = np.frombuffer(bytes(data), "<f4", count=count) * np.float32(1e12)
+        data[: levels.nbytes] = levels.tobytes()
+        record["autoflip.guidance"] = Array(
+            dtype=good.dtype, shape=good.shape, stype=good.stype, data=bytes(data)
+        )
+
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("explore", [99], huge))
+
+    def join(server_round, arrays):
+        if server_round == 1:
+            grid.join(99, {"partition-id": 0, "num-partitions": 5})
+
+    run(AutoFLIP(normalization="global"), grid, net(), 2, after_round=join)
+    assert "node 99 is left out: expected at most 100 times the median" in caplog.text
 
 
 # --- robust combination ---------------------------------------------------------------

@@ -140,6 +140,32 @@ def test_other_settings_are_refused_by_name(tmp_path):
     serve(folder, "log.tensorboard=false")
 
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from autoflip_flwr.runlog import _held
+lock = _held(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_servers_do_not_write_to_one_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SettingsError, match="another server is at work in"):
+            serve(folder)
+    finally:
+        other.kill()
+        other.communicate()
+    serve(folder)
+
+
 FULL = """
 import sys
 sys.path.insert(0, sys.argv[2])

@@ -186,6 +186,12 @@ class AutoFlipPruner(Pruner):
         ):
             self._add_to_population(node_id, guidance)
 
+    def explored(self) -> list[float]:
+        """Return the means of the guidance in the store."""
+        if self._renewing:
+            return []  # from other weights
+        return [self._store.statistics(node_id).mean for node_id in self._store]
+
     def check(self, reasons: Mapping[int, str]) -> None:
         """Refuse to go on without guidance, or with parameters nobody trains.
 

@@ -132,6 +132,10 @@ class Pruner(ABC):
         """
         del node_id, frame, weight, start
 
+    def explored(self) -> list[float]:
+        """Return the means of the guidance that earlier explorers sent."""
+        return []
+
     def check(self, reasons: Mapping[int, str]) -> None:
         """Refuse to go on if no mask can be made; `reasons` say why nodes failed.
 
