@@ -328,9 +328,14 @@ class Rounds:
             for entry in self.manifest.entries:
                 if entry.dtype[1] == "f":
                     group = "" if entry.masked else f" {entry.name}"
-                    update = arrays[entry.name].astype(np.float64)
-                    update -= self.arrays[entry.name]
-                    square = float(np.square(update, out=update).sum())
+                    with np.errstate(over="ignore"):  # infinitely far is far
+                        update = np.subtract(
+                            arrays[entry.name],
+                            self.arrays[entry.name],
+                            dtype=np.float32,
+                            casting="same_kind",
+                        ).reshape(-1)
+                        square = float(np.dot(update, update))
                     squares[group] = squares.get(group, 0.0) + square
             for group, square in squares.items():
                 sizes.setdefault(group, {})[key] = math.sqrt(square)
