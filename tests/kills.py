@@ -120,13 +120,13 @@ def die_in_write(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    def half_written(path, data):
+    def half_written(path, data, **options):
         if due():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             partial.write_bytes(data)
             cut(partial)
-        write(path, data)
+        write(path, data, **options)
 
     checkpoint.save_file, checkpoint._sync = half_saved, not_synced
     store.write = half_written
@@ -165,8 +165,11 @@ def main(kills: int, seed: int) -> dict[str, int]:
             if place is None:
                 time.sleep(rng.uniform(0, duration))
                 os.kill(process, signal.SIGKILL)
-            if ended(process) != -signal.SIGKILL:
+            code = ended(process)
+            if code == 0:
                 continue  # it had come to its end
+            if code != -signal.SIGKILL:
+                raise RuntimeError((root / "log.txt").read_text()[-4000:])
             found["killed"] += 1
             found["in a write"] += place is not None
             if not (folder / "run" / "summary.json").exists():

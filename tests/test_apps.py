@@ -300,7 +300,7 @@ def test_the_smaller_example_trains_a_smaller_network(digits_app, monkeypatch):
 def test_our_own_client_app_needs_no_more_than_the_mod_and_masked():
     """What the examples show is what our own app does."""
     text = (ROOT / "autoflip_flwr" / "apps.py").read_text()
-    assert "mods=[AutoFlipMod()]" in text
+    assert "mods=[AutoFlipMod(privacy=_privacy)]" in text
     assert "with masked(model, message, " in text
 
 
