@@ -180,9 +180,10 @@ class Rounds:
         self.adopt(state["initial"])
         self.pruner.restore(state["pruner"])
         self.arrays = dict(arrays)
+        self._initial = dict(state["initial"])
         self._warm = state["warm"]
-        if state["masks"] is not None:
-            self.plan = Plan(self.manifest, state["masks"], self._values)
+        masks = state["masks"]
+        self.plan = None if masks is None else Plan(self.manifest, masks, self._values)
         self._previous = self.plan
 
     def asks(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideAdaptiveClipping,
     FedAdam,
@@ -21,6 +21,7 @@ from numpy.testing import assert_array_equal
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.checkpoint import Checkpointed, read, write
 from autoflip_flwr.errors import CheckpointError
+from autoflip_flwr.pruners import Ask
 
 NODES = [11, 12, 13, 14, 15]
 ROUNDS = 5
@@ -391,6 +392,25 @@ def test_the_checkpoint_before_is_taken_where_guidance_of_the_last_is_torn(
     assert "the checkpoint before it is taken" in caplog.text
     assert list(result.train_metrics_clientapp) == [3, 4, 5]
     assert_same_weights(found, expected)
+
+
+def test_of_a_checkpoint_that_cannot_be_gone_on_with_nothing_stays(tmp_path):
+    first = ArrayRecord(net().state_dict())
+    moved = ArrayRecord({n: Array(np.asarray(a.numpy() + 1)) for n, a in first.items()})
+    old, new = (AutoFLIP(seed=0).state(arrays) for arrays in (first, moved))
+    strategy = AutoFLIP(seed=0, store=tmp_path)
+    missing = {"slots": {7: 0}, "entries": {7: {"crc": 0, "statistics": STATISTICS}}}
+    new["rounds"]["pruner"]["store"] = missing
+    with pytest.raises(CheckpointError, match=r"the guidance in .*7\.0\.guidance"):
+        strategy.restore(new, moved)
+    strategy.restore(old, first)
+    sent, _ = strategy.rounds.exploration_of(Ask(nodes=[1]))
+    for name, array in first.items():
+        assert_array_equal(sent[name].numpy(), array.numpy())
+        assert_array_equal(strategy.rounds.arrays[name], array.numpy())
+
+
+STATISTICS = {"mean": 1.0, "low": {}, "high": {}}
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
