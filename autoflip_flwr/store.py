@@ -186,7 +186,10 @@ class Answers:
 
     def fail(self, node_id: int, reason: str) -> None:
         """Keep why there is nothing of a node in this round."""
-        write(self._path(node_id).with_suffix(".answerless"), reason.encode())
+        write(
+            self._path(node_id).with_suffix(".answerless"),
+            reason.encode(errors="replace"),
+        )
 
     def failure(self, node_id: int) -> str | None:
         """Return why there is nothing of a node; None: it may still answer."""

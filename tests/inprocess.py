@@ -91,7 +91,6 @@ class LocalGrid(Grid):
         self.replies: list[Message] = []
         self.down: list[Sent] = []
         self.up: list[Sent] = []
-        self.timeouts: list[float | None] = []
         self._answers: dict[str, Message] = {}
         self.run_config = dict(run_config or {})
         self.contexts: dict[int, Context] = {}
@@ -115,7 +114,6 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        self.timeouts.append(timeout)
         return self.pull_messages(self.push_messages(messages))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
