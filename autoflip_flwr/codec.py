@@ -26,6 +26,9 @@ VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 _OCTAVES = 40
 _LEVELS = 255  # code 0 is an exact zero, 1..255 are logarithmic steps
 
+#: Bytes of a guidance frame before the codes, for each tensor: two float32.
+HEADER_BYTES = 8
+
 
 # --- kept values -----------------------------------------------------------------
 
@@ -287,7 +290,7 @@ def dequantize(frame: Frame, shapes: Shapes) -> QuantizedGuidance:
         the wrong way round.
     """
     sizes = [_size(shape) for shape in shapes.values()]
-    header = 8 * len(sizes)
+    header = HEADER_BYTES * len(sizes)
     expected = header + sum(sizes)
     if len(frame) != expected:
         raise WireError(

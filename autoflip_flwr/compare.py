@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -192,6 +193,7 @@ def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
         # Clients ask for no GPU; it stays visible, as with `flwr run`, and Ray's hint
         # about it is not for users.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        _check_cluster()
         ray.init(
             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
         )
@@ -229,6 +231,22 @@ def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
         )
 
 
+def _check_cluster() -> None:
+    """Refuse an address where no Ray is: Ray itself would try for many minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():
+        return  # none, "auto", "local", ray://...
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ComparisonError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: "
+            f"{error.strerror or error}; start one with `ray start --head`, or unset "
+            "RAY_ADDRESS to run on this machine alone"
+        ) from error
+
+
 def _start(simulate: Any, run: Planned) -> Any:
     """Submit a run, or go on with what an interruption left of it."""
     try:
@@ -243,7 +261,7 @@ def _start(simulate: Any, run: Planned) -> Any:
         "resume": True,
     }
     nodes = run.settings.strategy.min_nodes
-    return simulate.remote(nodes, config, str(run.partial / "log.txt"))
+    return simulate(nodes, config, str(run.partial / "log.txt"))
 
 
 def _runs_at_once(run: Planned, cores: int) -> int:

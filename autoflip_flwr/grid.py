@@ -36,7 +36,11 @@ _SOON, _LATER = 0.02, 1.0
 
 
 def stream(
-    grid: Grid, messages: Iterable[Message], *, timeout: float | None = None
+    grid: Grid,
+    messages: Iterable[Message],
+    *,
+    timeout: float | None = None,
+    at_once: int | None = None,
 ) -> Iterator[Message]:
     """Send messages and yield the replies as they come.
 
@@ -46,18 +50,25 @@ def stream(
     messages : iterable of Message
     timeout : float, optional
         Seconds after which it waits no longer.
+    at_once : int, optional
+        Replies to hold at a time, at most; the others wait at the SuperLink. By
+        default all that are there.
     """
-    left = {n for n in grid.push_messages(list(messages)) if n is not None}
+    left = [n for n in grid.push_messages(list(messages)) if n is not None]
     end = math.inf if timeout is None else time.monotonic() + timeout
     pause = _SOON
     while left:
-        replies = list(grid.pull_messages(left))
-        left -= {reply.metadata.reply_to_message_id for reply in replies}
-        yield from replies
+        found: set[str] = set()
+        step = at_once or len(left)
+        for start in range(0, len(left), step):
+            for reply in grid.pull_messages(left[start : start + step]):
+                found.add(reply.metadata.reply_to_message_id)
+                yield reply
+        left = [n for n in left if n not in found]
         if time.monotonic() >= end:
             return
         if left:
-            pause = _SOON if replies else min(_LATER, 1.5 * pause)
+            pause = _SOON if found else min(_LATER, 1.5 * pause)
             time.sleep(min(pause, max(0.0, end - time.monotonic())))
 
 
@@ -277,8 +288,10 @@ class RunGrid(Grid):
             self._again[node_id] = 2 * self._listing
         batch = [Message(RecordDict(), node_id, "query") for node_id in node_ids]
         found: dict[int, int] = {}
+        nodes: dict[str, int] = {}
         for reply in stream(self._grid, batch, timeout=_ROLL_CALL_TIMEOUT):
-            node_id = wire.node_of(reply, wire.nodes_by_message(batch))
+            nodes = nodes or wire.nodes_by_message(batch)  # sent by now
+            node_id = wire.node_of(reply, nodes)
             if reply.has_error():
                 _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
                 continue

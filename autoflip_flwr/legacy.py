@@ -252,18 +252,19 @@ class AutoFLIP(Strategy):
         ins = FitIns(start, {**like.config, **entries})
         timeout = self.rounds.exploration.timeout
 
-        def one(node_id: int) -> Answer | str:
+        def one(node_id: int) -> None:
+            answer: Answer | str
             try:
                 result = proxies[node_id].fit(ins, timeout, server_round)
-                return Answer(*_frames(result.parameters), result.num_examples)
+                answer = Answer(*_frames(result.parameters), result.num_examples)
             except Exception as error:  # whatever a client's proxy raises
-                return str(error)
+                answer = str(error)
+            self.rounds.answer(node_id, answer)
 
         for batch in self.rounds.batches(ask.nodes):
             _log.info("exploration: %d clients explore", len(batch))
             with ThreadPoolExecutor(max_workers=len(batch)) as pool:
-                for node_id, answer in zip(batch, pool.map(one, batch), strict=True):
-                    self.rounds.answer(node_id, answer)
+                list(pool.map(one, batch))
         if self.rounds.explored(ask):
             self._hand_over(list(self.rounds.arrays.values()))
 

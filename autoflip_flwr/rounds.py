@@ -36,7 +36,8 @@ _log = logging.getLogger("flwr")
 #: Fewer replies have no middle to be far from.
 _FEW = 3
 
-_BATCH_BYTES = 1 << 30
+#: Bytes of explorers' answers that may wait at the SuperLink, and in this process.
+_BATCH_BYTES, _PULL_BYTES = 1 << 30, 1 << 25
 _LEAST_BATCH = 8
 
 
@@ -104,7 +105,7 @@ class Rounds:
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
         self._store = store
-        self._answers = Answers(store)
+        self._answers = Answers(store / "answers")
         self._reasons: dict[int, str] = {}
         self._fresh = True  # not a run that goes on
         self._previous: Plan | None = None
@@ -191,8 +192,8 @@ class Rounds:
     ) -> Ask | None:
         """Tell which nodes are to measure what before this round; None: nobody."""
         ask = self.pruner.asks(server_round, connected=connected, sampled=sampled)
+        self._answers.begin(server_round)
         if ask is not None:
-            self._answers.begin(server_round)
             self._reasons = {}
             if ask.renew:
                 self._initial = dict(self.arrays)
@@ -200,11 +201,7 @@ class Rounds:
 
     def waiting(self, ask: Ask) -> list[int]:
         """Return the nodes whose answer an interrupted run does not have yet."""
-        return [
-            n
-            for n in ask.nodes
-            if self._answers.get(n) is None and self._answers.failure(n) is None
-        ]
+        return [node_id for node_id in ask.nodes if node_id not in self._answers]
 
     def answer(self, node_id: int, answer: Answer | str) -> None:
         """Keep what a node answered; a text is the reason why it is nothing."""
@@ -246,10 +243,17 @@ class Rounds:
         return self.arrays if ask.current else self._initial
 
     def batches(self, asked: Sequence[int]) -> list[Sequence[int]]:
-        """Divide explorers so that a batch's replies fit in about a gigabyte."""
-        frame = sum(math.prod(shape) for shape in self.manifest.shapes.values())
-        size = max(_LEAST_BATCH, _BATCH_BYTES // max(1, frame))
+        """Divide explorers so that a batch's answers fit in about a gigabyte."""
+        size = max(_LEAST_BATCH, _BATCH_BYTES // self._answer_bytes())
         return [asked[start : start + size] for start in range(0, len(asked), size)]
+
+    def answers_at_once(self) -> int:
+        """Return how many answers to hold before they are on disk."""
+        return max(1, _PULL_BYTES // self._answer_bytes())
+
+    def _answer_bytes(self) -> int:
+        shapes = self.manifest.shapes.values()
+        return max(1, sum(math.prod(shape) for shape in shapes))
 
     def explored(self, ask: Ask) -> bool:
         """Take the nodes' answers, in the order of asking; tell if the weights changed.

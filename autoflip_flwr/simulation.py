@@ -1,13 +1,14 @@
 """Runs in simulation, without a server: clients as Ray tasks, one a core.
 
-Several runs may share the cores. Flower's own `run_simulation` is deprecated, starts
-Ray anew for each run and takes no run config; `flwr run` needs a SuperLink. Both give
-the same weights as this.
+Several runs may share the cores, which may be those of many machines. Flower's own
+`run_simulation` is deprecated, starts Ray anew for each run and takes no run config;
+`flwr run` needs a SuperLink. Both give the same weights as this.
 """
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -17,12 +18,16 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autoflip_flwr import apps
 from autoflip_flwr.grid import stream
 
 #: A node id must not be 0, nor the SuperLink's, which is 1.
 _FIRST_NODE = 100
+
+#: Tasks a core: one that runs, one that is there when it ends.
+_QUEUED = 2
 
 
 class RayGrid(Grid):
@@ -46,7 +51,8 @@ class RayGrid(Grid):
         _identify()
         self._client_app = client_app
         self._run = Run.create_empty(run_id=1)
-        self._pending: dict[str, tuple[Any, Message]] = {}
+        self._waiting: deque[Message] = deque()
+        self._running: dict[Any, Message] = {}  # task -> what it answers
         self._contexts = {
             _FIRST_NODE + index: Context(
                 run_id=1,
@@ -73,46 +79,56 @@ class RayGrid(Grid):
 
         A node that is still busy with an earlier message gives that one up.
         """
-        message_ids = []
-        for message in messages:
-            self.give_up(message.metadata.dst_node_id)
-            message_id = str(uuid.uuid4())
-            message.metadata.__dict__["_message_id"] = message_id
-            context = self._contexts[message.metadata.dst_node_id]
-            task = _answer.remote(self._client_app, message, context)
-            self._pending[message_id] = (task, message)
-            message_ids.append(message_id)
-        return message_ids
+        batch = list(messages)
+        self.give_up({message.metadata.dst_node_id for message in batch})
+        for message in batch:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+        self._waiting.extend(batch)
+        self._feed()
+        return [message.metadata.message_id for message in batch]
 
-    def give_up(self, node_id: int | None = None) -> None:
-        """End what a node is still busy with; None: what any is."""
-        late = [
-            message_id
-            for message_id, (_, message) in self._pending.items()
-            if node_id in (None, message.metadata.dst_node_id)
-        ]
-        for message_id in late:
-            task, _ = self._pending.pop(message_id)
+    def give_up(self, node_ids: Container[int] | None = None) -> None:
+        """End what nodes are still busy with; None: what any is."""
+
+        def late(message: Message) -> bool:
+            return node_ids is None or message.metadata.dst_node_id in node_ids
+
+        self._waiting = deque(m for m in self._waiting if not late(m))
+        for task in [task for task, message in self._running.items() if late(message)]:
+            del self._running[task]
             ray.cancel(task, force=True)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies that are there, each once, in the order of the ids."""
+        """Return the replies that are there, each once."""
+        asked = set(message_ids)
+        tasks = [t for t, m in self._running.items() if m.metadata.message_id in asked]
         replies = []
-        for message_id in message_ids:
-            if message_id not in self._pending:
-                continue
-            task, message = self._pending[message_id]
-            ready, _ = ray.wait([task], timeout=0)
-            if not ready:
-                continue
-            del self._pending[message_id]
+        if tasks:
+            tasks, _ = ray.wait(tasks, num_returns=len(tasks), timeout=0)
+        for task in tasks:
+            message = self._running.pop(task)
             try:
                 reply, context = ray.get(task)
                 self._contexts[message.metadata.dst_node_id] = context
             except ray.exceptions.RayError as error:  # its worker died
                 reply = _error(message, error)
             replies.append(reply)
+        self._feed()
         return replies
+
+    def _feed(self) -> None:
+        """Start no more tasks than keep all cores busy: Ray copies what they are given.
+
+        A thousand explorers at once would be a thousand models in its object store.
+        """
+        if not self._waiting:
+            return
+        cores = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+        while self._waiting and len(self._running) < _QUEUED * cores:
+            message = self._waiting.popleft()
+            context = self._contexts[message.metadata.dst_node_id]
+            task = _answer.remote(self._client_app, message, context)
+            self._running[task] = message
 
     def create_message(
         self,
@@ -153,9 +169,11 @@ def _error(message: Message, error: Exception) -> Message:
     return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
-    """Run the ServerApp of one run, its log in a file; the cores are for its clients.
+def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> Any:
+    """Start one run, its log in a file; return the Ray task that is its ServerApp.
+
+    The cores of the cluster are for its clients. The ServerApp is on this machine,
+    where its files are wanted.
 
     Parameters
     ----------
@@ -165,6 +183,14 @@ def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
     log : str
         Path of the file for Flower's log.
     """
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    return _serve.options(scheduling_strategy=here).remote(num_nodes, run_config, log)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _serve(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
     grid = RayGrid(num_nodes, run_config)
     logger, file = logging.getLogger("flwr"), logging.FileHandler(log)
     logger.handlers = [file]

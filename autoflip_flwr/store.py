@@ -1,16 +1,18 @@
 """What nodes told the server, on its disk: local guidance, and answers of a round."""
 
+import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from autoflip_flwr.codec import QuantizedGuidance, Shapes, dequantize
+from autoflip_flwr.codec import HEADER_BYTES, QuantizedGuidance, Shapes, dequantize
 from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.guidance import Statistics, statistics
 
@@ -18,7 +20,7 @@ from autoflip_flwr.guidance import Statistics, statistics
 class GuidanceStore:
     """Local guidance by node id, one byte per parameter, outside of memory.
 
-    What stays in memory per explorer is a handful of numbers per tensor.
+    What stays in memory per explorer is two numbers per tensor, as one row of a table.
 
     Parameters
     ----------
@@ -33,17 +35,20 @@ class GuidanceStore:
     def __init__(self, directory: Path, shapes: Shapes) -> None:
         self._directory = directory
         self._shapes = shapes
-        self._entries: dict[int, _Entry] = {}
+        self._rows: dict[int, int] = {}
+        self._crcs = np.empty(0, np.uint32)
+        #: Of a row: the mean, the least and then the largest values of all tensors.
+        self._numbers = np.empty((0, 1 + 2 * len(shapes)))
         self._slots: dict[int, int] = {}  # also of nodes whose guidance is forgotten
 
     def __contains__(self, node_id: int) -> bool:
-        return node_id in self._entries
+        return node_id in self._rows
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._entries)
+        return iter(self._rows)
 
     def check(self, frame: bytes) -> None:
         """Refuse a frame that does not fit the shapes with a WireError."""
@@ -62,7 +67,13 @@ class GuidanceStore:
         slot = 1 - self._slots.get(node_id, 1)
         write(self._path(node_id, slot), frame, sync=True)
         self._slots[node_id] = slot
-        self._entries[node_id] = _Entry(zlib.crc32(frame), found)
+        row = self._rows.setdefault(node_id, len(self._rows))
+        if row == len(self._crcs):
+            size = max(16, 2 * row)
+            self._crcs = np.resize(self._crcs, size)
+            self._numbers = np.resize(self._numbers, (size, self._numbers.shape[1]))
+        self._crcs[row] = zlib.crc32(frame)
+        self._numbers[row] = found.mean, *found.low.values(), *found.high.values()
         return guidance
 
     def get(self, node_id: int) -> QuantizedGuidance:
@@ -73,22 +84,63 @@ class GuidanceStore:
         KeyError
             If the node has none.
         """
-        if node_id not in self._entries:
+        if node_id not in self._rows:
             raise KeyError(f"no local guidance of node {node_id}")
         path = self._path(node_id, self._slots[node_id])
         return dequantize(np.memmap(path, np.uint8, mode="r").data, self._shapes)
 
+    def codes(
+        self, node_ids: Sequence[int], name: str, block: int
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Read one tensor of many nodes a block at a time.
+
+        Yields
+        ------
+        start : int
+            Of the block in the flat tensor.
+        codes : uint8 array, shape (nodes, <= block)
+        """
+        sizes = {each: math.prod(shape) for each, shape in self._shapes.items()}
+        before = list(sizes)[: list(sizes).index(name)]
+        offset = HEADER_BYTES * len(sizes) + sum(sizes[each] for each in before)
+        paths = [self._path(n, self._slots[n]) for n in node_ids]
+        for start in range(0, sizes[name], block):
+            count = min(block, sizes[name] - start)
+            found = np.empty((len(paths), count), np.uint8)
+            for row, path in zip(found, paths, strict=True):
+                row[:] = np.fromfile(path, np.uint8, count, offset=offset + start)
+            yield start, found
+
     def statistics(self, node_id: int) -> Statistics:
         """Mean and extremes of a node's guidance, without reading it."""
-        return self._entries[node_id].statistics
+        return self._statistics(self._numbers[self._rows[node_id]])
+
+    def means(self) -> list[float]:
+        """Return the means of all nodes' guidance."""
+        found: list[float] = self._numbers[: len(self), 0].tolist()
+        return found
+
+    def overall(self) -> Statistics:
+        """Mean and extremes of all nodes' guidance together; of one or more."""
+        numbers, tensors = self._numbers[: len(self)], len(self._shapes)
+        mean = numbers[:, 0].mean()
+        low = numbers[:, 1 : 1 + tensors].min(axis=0)
+        high = numbers[:, 1 + tensors :].max(axis=0)
+        return self._statistics(np.concatenate([[mean], low, high]))
+
+    def _statistics(self, numbers: NDArray[np.float64]) -> Statistics:
+        mean, *extremes = numbers.tolist()
+        low = dict(zip(self._shapes, extremes, strict=False))
+        high = dict(zip(self._shapes, extremes[len(low) :], strict=True))
+        return Statistics(mean=mean, low=low, high=high)
 
     def forget(self) -> None:
         """Hold no guidance any more; the files stay, for an earlier checkpoint."""
-        self._entries.clear()
+        self._rows.clear()
 
     def clear(self) -> None:
         """Forget all guidance, and delete what an earlier run may have left."""
-        self._entries.clear()
+        self._rows.clear()
         self._slots.clear()
         for path in self._directory.glob("*.guidance"):
             path.unlink()
@@ -96,8 +148,11 @@ class GuidanceStore:
     def state(self) -> dict[str, Any]:
         """Return what stays in memory."""
         return {
-            "slots": dict(self._slots),
-            "entries": {n: asdict(entry) for n, entry in self._entries.items()},
+            "nodes": np.array([*self._rows], np.uint64),
+            "crcs": self._crcs[: len(self)].copy(),
+            "numbers": self._numbers[: len(self)].copy(),
+            "written": np.array([*self._slots], np.uint64),
+            "slots": np.array([*self._slots.values()], np.uint8),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -108,12 +163,11 @@ class GuidanceStore:
         CheckpointError
             If a file is missing, or not the one that the state was made with.
         """
-        self._slots = dict(state["slots"])
-        self._entries = {
-            node_id: _Entry(entry["crc"], Statistics(**entry["statistics"]))
-            for node_id, entry in state["entries"].items()
-        }
-        for node_id, entry in self._entries.items():
+        written, slots = state["written"].tolist(), state["slots"].tolist()
+        self._slots = dict(zip(written, slots, strict=True))
+        self._crcs, self._numbers = state["crcs"], state["numbers"]
+        self._rows = {n: row for row, n in enumerate(state["nodes"].tolist())}
+        for node_id, expected in zip(self._rows, self._crcs.tolist(), strict=True):
             path = self._path(node_id, self._slots[node_id])
             try:
                 found = zlib.crc32(path.read_bytes())
@@ -121,20 +175,14 @@ class GuidanceStore:
                 raise CheckpointError(
                     f"the checkpoint needs the guidance in {path}: {error.strerror}"
                 ) from error
-            if found != entry.crc:
+            if found != expected:
                 raise CheckpointError(
                     f"{path} is torn or of a later round: expected the checksum "
-                    f"{entry.crc:08x}, got {found:08x}"
+                    f"{expected:08x}, got {found:08x}"
                 )
 
     def _path(self, node_id: int, slot: int) -> Path:
         return self._directory / f"{node_id}.{slot}.guidance"
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    crc: int  # CRC-32 of the frame
-    statistics: Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,28 +204,37 @@ class Answers:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._round = 0
+        self._told: set[int] = set()
+
+    def __contains__(self, node_id: int) -> bool:
+        """Tell whether a node has answered, or failed to, in this round."""
+        return node_id in self._told
 
     def begin(self, server_round: int) -> None:
-        """Keep the answers of this round alone."""
+        """Go on with this round: with what an earlier process has of it.
+
+        The answers of the round before stay: a run that falls back to the checkpoint
+        before the newest begins with that round.
+        """
         self._round = server_round
-        for path in self._directory.glob("*.answer*"):
-            if not path.name.startswith(f"{server_round}-"):
+        self._told = set()
+        for path in self._directory.glob("*-*.answer*"):
+            of_round, _, node_id = path.stem.partition("-")
+            if not server_round - 1 <= int(of_round) <= server_round:
                 path.unlink()
+            elif int(of_round) == server_round and _body_of(path) is not None:
+                self._told.add(int(node_id))
 
     def put(self, node_id: int, answer: Answer) -> None:
         """Keep what a node answered in this round."""
         signs = answer.signs or b""
-        body = _HEAD.pack(float(answer.examples), len(signs)) + signs + answer.frame
-        write(self._path(node_id), _CRC.pack(zlib.crc32(body)) + body)
+        head = _HEAD.pack(float(answer.examples), len(signs))
+        self._write(node_id, ".answer", head, signs, answer.frame)
 
     def get(self, node_id: int) -> Answer | None:
         """Return what a node answered in this round; None: nothing that is whole."""
-        try:
-            data = self._path(node_id).read_bytes()
-        except FileNotFoundError:
-            return None
-        body = data[_CRC.size :]
-        if data[: _CRC.size] != _CRC.pack(zlib.crc32(body)):
+        body = _body_of(self._path(node_id, ".answer"))
+        if body is None:
             return None
         examples, length = _HEAD.unpack_from(body)
         frame_at = _HEAD.size + length
@@ -186,29 +243,42 @@ class Answers:
 
     def fail(self, node_id: int, reason: str) -> None:
         """Keep why there is nothing of a node in this round."""
-        write(
-            self._path(node_id).with_suffix(".answerless"),
-            reason.encode(errors="replace"),
-        )
+        self._write(node_id, ".answerless", reason.encode(errors="replace"))
 
     def failure(self, node_id: int) -> str | None:
         """Return why there is nothing of a node; None: it may still answer."""
-        try:
-            data = self._path(node_id).with_suffix(".answerless").read_bytes()
-        except FileNotFoundError:
-            return None
-        return data.decode(errors="replace")
+        body = _body_of(self._path(node_id, ".answerless"))
+        return None if body is None else body.decode(errors="replace")
 
     def clear(self) -> None:
         """Delete all answers."""
-        self.begin(0)
+        self._round, self._told = 0, set()
+        for path in self._directory.glob("*-*.answer*"):
+            path.unlink()
 
-    def _path(self, node_id: int) -> Path:
-        return self._directory / f"{self._round}-{node_id}.answer"
+    def _write(self, node_id: int, suffix: str, *parts: bytes) -> None:
+        body = b"".join(parts)
+        checksum = _CRC.pack(zlib.crc32(body))
+        write(self._path(node_id, suffix), checksum + body)
+        self._told.add(node_id)
+
+    def _path(self, node_id: int, suffix: str) -> Path:
+        return self._directory / f"{self._round}-{node_id}{suffix}"
 
 
 #: An answer's file: checksum of the rest, examples, length of the signs, signs, frame.
+#: A failure's: checksum, reason.
 _CRC, _HEAD = struct.Struct("<I"), struct.Struct("<dq")
+
+
+def _body_of(path: Path) -> bytes | None:
+    """Read a file that begins with its checksum; None: there is none that is whole."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    body = data[_CRC.size :]
+    return body if data[: _CRC.size] == _CRC.pack(zlib.crc32(body)) else None
 
 
 def write(path: Path, data: bytes, *, sync: bool = False) -> None:

@@ -419,8 +419,11 @@ class AutoFLIP(Strategy):
         for batch in self.rounds.batches(self.rounds.waiting(ask)):
             _log.info("exploration: %d nodes explore", len(batch))
             messages = [Message(content, node_id, kind) for node_id in batch]
-            for reply in stream(grid, messages, timeout=timeout):
-                nodes = wire.nodes_by_message(messages)
+            nodes: dict[str, int] = {}
+            for reply in stream(
+                grid, messages, timeout=timeout, at_once=self.rounds.answers_at_once()
+            ):
+                nodes = nodes or wire.nodes_by_message(messages)  # sent by now
                 self.rounds.answer(wire.node_of(reply, nodes), _answer_of(reply))
         return self.rounds.explored(ask)
 

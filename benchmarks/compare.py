@@ -53,7 +53,7 @@ def main() -> None:
             nodes = run.settings.strategy.min_nodes
             log = str(run.partial / f"log-{number}.txt")
             start = time.perf_counter()
-            ray.get(simulate.remote(nodes, config, log))
+            ray.get(simulate(nodes, config, log))
             if number:  # the first one warms the workers
                 bare += time.perf_counter() - start
         ray.shutdown()

@@ -21,6 +21,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def start(
+    command: list[str], log: Path, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, in the folder of its log."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd=log.parent,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 class Flower:
     """A SuperLink, its SuperNodes, and `flwr run` against them.
 
@@ -111,25 +138,10 @@ class Flower:
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
         """End a process and what it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        stop(process)
 
     def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
-        with (self.home / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                env=self.environment,
-                cwd=self.home,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = start(command, self.home / f"{name}.log", self.environment)
         self.processes.append(process)
         return process
 

@@ -94,7 +94,7 @@ class AutoFlipPruner(Pruner):
         """
         return {
             **super().state(),
-            "asked": self._asked,
+            "asked": np.array([*self._asked], np.uint64),
             "renewing": self._renewing,
             "initial": self._initial,
             "gradients": self._gradients.state(),
@@ -109,7 +109,7 @@ class AutoFlipPruner(Pruner):
         """Go on where `state` was taken."""
         super().restore(state)
         self._store.restore(state["store"])
-        self._asked = set(state["asked"])
+        self._asked = set(state["asked"].tolist())
         self._renewing = state["renewing"]
         self._initial = state["initial"]
         self._gradients.restore(state["gradients"])
@@ -190,7 +190,7 @@ class AutoFlipPruner(Pruner):
         """Return the means of the guidance in the store."""
         if self._renewing:
             return []  # from other weights
-        return [self._store.statistics(node_id).mean for node_id in self._store]
+        return self._store.means()
 
     def check(self, reasons: Mapping[int, str]) -> None:
         """Refuse to go on without guidance, or with parameters nobody trains.
@@ -208,8 +208,8 @@ class AutoFlipPruner(Pruner):
                 f"none of {len(reasons)} nodes completed its exploration, so no "
                 f"mask can be made; reasons by node: {dict(reasons)}"
             )
-        found = [self._store.statistics(node_id) for node_id in self._store]
-        still = [n for n in self._shapes if not any(each.high[n] for each in found)]
+        moved = self._store.overall().high
+        still = [name for name in self._shapes if not moved[name]]
         if still and not self._trainable_known:
             raise GuidanceError(
                 f"{still} moved for none of {self.explorers} explorers: frozen "
@@ -326,7 +326,7 @@ class AutoFlipPruner(Pruner):
         local = [self._store.get(n) for n in sampled] if population_share < 1 else []
         found = [self._store.statistics(n) for n in sampled]
         everyone = self._population_sum() if population_share > 0 else {}
-        every = [self._store.statistics(node_id) for node_id in self._store]
+        overall = self._store.overall()
 
         def one(name: str) -> NDArray[np.float32]:
             total = np.zeros(self._size(name), np.float32)
@@ -334,7 +334,7 @@ class AutoFlipPruner(Pruner):
                 scale = self._rescaling(found, name)
                 _accumulate(total, name, local, scale, 1 - population_share)
             if everyone:
-                mean = self._population_rescaling(every, name)
+                mean = self._population_rescaling(overall, name)
                 total += np.float32(population_share * mean.scales[0]) * everyone[name]
                 total += np.float32(population_share * mean.offset)
             np.maximum(total, 0, out=total)  # rounding may leave a hair below zero
@@ -353,23 +353,23 @@ class AutoFlipPruner(Pruner):
             (population_share, [*self._store]),
         ]
         parts = [(weight, nodes) for weight, nodes in parts if weight > 0]
-        matrices = {n: self._store.get(n) for _, nodes in parts for n in nodes}
+        nodes = list(dict.fromkeys(n for _, group in parts for n in group))
+        rows = {node_id: row for row, node_id in enumerate(nodes)}
+        tables = {
+            name: np.empty((len(nodes), 256), np.float32) for name in self._shapes
+        }
+        for row, node_id in enumerate(nodes):
+            for name, table in self._normalized(node_id).items():
+                tables[name][row] = table
 
         def one(name: str) -> NDArray[np.float32]:
-            tables = {
-                n: self._normalized(n, name, matrix) for n, matrix in matrices.items()
-            }
-            size = self._size(name)
-            block = max(1, _ROBUST_BLOCK // len(matrices))
-            total = np.zeros(size, np.float32)
-            for start in range(0, size, block):
-                found = {
-                    n: tables[n][matrix.codes[name][start : start + block]]
-                    for n, matrix in matrices.items()
-                }
-                for weight, nodes in parts:
+            total = np.zeros(self._size(name), np.float32)
+            block = max(1, _ROBUST_BLOCK // len(nodes))
+            for start, codes in self._store.codes(nodes, name, block):
+                found = np.take_along_axis(tables[name], codes, axis=1)
+                for weight, group in parts:
                     total[start : start + block] += np.float32(weight) * middle(
-                        np.stack([found[n] for n in nodes]),
+                        found[[rows[n] for n in group]],
                         combination=self.settings.combination,
                         trim=self.settings.trim,
                     )
@@ -378,14 +378,14 @@ class AutoFlipPruner(Pruner):
 
         return dict(zip(self._shapes, parallel_map(one, self._shapes), strict=True))
 
-    def _normalized(
-        self, node_id: int, name: str, matrix: QuantizedGuidance
-    ) -> NDArray[np.float32]:
+    def _normalized(self, node_id: int) -> dict[str, NDArray[np.float32]]:
         """Return what a node's codes stand for, divided by its own mean."""
         own = [self._store.statistics(node_id)]
-        alone = rescaling(own, name, normalization="client")
-        table: NDArray[np.float32] = np.float32(alone.scales[0]) * matrix.tables[name]
-        return table + np.float32(alone.offset)
+        found = {}
+        for name, table in self._store.get(node_id).tables.items():
+            alone = rescaling(own, name, normalization="client")
+            found[name] = np.float32(alone.scales[0]) * table + np.float32(alone.offset)
+        return found
 
     def _population_sum(self) -> Mapping[str, NDArray[np.float32]]:
         """Sum of all explorers' matrices, for `client` each divided by its mean."""
@@ -414,13 +414,12 @@ class AutoFlipPruner(Pruner):
     def _rescaling(self, explorers: Sequence[Statistics], name: str) -> Rescaling:
         return rescaling(explorers, name, normalization=self.settings.normalization)
 
-    def _population_rescaling(
-        self, explorers: Sequence[Statistics], name: str
-    ) -> Rescaling:
+    def _population_rescaling(self, overall: Statistics, name: str) -> Rescaling:
         """How the running sum becomes the normalized mean over all explorers."""
         if self.settings.normalization == "client":
-            return Rescaling([1.0 / len(explorers)], 0.0)
-        return self._rescaling(explorers, name)
+            return Rescaling([1.0 / len(self._store)], 0.0)
+        found = self._rescaling([overall], name)
+        return Rescaling([found.scales[0] / len(self._store)], found.offset)
 
     def _size(self, name: str) -> int:
         return int(np.prod(self._shapes[name], dtype=np.int64))

@@ -1,0 +1,347 @@
+"""What a federation of many clients costs the server.
+
+    python benchmarks/scale.py server --clients 10 100 1000
+    python benchmarks/scale.py flwr --clients 10 100 1000 --data-dir PATH
+    python benchmarks/scale.py compare --clients 10 100 1000 --data-dir PATH
+    python benchmarks/scale.py figure docs/scaling.svg RESULTS...
+
+A CNN of 1.66 M parameters (arXiv:1602.05629), ten clients a round. `server` is the
+ServerApp alone: its nodes answer at once with guidance of their own, and with the
+weights as they came. `flwr` and `compare` are simulations of the preset `thousand` on
+MNIST, 60 images a client, by `flwr run` and by `autoflip compare`; there the server's
+process does the simulation's work too. Every number of clients has a process of its
+own; its peak memory is the kernel's (VmHWM), looked at twice a second.
+
+Prints one JSON object a line; `figure` draws what was printed.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MARK = "AUTOFLIP_SCALE"
+
+#: Command line of the process that runs the ServerApp.
+SERVERS = {"flwr": "flwr-simulation", "compare": "ray::_serve"}
+
+
+# --- the server alone -----------------------------------------------------------------
+
+
+def grid_of(clients: int) -> Any:
+    """Return a grid whose nodes answer at once."""
+    import numpy as np
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.serverapp import Grid
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from autoflip_flwr import codec, wire
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+    class Answering(Grid):
+        """Keeps what was asked until somebody looks; then the answers are there."""
+
+        def __init__(self) -> None:
+            self._asked: dict[str, Message] = {}
+            self._guidance: tuple[bytes, bytes] | None = None
+
+        def get_node_ids(self) -> list[int]:
+            return list(range(100, 100 + clients))
+
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            batch = list(messages)
+            for message in batch:
+                message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+                self._asked[message.metadata.message_id] = message
+            return [message.metadata.message_id for message in batch]
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return [
+                Message(self._answer(asked), reply_to=asked)
+                for asked in (self._asked.pop(n, None) for n in message_ids)
+                if asked is not None
+            ]
+
+        def _answer(self, asked: Message) -> RecordDict:
+            node_id = asked.metadata.dst_node_id
+            if asked.metadata.message_type == "query":
+                config = ConfigRecord({"client-id": node_id - 100})
+                return RecordDict({"config": config})
+            _, arrays = wire.only_array_record(asked.content)
+            _, config = wire.only_config(asked.content)
+            metrics = MetricRecord({"num-examples": 60, "train-loss": 1.0})
+            if wire.phase_of(config) == "explore":
+                metrics[wire.EPOCHS] = 1
+                arrays = wire.guidance_record(self._frame(config, node_id), None)
+            return RecordDict({"arrays": ArrayRecord(dict(arrays)), "metrics": metrics})
+
+        def _frame(self, config: ConfigRecord, node_id: int) -> bytes:
+            """Return guidance that no other node has: the same, further round."""
+            if self._guidance is None:
+                shapes = wire.Exploration.of(config).manifest.shapes
+                rng = np.random.default_rng(0)
+                drawn = {n: rng.random(s, np.float32) ** 4 for n, s in shapes.items()}
+                frame, head = codec.quantize(drawn), 8 * len(shapes)
+                self._guidance = frame[:head], frame[head:]
+            levels, codes = self._guidance
+            start = 37 * node_id
+            return levels + codes[start:] + codes[:start]
+
+        def send_and_receive(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def create_message(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def set_run(self, run: Any) -> None: ...
+
+        run: Any = None
+
+    return Answering()
+
+
+def serve(arguments: argparse.Namespace, clients: int) -> None:
+    """Be the ServerApp of one run; print what it took."""
+    from flwr.app import Context, RecordDict
+
+    from autoflip_flwr import apps
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    # On scikit-learn's digits, which are smaller: a wider layer instead.
+    data = "data.name=digits model.hidden=6033"
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        output = Path(folder) / "run"
+        config = {
+            "preset": "thousand",
+            "overrides": f"{overrides(arguments, clients)} {data}",
+            "output-dir": str(output),
+        }
+        context = Context(
+            run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config
+        )
+        with Watch(lambda _: "scale.py", str(output)) as watch:
+            apps.serve(grid_of(clients), context)
+        tell("server", arguments, clients, output, watch)
+
+
+# --- simulations ----------------------------------------------------------------------
+
+
+def simulate(kind: str, arguments: argparse.Namespace, clients: int) -> None:
+    """Make one run with Flower's simulation, or with ours; print what it took."""
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        mark = str(uuid.uuid4())
+        environment = {
+            **os.environ,
+            MARK: mark,
+            "FLWR_HOME": f"{folder}/flwr",
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39871",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        }
+        chosen = overrides(arguments, clients)
+        if arguments.data_dir:
+            chosen += f" data.dir={Path(arguments.data_dir).resolve()}"
+        if kind == "flwr":
+            output = Path(folder) / "run"
+            run_config = f'preset="thousand" overrides="{chosen}" output-dir="{output}"'
+            federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+            command = ["flwr", "run", str(ROOT), "--stream"]
+            command += ["--run-config", run_config, "--federation-config", federation]
+        else:
+            command = ["autoflip", "compare", "thousand", "--strategies", "autoflip"]
+            command += ["--seeds", "1", "--overrides", chosen, "--output", folder]
+            output = Path(folder) / "thousand/autoflip-0"
+        try:
+            with Watch(lambda pid: command_of(pid, mark), folder) as watch:
+                watch.server = SERVERS[kind]
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True
+                )
+            if not (output / "summary.json").exists():
+                raise SystemExit(f"no summary\n{done.stdout}\n{done.stderr}")
+            tell(kind, arguments, clients, output, watch)
+        finally:
+            for pid in processes():
+                if command_of(pid, mark):  # `flwr run` leaves a SuperLink behind
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(1)
+
+
+def overrides(arguments: argparse.Namespace, clients: int) -> str:
+    """Return what makes the preset a run of so many clients."""
+    return (
+        f"rounds={arguments.rounds} strategy.min-nodes={clients} "
+        f"strategy.fraction-train={arguments.sampled / clients} "
+        f"data.max-samples={60 * clients} training.epochs=1 {arguments.overrides}"
+    ).strip()
+
+
+# --- looking at it --------------------------------------------------------------------
+
+
+class Watch:
+    """Looks at memory and disk while a block runs.
+
+    Attributes
+    ----------
+    peak : int
+        Bytes: the most that the server's process had in memory.
+    disk : int
+        Bytes: the most that the run's folder had.
+    """
+
+    def __init__(self, command: Callable[[int], str], folder: str) -> None:
+        self._command = command
+        self._folder = Path(folder)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self.server: str | None = None  # None: this process
+        self.peak = 0
+        self.disk = 0
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        last = False
+        while not last:
+            last = self._end.wait(0.5)
+            pids = [os.getpid()] if self.server is None else processes()
+            for pid in pids:
+                if self.server is None or self.server in self._command(pid):
+                    self.peak = max(self.peak, peak_of(pid))
+            files = [
+                path for path in self._folder.rglob("*") if "flwr" not in path.parts
+            ]
+            self.disk = max(self.disk, sum(size_of(path) for path in files))
+
+
+def processes() -> list[int]:
+    """Return the ids of all processes."""
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def command_of(pid: int, mark: str) -> str:
+    """Return the command line of a process that we started; of any other nothing."""
+    try:
+        if f"{MARK}={mark}".encode() not in Path(f"/proc/{pid}/environ").read_bytes():
+            return ""
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def peak_of(pid: int) -> int:
+    """Return the most bytes that a process has had in memory so far."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in status.splitlines() if "VmHWM" in line]
+    return 1024 * int(found[0]) if found else 0
+
+
+def size_of(path: Path) -> int:
+    """Return a file's bytes; 0 if it is gone by now."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
+
+
+def tell(
+    kind: str, arguments: argparse.Namespace, clients: int, output: Path, watch: Watch
+) -> None:
+    """Print what a run took."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").open()]
+    later = [row["seconds"] for row in rows[1:]]
+    found = {
+        "kind": kind,
+        "clients": clients,
+        "sampled": arguments.sampled,
+        "first_round_seconds": rows[0]["seconds"],
+        "later_round_seconds": statistics.median(later),
+        "later_round_seconds_range": [min(later), max(later)],
+        "server_peak_megabytes": round(watch.peak / 1e6, 1),
+        "disk_peak_megabytes": round(watch.disk / 1e6, 1),
+        "sent_megabytes_explore": round(
+            (rows[0]["bytes_down"] + rows[0]["bytes_up"]) / 1e6, 1
+        ),
+        "sent_megabytes_later_round": round(
+            (rows[-1]["bytes_down"] + rows[-1]["bytes_up"]) / 1e6, 2
+        ),
+    }
+    print(json.dumps(found), flush=True)
+
+
+def draw(target: Path, results: Iterable[Path]) -> None:
+    """Draw memory and times over the number of clients."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    found = [json.loads(line) for path in results for line in path.open()]
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    shown = {
+        "server's peak memory, MB": "server_peak_megabytes",
+        "seconds of a later round": "later_round_seconds",
+        "seconds of the first round": "first_round_seconds",
+    }
+    for plot, (title, key) in zip(axes, shown.items(), strict=True):
+        for kind in dict.fromkeys(one["kind"] for one in found):
+            points = [
+                (one["clients"], one[key]) for one in found if one["kind"] == kind
+            ]
+            plot.plot(*zip(*sorted(points), strict=True), "o-", label=kind)
+        plot.set(xscale="log", xlabel="clients", title=title, ylim=(0, None))
+    axes[0].legend()
+    figure.savefig(target, metadata={"Date": None})
+
+
+def main() -> None:
+    """Run every number of clients in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=["server", *SERVERS, "figure"])
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--sampled", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--overrides", default="")
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--scratch", help="a folder for the runs, on a disk")
+    arguments = parser.parse_intermixed_args()
+    if arguments.kind == "figure":
+        draw(arguments.files[0], arguments.files[1:])
+    elif arguments.kind != "server":
+        for clients in arguments.clients:
+            simulate(arguments.kind, arguments, clients)
+    elif len(arguments.clients) == 1:
+        serve(arguments, *arguments.clients)
+    else:
+        words = sys.argv[1:]
+        for clients in arguments.clients:
+            command = [sys.executable, __file__, *words, "--clients", str(clients)]
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

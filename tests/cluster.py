@@ -1,0 +1,71 @@
+"""Ray nodes on the loopback, each with one core, as `ray start` makes them."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flower import free_port, start, stop
+
+_RAY = Path(sys.executable).parent / "ray"
+_UP = "Ray runtime started"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    nodes: list[subprocess.Popen[bytes]]
+
+    def raylets(self) -> list[int]:
+        """Ids of the processes that stand for the nodes: workers know theirs."""
+        found = []
+        for node in self.nodes:
+            children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text()
+            for child in children.split():
+                name = Path(f"/proc/{child}/comm").read_text().strip()
+                found += [int(child)] if name == "raylet" else []
+        return found
+
+
+@contextlib.contextmanager
+def cluster(count: int) -> Iterator[Cluster]:
+    address = f"127.0.0.1:{free_port()}"
+    common = ["--block", "--node-ip-address=127.0.0.1", "--num-cpus=1"]
+    common += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    nodes: list[subprocess.Popen[bytes]] = []
+    # Its sockets' names must be short.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        head = ["--head", f"--port={address.partition(':')[2]}", f"--temp-dir={folder}"]
+        try:
+            for number in range(count):
+                own = [f"--address={address}"] if number else head
+                own += [] if number else ["--include-dashboard=false"]
+                log = folder / f"{number}.log"
+                nodes.append(
+                    start([str(_RAY), "start", *own, *common], log, environment)
+                )
+                _wait(nodes[-1], log)
+            yield Cluster(address, nodes)
+        finally:
+            for node in reversed(nodes):
+                stop(node)
+
+
+def _wait(node: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and node.poll() is None:
+        if _UP in log.read_text():
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"a Ray node did not start:\n{log.read_text()}")

@@ -1,0 +1,220 @@
+"""Many clients: what the server holds of them, and clients on many machines."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from cluster import cluster
+from flower import ROOT, simulation
+from flwr.app import Message, RecordDict
+from inprocess import LocalGrid, net, run, toy_app
+
+from autoflip_flwr import AutoFLIP, cli
+from autoflip_flwr.grid import stream
+
+BIN = Path(sys.executable).parent
+
+TINY = "rounds=2 exploration.epochs=1"
+
+
+def test_no_more_answers_are_held_than_asked_for():
+    """The others wait at the SuperLink until those are on the disk."""
+    inner = LocalGrid(toy_app(), range(7))
+    asked_for = []
+    pull = inner.pull_messages
+
+    def counted(message_ids):
+        asked_for.append(len(list(message_ids)))
+        return pull(message_ids)
+
+    inner.pull_messages = counted
+    messages = [Message(RecordDict(), node_id, "query") for node_id in range(7)]
+    replies = list(stream(inner, messages, at_once=3))
+    assert len({reply.metadata.src_node_id for reply in replies}) == len(replies) == 7
+    assert asked_for == [3, 3, 1]
+
+
+def test_answers_leave_the_disk_when_no_checkpoint_needs_them(tmp_path):
+    """A run may fall back to the checkpoint before the newest, not further."""
+    held = []
+
+    class Looking(AutoFLIP):
+        def aggregate_train(self, *args):
+            held.append(len(list(tmp_path.rglob("*.answer*"))))
+            return super().aggregate_train(*args)
+
+    strategy = Looking(store=tmp_path)
+    run(strategy, LocalGrid(toy_app(), range(5)), net(), 4)
+    assert held == [5, 5, 0, 0]
+    assert len(list(tmp_path.rglob("*.guidance"))) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("clients", "overrides"),
+    [(1000, ""), (300, "pruning.combination=median pruning.population-weight=1.0")],
+)
+def test_the_servers_memory_does_not_grow_with_the_explorers(
+    clients, overrides, tmp_path
+):
+    """A CNN of 1.66 M parameters, answers that all come at once; each its own process.
+
+    A thousand explorers send 1.66 GB.
+    """
+    command = [sys.executable, str(ROOT / "benchmarks/scale.py"), "server"]
+    command += ["--clients", "10", str(clients), "--rounds", "2"]
+    command += ["--scratch", str(tmp_path), f"--overrides={overrides}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    few, many = (json.loads(line) for line in done.stdout.splitlines())
+    assert (few["clients"], many["clients"]) == (10, clients)
+    assert many["disk_peak_megabytes"] > 1.6 * clients
+    assert many["server_peak_megabytes"] <= 1.2 * few["server_peak_megabytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_clients_are_on_all_nodes_of_a_cluster_and_outlive_one(tmp_path):
+    script = tmp_path / "nodes.py"
+    script.write_text(CLUSTER)
+    with cluster(2) as ray:
+        raylets = ray.raylets()
+        done = subprocess.run(
+            [sys.executable, str(script), str(ray.nodes[1].pid)],
+            env={**os.environ, "RAY_ADDRESS": ray.address},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(found["homes"]) == sorted(raylets)
+    assert found["answers"] == 20
+    assert found["most"] == 4, "two tasks a core: the others are not copied yet"
+    assert found["with the node lost"] == 12
+    assert 1 <= found["errors"] <= 4
+    assert found["later homes"] == raylets[:1]
+
+
+CLUSTER = """
+import json, logging, os, signal, sys, time
+import ray
+from flwr.app import Message, MetricRecord, RecordDict
+from autoflip_flwr import simulation
+
+def app():
+    def answer(message, context):
+        time.sleep(0.5)
+        home = MetricRecord({"home": int(os.environ["RAY_RAYLET_PID"])})
+        return Message(RecordDict({"metrics": home}), reply_to=message)
+    return answer
+
+def homes(replies):
+    return sorted({r.content["metrics"]["home"] for r in replies if not r.has_error()})
+
+def asked(count):
+    nodes = grid.get_node_ids()[:count]
+    return [Message(RecordDict(), node, "query") for node in nodes]
+
+ray.init(log_to_driver=False, logging_level=logging.ERROR)
+grid = simulation.RayGrid(20, {}, client_app=app)
+most, pull = 0, grid.pull_messages
+def counting(ids):
+    global most
+    most = max(most, len(grid._running))
+    return pull(ids)
+grid.pull_messages = counting
+first = grid.send_and_receive(asked(20), timeout=120)
+ids = grid.push_messages(asked(12))
+time.sleep(0.7)
+os.killpg(int(sys.argv[1]), signal.SIGKILL)
+second, end = [], time.monotonic() + 120
+while len(second) < 12 and time.monotonic() < end:
+    second += grid.pull_messages(ids)
+    time.sleep(0.1)
+third = grid.send_and_receive(asked(4), timeout=120)
+print(json.dumps({
+    "homes": homes(first),
+    "answers": len(first),
+    "most": most,
+    "with the node lost": len(second),
+    "errors": sum(reply.has_error() for reply in second),
+    "later homes": homes(third),
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_comparison_on_a_cluster_has_the_weights_of_one_machine(tmp_path):
+    def compared(folder, **environment):
+        command = [str(BIN / "autoflip"), "compare", "smoke", "--seeds", "1"]
+        command += ["--strategies", "autoflip", "--output", str(tmp_path / folder)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / folder / "smoke/autoflip-0/model.safetensors").read_bytes()
+
+    with cluster(2) as ray, watched(b"ray::_serve") as homes:
+        both = compared("cluster", RAY_ADDRESS=ray.address)
+        assert homes < set(ray.raylets())
+    assert homes, "the ServerApp was not in the cluster"
+    assert both == compared("alone")
+
+
+def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert cli.main(["compare", "smoke", "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in said
+    assert "unset RAY_ADDRESS" in said
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_flwr_run_uses_all_nodes_of_a_cluster(tmp_path, monkeypatch):
+    config = f'preset="smoke" overrides="{TINY}" output-dir="{tmp_path}/{{}}"'
+    federation = "num-supernodes=4 client-resources-num-cpus=1"
+    with simulation(tmp_path / "home") as flower:
+        said = flower.run(ROOT, config.format("alone"), federation=federation)
+    assert "AutoFLIP run finished" in said
+    with cluster(2) as ray, watched(b"ray::ClientAppActor") as homes:
+        monkeypatch.setenv("RAY_ADDRESS", ray.address)
+        with simulation(tmp_path / "home2") as flower:
+            said = flower.run(ROOT, config.format("both"), federation=federation)
+        assert homes == set(ray.raylets())
+    assert "AutoFLIP run finished" in said
+    alone, both = (tmp_path / each / "model.safetensors" for each in ("alone", "both"))
+    assert alone.read_bytes() == both.read_bytes()
+
+
+@contextlib.contextmanager
+def watched(title):
+    """Gather which raylets the processes with a title belong to."""
+    homes, ended = set(), threading.Event()
+
+    def look():
+        while not ended.wait(0.2):
+            for folder in Path("/proc").iterdir():
+                with contextlib.suppress(OSError):
+                    if (folder / "cmdline").read_bytes().startswith(title):
+                        words = (folder / "environ").read_bytes().split(b"\0")
+                        found = [w for w in words if w.startswith(b"RAY_RAYLET_PID=")]
+                        homes.update(int(word.partition(b"=")[2]) for word in found)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield homes
+    finally:
+        ended.set()
+        looking.join()
