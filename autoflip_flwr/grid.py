@@ -125,6 +125,7 @@ class RunGrid(Grid):
         self._listing = 0
         self._again: dict[int, int] = {}  # who did not answer the roll -> next listing
         self._nodes: dict[int, int] = {}  # client -> the node that is it now
+        self._doubles: set[int] = set()  # whose claim was another's, and has been told
         self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
         self._silent: set[int] = set()
         self._last = 0.0
@@ -197,7 +198,8 @@ class RunGrid(Grid):
         for node_id, client in {**self._claims, **strangers}.items():
             if node_id in connected:
                 first = self._nodes.setdefault(client, node_id)
-                if first != node_id:
+                if first != node_id and node_id not in self._doubles:
+                    self._doubles.add(node_id)
                     _log.warning(
                         "node %d says that it is client %d, as node %d does; it waits",
                         node_id,

@@ -5,12 +5,12 @@
     python benchmarks/scale.py compare --clients 10 100 1000 --data-dir PATH
     python benchmarks/scale.py figure docs/scaling.svg RESULTS...
 
-A CNN of 1.66 M parameters (arXiv:1602.05629), ten clients a round. `server` is the
-ServerApp alone: its nodes answer at once with guidance of their own, and with the
-weights as they came. `flwr` and `compare` are simulations of the preset `thousand` on
-MNIST, 60 images a client, by `flwr run` and by `autoflip compare`; there the server's
-process does the simulation's work too. Every number of clients has a process of its
-own; its peak memory is the kernel's (VmHWM), looked at twice a second.
+A CNN of 1.66 M parameters (arXiv:1602.05629), ten clients a round; all explore.
+`server` is the ServerApp alone: its nodes answer at once with guidance of their own,
+and with the weights as they came. `flwr` and `compare` are simulations of the preset
+`thousand` on MNIST, 60 images a client, by `flwr run` and by `autoflip compare`; there
+the server's process does the simulation's work too. Every number of clients has a
+process of its own; its peak memory is the kernel's (VmHWM), looked at twice a second.
 
 Prints one JSON object a line; `figure` draws what was printed.
 """
@@ -185,7 +185,8 @@ def overrides(arguments: argparse.Namespace, clients: int) -> str:
     return (
         f"rounds={arguments.rounds} strategy.min-nodes={clients} "
         f"strategy.fraction-train={arguments.sampled / clients} "
-        f"data.max-samples={60 * clients} training.epochs=1 {arguments.overrides}"
+        f"data.max-samples={60 * clients} training.epochs=1 exploration.fraction=1.0 "
+        f"{arguments.overrides}"
     ).strip()
 
 

@@ -7,10 +7,12 @@ import shutil
 import signal
 import ssl
 import subprocess
+import time
 import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,23 +172,41 @@ def test_the_health_that_the_images_ask_for(server, port):
 
 
 @real
-def test_nodes_and_their_keys_outlive_a_crash_of_the_superlink(tmp_path):
-    with Processes(tmp_path / "home") as flower:
+def test_nodes_their_keys_and_a_run_outlive_a_crash_of_the_superlink(tmp_path):
+    """With its ServerApp; the run goes on as the guide says."""
+    with Processes(tmp_path / "home") as flower, ThreadPoolExecutor() as pool:
         server, superlink = started_server(tmp_path / "server", flower)
         machine = new_edge(server, "edge-1")
         machine.script("make-node-key", "edge-1")
+        machine.samples(0, 1)
         copy_key(machine, "edge/edge-1.pub", server)
-        register, *_ = in_guide(ON_SERVER)
         found = service("superlink", "server")
-        server.run([server.placed(word, found) for word in register])
+        register, _, _, run = (
+            [server.placed(word, found) for word in command]
+            for command in in_guide(ON_SERVER)
+        )
+        run = [word.replace("min-nodes=2", "min-nodes=1") for word in run]
+        run = [word.replace("rounds=2", "rounds=4") for word in run]
+        server.run(register)
         node = machine.start(supernode("edge-1"), "edge-1")
         node.says("SuperNode ID")
+        first = pool.submit(server.run, run)
+        metrics = server.folder / "state" / "first" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+            assert not first.done(), first.result()
+            time.sleep(0.1)
         os.killpg(superlink.process.pid, signal.SIGKILL)
         superlink.ends()
         assert ask(server, "8443", "/health", "GET") == 503
         node.says("Connection attempt failed")
+        assert "AutoFLIP run finished" not in first.result()
         server.start(found, "superlink-again").says(LISTENING)
         node.says("Connection successful after", 120)
+        out = server.run([*run[:-1], f"{run[-1]} resume=true"])
+    assert "going on after round" in out, out
+    assert "AutoFLIP run finished" in out, out
+    assert "nodes explore" not in out
+    assert metrics.read_text().count("\n") == 4
 
 
 @real

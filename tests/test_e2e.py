@@ -156,6 +156,36 @@ def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
     assert explored[0] == explored[1], "nobody explores again"
 
 
+def test_a_node_that_sleeps_through_its_timeout_is_named_and_comes_back(tmp_path):
+    """Its reply arrives when nobody waits for it any more."""
+    overrides = (
+        "rounds=5 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=25 "
+        "data.classes-per-client=5"
+    )
+    folder = tmp_path / "asleep"
+    nodes = [f"partition-id={i} num-partitions=2" for i in range(2)]
+    with deployment(tmp_path / "home", nodes) as flower, ThreadPoolExecutor() as pool:
+        running = pool.submit(flower.run, ROOT, config(folder, overrides))
+
+        def wait_for(condition):
+            while not condition(lines(folder)):
+                assert not running.done(), running.result()
+                time.sleep(0.05)
+
+        wait_for(lambda rows: rows)
+        asleep = flower.processes[-1].pid
+        os.killpg(asleep, signal.SIGSTOP)
+        wait_for(lambda rows: any(row["missing"] for row in rows))
+        os.killpg(asleep, signal.SIGCONT)
+        assert "AutoFLIP run finished" in running.result(), running.result()
+    rows = lines(folder)
+    first = next(i for i, row in enumerate(rows) if row["missing"])
+    assert rows[first]["missing"] == [1]
+    assert first < 4
+    assert rows[-1]["missing"] == []
+    assert rows[-1]["dropped"] == 0
+
+
 def test_two_simulations_of_one_seed_are_equal_bit_for_bit(tmp_path):
     overrides = "rounds=3 strategy.min-nodes=6"
     with simulation(tmp_path / "home") as flower:

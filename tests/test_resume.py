@@ -1,5 +1,6 @@
 """`resume=true` of our own app: the run folder of a server that was killed."""
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -166,42 +167,61 @@ def test_two_servers_do_not_write_to_one_folder(tmp_path):
     serve(folder)
 
 
-FULL = """
+RUN = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from test_resume import limited
-limited(sys.argv[1], int(sys.argv[3]))
+limited(sys.argv[1], fill=sys.argv[3] == "disk")
+"""
+
+#: A file system of its own, which nobody else sees and which ends with the process.
+OWN_DISK = """
+mount -t tmpfs -o size=4m tmpfs "$1" || exit 77
+"$3" -c "$4" "$1/run" "$5" disk
+status=$?
+cp -r "$1/run" "$2"
+exit $status
 """
 
 
-def limited(folder, size):
-    """Run where no file may grow beyond `size` bytes: what a full disk does to one."""
+def limited(folder, *, fill):
+    """Run with no room for the fourth checkpoint: on the disk, or in one file."""
     import autoflip_flwr.checkpoint as checkpoint
 
-    sync, rounds = checkpoint._sync, []
+    folder, write, written = Path(folder), checkpoint.write, []
 
-    def full_from_now_on(path):
-        rounds.append(path)
-        if len(rounds) == 6:  # two a checkpoint
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        sync(path)
+    def full_at_last(path, tree):
+        if len(written) == 3 and fill:
+            filler = (folder.parent / "filler").open("wb", buffering=0)
+            with filler, contextlib.suppress(OSError):
+                while filler.write(bytes(512)):
+                    pass
+        elif len(written) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        write(path, tree)
+        written.append(path)
 
-    checkpoint._sync = full_from_now_on
-    serve(Path(folder), "pruning.pruned-weights=keep")
+    checkpoint.write = full_at_last
+    serve(folder, "pruning.pruned-weights=keep")
 
 
+@pytest.mark.parametrize("disk", ["full", "limited"])
 def test_a_disk_that_takes_no_more_ends_the_run_and_the_last_checkpoint_is_whole(
-    tmp_path,
+    disk, tmp_path
 ):
-    folder = tmp_path / "run"
+    folder, here = tmp_path / "run", str(Path(__file__).parent)
+    command = [sys.executable, "-c", RUN, str(folder), here, "file"]
+    if disk == "full":
+        (tmp_path / "disk").mkdir()
+        command = ["unshare", "--map-root-user", "--mount", "sh", "-c", OWN_DISK, "sh"]
+        command += [str(tmp_path / "disk"), str(folder), sys.executable, RUN, here]
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(folder), str(Path(__file__).parent), "2000"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command, capture_output=True, text=True, timeout=300, check=False
     )
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip(f"no file system of its own could be mounted: {done.stderr}")
     assert done.returncode == 1
+    assert ("No space left on device" in done.stderr) == (disk == "full")
     assert "cannot write the checkpoint" in done.stderr
     assert "make room, then go on with resume=true" in done.stderr
     kept = sorted(path.name for path in (folder / "checkpoints").glob("round*"))
