@@ -1,5 +1,6 @@
 """What our ServerApp and ClientApp do: read settings, compose, nothing else."""
 
+import errno
 import logging
 
 from flwr.app import (
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid
 
 from autoflip_flwr import costs, experiment, training, wire
 from autoflip_flwr.checkpoint import Checkpointed
+from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.grid import CLIENT_ID, RunGrid
 from autoflip_flwr.inner import build_strategy
 from autoflip_flwr.mod import AutoFlipMod, exploring, masked
@@ -23,6 +25,8 @@ from autoflip_flwr.runlog import RunLog, log_summary, run_directory
 from autoflip_flwr.strategy import AutoFLIP
 
 _log = logging.getLogger("flwr")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 #: At which a run tells its epsilon.
 _DELTA = 1e-5
@@ -75,20 +79,28 @@ def serve(grid: Grid, context: Context) -> None:
             privacy.epsilon(_DELTA),
             _DELTA,
         )
-    result = run.start(
-        run_grid,
-        initial,
-        num_rounds=settings.rounds,
-        timeout=settings.strategy.timeout,
-        evaluate_fn=evaluate,
-    )
-    training.load_arrays(model, wire.arrays_of(result.arrays))
-    masks = rounds.plan.masks if rounds and rounds.plan else {}
-    summary = log.finish(
-        training.state_arrays(model),
-        parameters=costs.parameters(model),
-        costs=costs.summary(model, test.x, test.y, masks, settings.training),
-    )
+    try:
+        result = run.start(
+            run_grid,
+            initial,
+            num_rounds=settings.rounds,
+            timeout=settings.strategy.timeout,
+            evaluate_fn=evaluate,
+        )
+        training.load_arrays(model, wire.arrays_of(result.arrays))
+        masks = rounds.plan.masks if rounds and rounds.plan else {}
+        summary = log.finish(
+            training.state_arrays(model),
+            parameters=costs.parameters(model),
+            costs=costs.summary(model, test.x, test.y, masks, settings.training),
+        )
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise CheckpointError(
+            f"cannot write to {directory}: {error.strerror}; make room, then go on "
+            "with resume=true"
+        ) from error
     log_summary(summary, directory)
 
 

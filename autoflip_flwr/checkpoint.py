@@ -23,7 +23,7 @@ from autoflip_flwr.strategy import chain
 
 _log = logging.getLogger("flwr")
 
-_FORMAT = "autoflip-checkpoint-1"
+_FORMAT = "autoflip-checkpoint-2"
 
 #: How many checkpoints a run keeps: the last one, and one to fall back on.
 _KEPT = 2
@@ -94,6 +94,12 @@ class Checkpointed(Strategy):
         self._settings = _plain(settings or {})
         self._parts = dict(parts or {})
         self._done = 0  # rounds, before this process
+        # As `Result` has them; a process that goes on returns them whole.
+        self._metrics: dict[str, dict[int, MetricRecord]] = {
+            "train_metrics_clientapp": {},
+            "evaluate_metrics_clientapp": {},
+            "evaluate_metrics_serverapp": {},
+        }
         # Strategies from the outermost in, with what they were made with.
         self._built = {one: dict(vars(one)) for one in chain(strategy)}
         self._unsaved: set[str] = set()
@@ -129,6 +135,7 @@ class Checkpointed(Strategy):
                 return None
             current = self._done + server_round
             metrics = evaluate_fn(current, arrays) if evaluate_fn else None
+            self._note("evaluate_metrics_serverapp", current, metrics)
             self._save(current, arrays, layout)
             return metrics
 
@@ -138,14 +145,8 @@ class Checkpointed(Strategy):
         )
         if not len(result.arrays):
             result.arrays = arrays
-        for metrics in (
-            result.train_metrics_clientapp,
-            result.evaluate_metrics_clientapp,
-            result.evaluate_metrics_serverapp,
-        ):
-            later = {r + self._done if r else 0: m for r, m in metrics.items()}
-            metrics.clear()
-            metrics.update(later)
+        for name, noted in self._metrics.items():  # of all rounds, by their numbers
+            setattr(result, name, dict(noted))
         return result
 
     def summary(self) -> None:
@@ -164,7 +165,10 @@ class Checkpointed(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Let the strategy aggregate."""
-        return self.strategy.aggregate_train(self._done + server_round, replies)
+        current = self._done + server_round
+        arrays, metrics = self.strategy.aggregate_train(current, replies)
+        self._note("train_metrics_clientapp", current, metrics)
+        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -178,7 +182,14 @@ class Checkpointed(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Let the strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(self._done + server_round, replies)
+        current = self._done + server_round
+        metrics = self.strategy.aggregate_evaluate(current, replies)
+        self._note("evaluate_metrics_clientapp", current, metrics)
+        return metrics
+
+    def _note(self, name: str, server_round: int, found: MetricRecord | None) -> None:
+        if found is not None:
+            self._metrics[name][server_round] = found
 
     # --- the checkpoints ---------------------------------------------------------
 
@@ -196,6 +207,7 @@ class Checkpointed(Strategy):
                     self._state_of(strategy, arrays) for strategy in self._built
                 ],
                 "parts": {name: part.state() for name, part in self._parts.items()},
+                "metrics": self._metrics,
                 "random": _random_states(),
             },
         )
@@ -240,6 +252,7 @@ class Checkpointed(Strategy):
         for name, part in self._parts.items():
             part.restore(found["parts"][name])
         _set_random_states(found["random"])
+        self._metrics = found["metrics"]
         self._done = found["round"]
         return arrays
 

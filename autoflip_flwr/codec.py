@@ -309,7 +309,7 @@ def dequantize(frame: Frame, shapes: Shapes) -> QuantizedGuidance:
                 f"{name}: expected levels 0 <= low <= high, got low {low}, high {high}"
             )
         codes[name] = flat[end - size : end]
-        tables[name] = _table(float(low), float(high))
+        tables[name] = level_values(float(low), float(high))
     return QuantizedGuidance(codes, tables, shapes)
 
 
@@ -329,7 +329,8 @@ def _codes(flat: NDArray[np.float32], low: float, high: float) -> NDArray[np.uin
     return codes
 
 
-def _table(low: float, high: float) -> NDArray[np.float32]:
+def level_values(low: float, high: float) -> NDArray[np.float32]:
+    """Return the value each code of a tensor stands for, shape (256,)."""
     table = np.zeros(_LEVELS + 1, np.float64)
     if high > 0:
         least = low if low > 0 else high

@@ -238,12 +238,11 @@ def _check_cluster() -> None:
     if "/" in address or not port.isdecimal():
         return  # none, "auto", "local", ray://...
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, UnicodeError) as error:
         raise ComparisonError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: "
-            f"{error.strerror or error}; start one with `ray start --head`, or unset "
-            "RAY_ADDRESS to run on this machine alone"
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; start one with "
+            "`ray start --head`, or set RAY_ADDRESS=local to run on this machine alone"
         ) from error
 
 

@@ -8,7 +8,7 @@ Several runs may share the cores, which may be those of many machines. Flower's 
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -77,26 +77,23 @@ class RayGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Hand messages to their nodes; return their ids.
 
-        A node that is still busy with an earlier message gives that one up.
+        What nodes are still busy with is given up: nobody waits for it any more, and
+        it would keep the cores from those who are asked now.
         """
         batch = list(messages)
-        self.give_up({message.metadata.dst_node_id for message in batch})
+        self.give_up()
         for message in batch:
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
         self._waiting.extend(batch)
         self._feed()
         return [message.metadata.message_id for message in batch]
 
-    def give_up(self, node_ids: Container[int] | None = None) -> None:
-        """End what nodes are still busy with; None: what any is."""
-
-        def late(message: Message) -> bool:
-            return node_ids is None or message.metadata.dst_node_id in node_ids
-
-        self._waiting = deque(m for m in self._waiting if not late(m))
-        for task in [task for task, message in self._running.items() if late(message)]:
-            del self._running[task]
+    def give_up(self) -> None:
+        """End what nodes are still busy with."""
+        self._waiting.clear()
+        for task in self._running:
             ray.cancel(task, force=True)
+        self._running.clear()
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are there, each once."""
@@ -113,7 +110,8 @@ class RayGrid(Grid):
             except ray.exceptions.RayError as error:  # its worker died
                 reply = _error(message, error)
             replies.append(reply)
-        self._feed()
+        if replies:
+            self._feed()
         return replies
 
     def _feed(self) -> None:
@@ -123,8 +121,9 @@ class RayGrid(Grid):
         """
         if not self._waiting:
             return
-        cores = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
-        while self._waiting and len(self._running) < _QUEUED * cores:
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        most = _QUEUED * max(1, int(resources.get("CPU", 1)))
+        while self._waiting and len(self._running) < most:
             message = self._waiting.popleft()
             context = self._contexts[message.metadata.dst_node_id]
             task = _answer.remote(self._client_app, message, context)

@@ -12,9 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.codec import HEADER_BYTES, QuantizedGuidance, Shapes, dequantize
+from autoflip_flwr.codec import (
+    HEADER_BYTES,
+    QuantizedGuidance,
+    Shapes,
+    dequantize,
+    level_values,
+)
 from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.guidance import Statistics, statistics
+
+#: Frames of a node on the disk: of the round, and of the two checkpoints before it.
+_SLOTS = 3
 
 
 class GuidanceStore:
@@ -26,8 +35,7 @@ class GuidanceStore:
     ----------
     directory : Path
         Made when needed. Files are written atomically. A node's later frame does not
-        overwrite the one before it, which an earlier checkpoint may stand on, but the
-        one before that.
+        overwrite the two before it, which the checkpoints that are kept may stand on.
     shapes : mapping of name -> shape
         The prunable parameters, in order.
     """
@@ -64,7 +72,7 @@ class GuidanceStore:
         """
         guidance = dequantize(frame, self._shapes)
         found = statistics_of(guidance)
-        slot = 1 - self._slots.get(node_id, 1)
+        slot = (self._slots.get(node_id, -1) + 1) % _SLOTS
         write(self._path(node_id, slot), frame, sync=True)
         self._slots[node_id] = slot
         row = self._rows.setdefault(node_id, len(self._rows))
@@ -89,6 +97,15 @@ class GuidanceStore:
         path = self._path(node_id, self._slots[node_id])
         return dequantize(np.memmap(path, np.uint8, mode="r").data, self._shapes)
 
+    def tables(self, node_ids: Sequence[int], name: str) -> NDArray[np.float32]:
+        """Return what the codes of one tensor stand for, shape (nodes, 256)."""
+        offset = HEADER_BYTES * list(self._shapes).index(name)
+        found = np.empty((len(node_ids), 256), np.float32)
+        for row, path in zip(found, self._paths(node_ids), strict=True):
+            low, high = np.fromfile(path, "<f4", 2, offset=offset).tolist()
+            row[:] = level_values(low, high)
+        return found
+
     def codes(
         self, node_ids: Sequence[int], name: str, block: int
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -103,7 +120,7 @@ class GuidanceStore:
         sizes = {each: math.prod(shape) for each, shape in self._shapes.items()}
         before = list(sizes)[: list(sizes).index(name)]
         offset = HEADER_BYTES * len(sizes) + sum(sizes[each] for each in before)
-        paths = [self._path(n, self._slots[n]) for n in node_ids]
+        paths = self._paths(node_ids)
         for start in range(0, sizes[name], block):
             count = min(block, sizes[name] - start)
             found = np.empty((len(paths), count), np.uint8)
@@ -142,8 +159,9 @@ class GuidanceStore:
         """Forget all guidance, and delete what an earlier run may have left."""
         self._rows.clear()
         self._slots.clear()
-        for path in self._directory.glob("*.guidance"):
-            path.unlink()
+        for pattern in ("*.guidance", "*.partial"):
+            for path in self._directory.glob(pattern):
+                path.unlink()
 
     def state(self) -> dict[str, Any]:
         """Return what stays in memory."""
@@ -180,6 +198,9 @@ class GuidanceStore:
                     f"{path} is torn or of a later round: expected the checksum "
                     f"{expected:08x}, got {found:08x}"
                 )
+
+    def _paths(self, node_ids: Sequence[int]) -> list[Path]:
+        return [self._path(node_id, self._slots[node_id]) for node_id in node_ids]
 
     def _path(self, node_id: int, slot: int) -> Path:
         return self._directory / f"{node_id}.{slot}.guidance"
@@ -218,6 +239,8 @@ class Answers:
         """
         self._round = server_round
         self._told = set()
+        for path in self._directory.glob("*.partial"):  # of a server that was killed
+            path.unlink()
         for path in self._directory.glob("*-*.answer*"):
             of_round, _, node_id = path.stem.partition("-")
             if not server_round - 1 <= int(of_round) <= server_round:
@@ -253,8 +276,9 @@ class Answers:
     def clear(self) -> None:
         """Delete all answers."""
         self._round, self._told = 0, set()
-        for path in self._directory.glob("*-*.answer*"):
-            path.unlink()
+        for pattern in ("*-*.answer*", "*.partial"):
+            for path in self._directory.glob(pattern):
+                path.unlink()
 
     def _write(self, node_id: int, suffix: str, *parts: bytes) -> None:
         body = b"".join(parts)

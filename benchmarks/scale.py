@@ -186,6 +186,7 @@ def overrides(arguments: argparse.Namespace, clients: int) -> str:
         f"rounds={arguments.rounds} strategy.min-nodes={clients} "
         f"strategy.fraction-train={arguments.sampled / clients} "
         f"data.max-samples={60 * clients} training.epochs=1 exploration.fraction=1.0 "
+        "pruning.population-weight=0.8 "  # so that every round has a mask of its own
         f"{arguments.overrides}"
     ).strip()
 
@@ -229,10 +230,13 @@ class Watch:
             for pid in pids:
                 if self.server is None or self.server in self._command(pid):
                     self.peak = max(self.peak, peak_of(pid))
-            files = [
-                path for path in self._folder.rglob("*") if "flwr" not in path.parts
+            sizes = [
+                size_of(Path(folder) / name)
+                for folder, _, names in os.walk(self._folder)  # which may vanish
+                if "flwr" not in Path(folder).parts
+                for name in names
             ]
-            self.disk = max(self.disk, sum(size_of(path) for path in files))
+            self.disk = max(self.disk, sum(sizes))
 
 
 def processes() -> list[int]:

@@ -3,8 +3,9 @@
     python tests/kills.py --kills 50
 
 A real process each time (a fork, so that nothing is imported again): our ServerApp with
-clients of its own, warm start, refresh and momentum at the server. Every other
-kill comes at a random time, every other in the middle of writing a file. Prints one
+clients of its own, warm start, refresh and momentum at the server. One kill of three
+comes in the middle of writing a file, one when the server has just sampled clients,
+taken explorers' answers, made a mask or aggregated, one at a random time. Prints one
 line of JSON.
 """
 
@@ -21,13 +22,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
+from flwr.serverapp.strategy import FedAvgM
 from inprocess import ROOT, OneByOne, load_script
 from safetensors.numpy import load_file
 
 from autoflip_flwr import checkpoint, store
+from autoflip_flwr.rounds import Rounds
 
 server_app = load_script("killed_server_app", ROOT / "server_app.py")
 client_app = load_script("killed_client_app", ROOT / "client_app.py")
@@ -132,6 +136,28 @@ def die_in_write(number: int) -> None:
     store.write = half_written
 
 
+def die_in_step(number: int) -> None:
+    """Be killed when the `number`-th of these is done, and nobody knows of it yet."""
+    count = [0]
+
+    def deadly(kind: type, name: str) -> None:
+        done = getattr(kind, name)
+
+        def step(*arguments: Any, **options: Any) -> Any:
+            found = done(*arguments, **options)
+            count[0] += 1
+            if count[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        setattr(kind, name, step)
+
+    deadly(FedAvgM, "configure_train")
+    deadly(Rounds, "explored")
+    deadly(Rounds, "begin")
+    deadly(FedAvgM, "aggregate_train")
+
+
 #: What a run imports late: once here, not once a process.
 _LATE = ("sklearn.datasets", "thop", "torch._dynamo", "torch_pruning")
 
@@ -154,15 +180,18 @@ def main(kills: int, seed: int) -> dict[str, int]:
             number += 1
             folder = root / f"{number}"
             folder.mkdir()
-            place = rng.randrange(1, 60) if number % 2 else None
+            kind = ("in a write", "in a step", "at a time")[number % 3]
 
-            def work(folder: Path = folder, place: int | None = place) -> None:
-                if place is not None:
-                    die_in_write(place)
+            def work(folder: Path = folder, kind: str = kind) -> None:
+                if kind == "in a write":
+                    die_in_write(rng.randrange(1, 60))
+                if kind == "in a step":
+                    die_in_step(rng.randrange(1, 28))
                 serve(folder)
 
+            rng.random()  # the process has a copy of the generator
             process = forked(work, root / "log.txt")
-            if place is None:
+            if kind == "at a time":
                 time.sleep(rng.uniform(0, duration))
                 os.kill(process, signal.SIGKILL)
             code = ended(process)
@@ -171,7 +200,7 @@ def main(kills: int, seed: int) -> dict[str, int]:
             if code != -signal.SIGKILL:
                 raise RuntimeError((root / "log.txt").read_text()[-4000:])
             found["killed"] += 1
-            found["in a write"] += place is not None
+            found[kind] += 1
             if not (folder / "run" / "summary.json").exists():
                 if ended(forked(lambda f=folder: serve(f), root / "log.txt")):
                     raise RuntimeError((root / "log.txt").read_text()[-4000:])

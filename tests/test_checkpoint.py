@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideAdaptiveClipping,
@@ -151,7 +152,8 @@ def started(
     strategy = Checkpointed(
         make(folder), folder / "checkpoints", settings=settings or {"lr": 0.1}
     )
-    random.seed(seed)  # a process that goes on has another state
+    torch.manual_seed(seed)  # a process that goes on has another state
+    random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     result = strategy.start(grid, ArrayRecord(model().state_dict()), num_rounds=rounds)
     return {n: a.numpy() for n, a in result.arrays.items()}, grid, result
@@ -161,6 +163,27 @@ def assert_same_weights(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert_array_equal(found[name], value)
+
+
+def metrics_of(result):
+    """All of a result but the weights."""
+    kinds = (
+        result.train_metrics_clientapp,
+        result.evaluate_metrics_clientapp,
+        result.evaluate_metrics_serverapp,
+    )
+    return [{n: repr(dict(found)) for n, found in kind.items()} for kind in kinds]
+
+
+class Drawing(FedAvg):
+    """Adds noise from torch's generator."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        for name, array in arrays.items():
+            noise = torch.randn(array.shape).numpy()
+            arrays[name] = Array(np.asarray(array.numpy() + noise, np.float32))
+        return arrays, metrics
 
 
 def inner(**options):
@@ -189,6 +212,7 @@ MAKES = {
     "FedAvgM": lambda folder: FedAvgM(fraction_train=0.4, server_momentum=0.9),
     "FedAdam": lambda folder: FedAdam(fraction_train=0.4, eta=0.01),
     "DP": lambda folder: private(),
+    "torch": lambda folder: Drawing(fraction_train=0.4),
     "AutoFLIP": pruning(),
     "paper": pruning(population_weight=0.0, normalization="global"),
     "AutoFLIP(FedAvgM)": pruning(lambda: FedAvgM(fraction_train=0.4)),
@@ -216,13 +240,14 @@ def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
     name, tmp_path
 ):
     make = MAKES[name]
-    expected, one, _ = started(tmp_path / "one", make)
+    expected, one, whole = started(tmp_path / "one", make)
     _, first, _ = started(tmp_path / "two", make, rounds=3)
     found, later, result = started(tmp_path / "two", make, seed=99)
     assert_same_weights(found, expected)
     assert first.nodes("train") + later.nodes("train") == one.nodes("train")
     assert first.nodes("explore") + later.nodes("explore") == one.nodes("explore")
-    assert list(result.train_metrics_clientapp) == [4, 5]
+    assert metrics_of(result) == metrics_of(whole)
+    assert list(result.train_metrics_clientapp) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("name", ["AutoFLIP", "warm, refresh", "ssfl", "some explore"])
@@ -283,6 +308,29 @@ def test_killed_in_the_middle_of_a_round_it_is_run_again(phase, server_round, tm
     assert_same_weights(found, expected)
 
 
+@pytest.mark.parametrize("step", ["configure_train", "aggregate_train"])
+@pytest.mark.parametrize("server_round", [1, 3])
+def test_killed_while_the_server_samples_or_aggregates(
+    step, server_round, tmp_path, monkeypatch
+):
+    make = MAKES["AutoFLIP(FedAvgM)"]
+    expected, _, _ = started(tmp_path / "one", make)
+    done = getattr(FedAvgM, step)
+
+    def killed(self, current, *arguments):
+        found = done(self, current, *arguments)
+        if current == server_round:
+            raise Killed
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FedAvgM, step, killed)
+        with pytest.raises(Killed):
+            started(tmp_path / "two", make)
+    found, _, _ = started(tmp_path / "two", make, seed=99)
+    assert_same_weights(found, expected)
+
+
 def newest(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("*.safetensors"))
 
@@ -296,9 +344,9 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_taken(
     started(tmp_path / "two", make, rounds=4)
     torn = newest(tmp_path / "two")
     torn.write_bytes(torn.read_bytes()[:-1])
-    found, _, result = started(tmp_path / "two", make, seed=99)
+    found, _, _ = started(tmp_path / "two", make, seed=99)
     assert f"{torn} is torn" in caplog.text
-    assert list(result.train_metrics_clientapp) == [4, 5]
+    assert "going on after round 3" in caplog.text
     assert_same_weights(found, expected)
 
 
@@ -380,6 +428,29 @@ def test_who_failed_to_explore_is_not_asked_again_after_a_kill(tmp_path):
     assert_same_weights(found, expected)
 
 
+def test_the_checkpoint_before_is_taken_though_its_round_explored_again(tmp_path):
+    """Killed in round 4 after all had explored for a fourth time, round 3 torn."""
+    make = pruning(exploration_every=1)
+    expected, _, _ = started(tmp_path / "one", make)
+
+    def tamper(message, reply):
+        config = message.content["config"]
+        if (config["server-round"], config.get("autoflip.phase")) == (4, "train"):
+            raise Killed
+        return reply
+
+    with pytest.raises(Killed):
+        started(tmp_path / "two", make, tamper=tamper)
+    torn = newest(tmp_path / "two")
+    torn.write_bytes(torn.read_bytes()[:-1])
+    found, grid, _ = started(tmp_path / "two", make, seed=99)
+    assert_same_weights(found, expected)
+    asked = [sent.config["server-round"] for sent in grid.down]
+    assert min(asked) == 3
+    explored = [s.config["server-round"] for s in grid.down if s.phase == "explore"]
+    assert set(explored) == {4, 5}, "the answers of round 3 are there still"
+
+
 def test_the_checkpoint_before_is_taken_where_guidance_of_the_last_is_torn(
     tmp_path, caplog
 ):
@@ -388,9 +459,9 @@ def test_the_checkpoint_before_is_taken_where_guidance_of_the_last_is_torn(
     started(tmp_path / "two", make, rounds=3)
     for path in (tmp_path / "two" / "guidance").glob("*.1.guidance"):
         path.write_bytes(b"")  # what round 3 wrote
-    found, _, result = started(tmp_path / "two", make, seed=99)
+    found, _, _ = started(tmp_path / "two", make, seed=99)
     assert "the checkpoint before it is taken" in caplog.text
-    assert list(result.train_metrics_clientapp) == [3, 4, 5]
+    assert "going on after round 2" in caplog.text
     assert_same_weights(found, expected)
 
 
@@ -399,8 +470,9 @@ def test_of_a_checkpoint_that_cannot_be_gone_on_with_nothing_stays(tmp_path):
     moved = ArrayRecord({n: Array(np.asarray(a.numpy() + 1)) for n, a in first.items()})
     old, new = (AutoFLIP(seed=0).state(arrays) for arrays in (first, moved))
     strategy = AutoFLIP(seed=0, store=tmp_path)
-    missing = {"slots": {7: 0}, "entries": {7: {"crc": 0, "statistics": STATISTICS}}}
-    new["rounds"]["pruner"]["store"] = missing
+    store = new["rounds"]["pruner"]["store"]
+    store |= {"nodes": np.array([7], np.uint64), "crcs": np.zeros(1, np.uint32)}
+    store |= {"written": np.array([7], np.uint64), "slots": np.zeros(1, np.uint8)}
     with pytest.raises(CheckpointError, match=r"the guidance in .*7\.0\.guidance"):
         strategy.restore(new, moved)
     strategy.restore(old, first)
@@ -408,9 +480,6 @@ def test_of_a_checkpoint_that_cannot_be_gone_on_with_nothing_stays(tmp_path):
     for name, array in first.items():
         assert_array_equal(sent[name].numpy(), array.numpy())
         assert_array_equal(strategy.rounds.arrays[name], array.numpy())
-
-
-STATISTICS = {"mean": 1.0, "low": {}, "high": {}}
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])

@@ -333,6 +333,13 @@ def app():
         return Message(content, reply_to=message)
     return answer
 
+def sleeping():
+    def answer(message, context):
+        if context.node_id < 108:
+            time.sleep(600)
+        return Message(RecordDict(), reply_to=message)
+    return answer
+
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
          logging_level=logging.ERROR)
 grid = simulation.RayGrid(4, {}, client_app=app)
@@ -346,6 +353,12 @@ for reply in grid.send_and_receive(messages, timeout=40):
     )
     text = reply.error.reason if reply.has_error() else "fine"
     found[sent] = text if "Worker" not in text else text.partition(":")[0]
+late = simulation.RayGrid(20, {}, client_app=sleeping)
+nodes = late.get_node_ids()
+messages = [Message(RecordDict(), node, "query") for node in nodes]
+assert late.send_and_receive(messages[:8], timeout=3) == []
+assert len(late.send_and_receive(messages[8:12], timeout=60)) == 4
+grid.give_up()
 message = grid.create_message(RecordDict(), "query", 100, "7", ttl=60.0)
 (pushed,) = grid.push_messages([message])
 pulled = []

@@ -1,4 +1,4 @@
-"""A server killed with SIGKILL, at random moments and in the middle of a write."""
+"""A server killed with SIGKILL: at random, in a write, while it samples or sums up."""
 
 import json
 import os
@@ -27,4 +27,5 @@ def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_never_kille
     assert found["killed"] == found["equal"] == 5
     assert found["resumed"] > 0
     assert found["in a write"] > 0
+    assert found["in a step"] > 0
     assert found["explored twice"] == 0

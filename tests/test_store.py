@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from autoflip_flwr import codec
 from autoflip_flwr.errors import WireError
 from autoflip_flwr.guidance import statistics
-from autoflip_flwr.store import GuidanceStore
+from autoflip_flwr.store import Answer, Answers, GuidanceStore
 
 SHAPES = {"w": (2, 3), "b": (2,)}
 
@@ -28,13 +28,13 @@ def store(tmp_path):
 
 def test_what_is_put_comes_back(store):
     given = store.put(7, frame(7))
-    store.put(-(2**62), frame(8))
+    store.put(2**64 - 1, frame(8))
     expected = codec.dequantize(frame(7), SHAPES).dense()
     for found in (given, store.get(7)):
         for name, values in found.dense().items():
             assert_array_equal(values, expected[name])
     assert len(store) == 2
-    assert set(store) == {7, -(2**62)}
+    assert set(store) == {7, 2**64 - 1}
     assert 7 in store
     assert 8 not in store
 
@@ -72,11 +72,76 @@ def test_a_later_frame_replaces_the_earlier(store, tmp_path):
     assert_allclose(store.statistics(7).mean, statistics(expected).mean, rtol=1e-6)
 
 
-def test_the_frame_before_stays_on_the_disk_for_an_earlier_checkpoint(store, tmp_path):
-    for seed in (1, 2, 3):
+def test_two_frames_before_stay_on_the_disk_for_earlier_checkpoints(store, tmp_path):
+    for seed in (1, 2, 3, 4):
         store.put(7, frame(seed))
     files = sorted(path.read_bytes() for path in tmp_path.rglob("*.guidance"))
-    assert files == sorted([frame(2), frame(3)])
+    assert files == sorted([frame(2), frame(3), frame(4)])
+
+
+def test_a_store_goes_on_with_the_rows_of_another(store, tmp_path):
+    for node_id in range(40):  # more than the table had room for at first
+        store.put(node_id, frame(node_id))
+    store.put(3, frame(99))
+    later = GuidanceStore(tmp_path / "guidance", SHAPES)
+    later.restore(store.state())
+    assert list(later) == list(range(40))
+    for node_id in (0, 3, 39):
+        assert later.statistics(node_id) == store.statistics(node_id)
+    expected = codec.dequantize(frame(99), SHAPES).dense()
+    assert_array_equal(later.get(3).dense()["w"], expected["w"])
+    later.put(40, frame(40))
+    assert len(later) == 41
+    assert len(store) == 40
+
+
+def test_tensors_of_many_nodes_are_read_block_by_block(store):
+    for node_id in range(5):
+        store.put(node_id, frame(node_id))
+    for name, shape in SHAPES.items():
+        dense = np.zeros((3, int(np.prod(shape))), np.float32)
+        tables = store.tables([4, 0, 2], name)
+        for start, codes in store.codes([4, 0, 2], name, 4):
+            found = np.take_along_axis(tables, codes, axis=1)
+            dense[:, start : start + codes.shape[1]] = found
+        for row, node_id in zip(dense, (4, 0, 2), strict=True):
+            expected = store.get(node_id).dense()[name]
+            assert_array_equal(row, expected.reshape(-1))
+
+
+def test_overall_statistics_are_those_of_all_nodes(store):
+    for node_id in range(20):
+        store.put(node_id, frame(node_id))
+    each = [store.statistics(node_id) for node_id in store]
+    overall = store.overall()
+    assert_allclose(overall.mean, np.mean(store.means()))
+    for name in SHAPES:
+        assert overall.low[name] == min(one.low[name] for one in each)
+        assert overall.high[name] == max(one.high[name] for one in each)
+
+
+def test_answers_are_those_of_their_round_and_of_the_one_before(tmp_path):
+    answers = Answers(tmp_path)
+    for server_round in (1, 2, 3):
+        answers.begin(server_round)
+        answers.put(7, Answer(b"frame", b"signs", server_round))
+        answers.fail(8, f"reason {server_round}")
+    later = Answers(tmp_path)
+    later.begin(2)
+    assert len(list(tmp_path.iterdir())) == 2, "later ones are not to be trusted"
+    assert 7 in later
+    assert 8 in later
+    assert 9 not in later
+    assert later.get(7) == Answer(b"frame", b"signs", 2)
+    assert later.failure(8) == "reason 2"
+    (path,) = tmp_path.glob("*-7.answer")
+    path.write_bytes(path.read_bytes()[:-1])
+    (tmp_path / "2-9.partial").write_bytes(b"of a server that was killed")
+    later.begin(2)
+    assert 7 not in later, "torn: asked again"
+    assert not list(tmp_path.glob("*.partial"))
+    later.begin(4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_clear_forgets_and_frees_the_disk(store, tmp_path):

@@ -355,18 +355,13 @@ class AutoFlipPruner(Pruner):
         parts = [(weight, nodes) for weight, nodes in parts if weight > 0]
         nodes = list(dict.fromkeys(n for _, group in parts for n in group))
         rows = {node_id: row for row, node_id in enumerate(nodes)}
-        tables = {
-            name: np.empty((len(nodes), 256), np.float32) for name in self._shapes
-        }
-        for row, node_id in enumerate(nodes):
-            for name, table in self._normalized(node_id).items():
-                tables[name][row] = table
 
         def one(name: str) -> NDArray[np.float32]:
             total = np.zeros(self._size(name), np.float32)
+            tables = self._normalized(nodes, name)
             block = max(1, _ROBUST_BLOCK // len(nodes))
             for start, codes in self._store.codes(nodes, name, block):
-                found = np.take_along_axis(tables[name], codes, axis=1)
+                found = np.take_along_axis(tables, codes, axis=1)
                 for weight, group in parts:
                     total[start : start + block] += np.float32(weight) * middle(
                         found[[rows[n] for n in group]],
@@ -378,14 +373,15 @@ class AutoFlipPruner(Pruner):
 
         return dict(zip(self._shapes, parallel_map(one, self._shapes), strict=True))
 
-    def _normalized(self, node_id: int) -> dict[str, NDArray[np.float32]]:
-        """Return what a node's codes stand for, divided by its own mean."""
-        own = [self._store.statistics(node_id)]
-        found = {}
-        for name, table in self._store.get(node_id).tables.items():
+    def _normalized(self, node_ids: Sequence[int], name: str) -> NDArray[np.float32]:
+        """Return what nodes' codes stand for, divided by each one's own mean."""
+        tables = self._store.tables(node_ids, name)
+        for table, node_id in zip(tables, node_ids, strict=True):
+            own = [self._store.statistics(node_id)]
             alone = rescaling(own, name, normalization="client")
-            found[name] = np.float32(alone.scales[0]) * table + np.float32(alone.offset)
-        return found
+            table *= np.float32(alone.scales[0])
+            table += np.float32(alone.offset)
+        return tables
 
     def _population_sum(self) -> Mapping[str, NDArray[np.float32]]:
         """Sum of all explorers' matrices, for `client` each divided by its mean."""
