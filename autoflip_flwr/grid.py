@@ -58,17 +58,19 @@ def stream(
     end = math.inf if timeout is None else time.monotonic() + timeout
     pause = _SOON
     while left:
-        found: set[str] = set()
-        step = at_once or len(left)
-        for start in range(0, len(left), step):
-            for reply in grid.pull_messages(left[start : start + step]):
-                found.add(reply.metadata.reply_to_message_id)
-                yield reply
-        left = [n for n in left if n not in found]
+        expected = set(left)  # whoever hands over more, of an earlier round or twice
+        for start in range(0, len(left), at_once or len(left)):
+            some = left[start : start + (at_once or len(left))]
+            for reply in grid.pull_messages(some):
+                if reply.metadata.reply_to_message_id in expected:
+                    expected.remove(reply.metadata.reply_to_message_id)
+                    yield reply
+        came = len(left) - len(expected)
+        left = [n for n in left if n in expected]
         if time.monotonic() >= end:
             return
         if left:
-            pause = _SOON if found else min(_LATER, 1.5 * pause)
+            pause = _SOON if came else min(_LATER, 1.5 * pause)
             time.sleep(min(pause, max(0.0, end - time.monotonic())))
 
 

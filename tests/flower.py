@@ -136,6 +136,10 @@ class Flower:
                     found.append(process)
         return found
 
+    def log_of(self, process: subprocess.Popen[bytes]) -> Path:
+        """Return the log of a SuperNode."""
+        return self.home / f"supernode-{self.processes.index(process)}.log"
+
     def stop(self, process: subprocess.Popen[bytes]) -> None:
         """End a process and what it started."""
         stop(process)

@@ -205,6 +205,7 @@ def command(output, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_the_command_runs_all_and_ends_with_a_table(compared):
     folder, done = compared
@@ -217,6 +218,7 @@ def test_the_command_runs_all_and_ends_with_a_table(compared):
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_a_compared_run_is_the_run_itself(compared, tmp_path):
     """Bit for bit the weights of the same apps on another grid."""
@@ -230,6 +232,7 @@ def test_a_compared_run_is_the_run_itself(compared, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_a_finished_comparison_is_not_run_again(compared):
     folder, first = compared
@@ -242,6 +245,7 @@ def test_a_finished_comparison_is_not_run_again(compared):
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
     words = command(tmp_path)
@@ -286,6 +290,7 @@ def _wait_for(path, process):
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     words = command(tmp_path, "--vary", "pruning.floor=0.9,0.01")
@@ -298,6 +303,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_a_node_that_fails_dies_or_is_late_ends_no_run(tmp_path):
     """On a Ray of its own, in a process of its own."""

@@ -366,6 +366,7 @@ def no_build() -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(2400)
 def test_both_images_build_and_get_healthy():
     if reason := no_build():

@@ -30,6 +30,10 @@ HYBRID = (
 )
 
 
+#: A SuperNode's words for a message that it has got.
+RECEIVED = "Received successfully"
+
+
 def config(output: Path, overrides: str, preset: str = "quickstart") -> str:
     return f'preset="{preset}" output-dir="{output}" overrides="{overrides}"'
 
@@ -120,7 +124,7 @@ def test_a_server_killed_with_sigkill_goes_on_where_it_was(tmp_path):
 
 
 def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
-    """They come back with new ids, as the clients they were."""
+    """With its message in hand; they come back with new ids, as who they were."""
     overrides = (
         "rounds=6 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=20 "
         "data.partition=iid"
@@ -135,7 +139,12 @@ def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
         with ThreadPoolExecutor() as pool:
             running = pool.submit(flower.run, ROOT, config(folder, overrides))
             for i in range(3):
+                log = flower.log_of(nodes[i])
                 while len(lines(folder)) < i + 1:
+                    assert not running.done(), running.result()
+                    time.sleep(0.05)
+                before = log.read_text().count(RECEIVED)
+                while log.read_text().count(RECEIVED) == before:
                     assert not running.done(), running.result()
                     time.sleep(0.05)
                 os.killpg(nodes[i].pid, signal.SIGKILL)
@@ -144,7 +153,9 @@ def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
             assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)
     assert len(rows) == 6
-    assert any(row["missing"] for row in rows)
+    rounds = [row["round"] for i in range(3) for row in rows if i in row["missing"]]
+    assert all(any(i in row["missing"] for row in rows) for i in range(3))
+    assert len(set(rounds)) >= 3
     whole = tmp_path / "whole"
     settings = {"preset": "quickstart", "overrides": overrides, "resume": False}
     grid = LocalGrid(

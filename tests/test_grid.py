@@ -22,6 +22,7 @@ from inprocess import (
     run,
     toy_app,
 )
+from numpy.testing import assert_array_equal
 
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.grid import RunGrid, stream
@@ -100,7 +101,9 @@ def test_a_node_that_fails_in_the_roll_call_is_named_and_listed_last(caplog):
 
 
 def delivered(message):
-    return Message(RecordDict(), message.metadata.dst_node_id, "query")
+    found = Message(RecordDict(), message.metadata.dst_node_id, "query")
+    found.metadata.__dict__["_message_id"] = message.metadata.message_id
+    return found
 
 
 def sampled(seed, order=1, disturb=False):
@@ -366,6 +369,43 @@ def test_clients_are_missing_under_the_names_they_gave():
     assert clients[2] == 9
     grid.send_and_receive([asked(client) for client in clients], timeout=1)
     assert grid.missing == [1, 9, "ward 3"]
+
+
+def test_a_reply_that_comes_a_round_too_late_is_nobodys():
+    """Whoever hands it over with the replies of the next round."""
+
+    class Belated(LocalGrid):
+        late = None
+
+        def pull_messages(self, message_ids):
+            found = super().pull_messages(message_ids)
+            if found and self.late and self.sent[-1].metadata.message_type == "train":
+                config = self.sent[-1].content["config"]
+                if config["server-round"] == 2:
+                    found.append(self.late)
+                    self.late = None
+                    self.handed_over = True
+            return found
+
+    def weights(kind):
+        def tamper(message, reply):
+            found = message.content.config_records.get("config", {})
+            phase = (found.get("server-round"), found.get("autoflip.phase"))
+            if phase == (1, "train") and message.metadata.dst_node_id == 2:
+                inner.late = reply
+                return None
+            return reply
+
+        inner = kind(toy_app(), range(4), tamper=tamper)
+        found, _ = run(AutoFLIP(seed=0), grid_of(inner), net(), 3)
+        return inner, found[-1]
+
+    lost, expected = weights(LocalGrid)
+    inner, found = weights(Belated)
+    assert lost.late is not None
+    assert inner.handed_over
+    for name, value in expected.items():
+        assert_array_equal(found[name], value)
 
 
 def test_a_node_that_misses_a_roll_call_is_asked_again():

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_never_killed():
     done = subprocess.run(
         [sys.executable, "kills.py", "--kills", "5"],

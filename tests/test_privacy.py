@@ -139,3 +139,9 @@ def test_a_run_says_what_its_noise_buys(tmp_path, caplog):
     epsilon = GuidancePrivacy(clip=0.1, noise=4.0).epsilon(1e-5)
     assert f"({epsilon:.3g}, 1e-05)-differentially private" in caplog.text
     assert summary_of(tmp_path / "run")["density"] == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("preset", settings.presets())
+def test_privacy_is_off_by_default(preset):
+    chosen = settings.load(preset).exploration
+    assert (chosen.privacy_clip, chosen.privacy_noise) == (0, 0)

@@ -1,8 +1,19 @@
 """The README's commands are the ones that are checked."""
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_tests_that_docs_name_exist():
+    """A promise is worth the test behind it."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for page in (ROOT / "docs").rglob("*.md"):
+        for name in re.findall(r"\btest_\w+\b(?!\.py)", page.read_text()):
+            assert f"def {name}(" in tests, f"{page.name}: {name}"
+        for name in re.findall(r"\btest_\w+\.py\b", page.read_text()):
+            assert (ROOT / "tests" / name).exists(), f"{page.name}: {name}"
 
 
 def commands() -> list[str]:

@@ -171,62 +171,78 @@ RUN = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from test_resume import limited
-limited(sys.argv[1], fill=sys.argv[3] == "disk")
+limited(sys.argv[1], moment=sys.argv[3])
 """
 
 #: A file system of its own, which nobody else sees and which ends with the process.
 OWN_DISK = """
 mount -t tmpfs -o size=4m tmpfs "$1" || exit 77
-"$3" -c "$4" "$1/run" "$5" disk
+"$3" -c "$4" "$1/run" "$5" "$6"
 status=$?
 cp -r "$1/run" "$2"
 exit $status
 """
 
 
-def limited(folder, *, fill):
-    """Run with no room for the fourth checkpoint: on the disk, or in one file."""
-    import autoflip_flwr.checkpoint as checkpoint
+def limited(folder, *, moment):
+    """Run with no room on the disk, or in a file, at the fourth of something."""
+    from autoflip_flwr import checkpoint, runlog, store
 
-    folder, write, written = Path(folder), checkpoint.write, []
+    owner, name = {
+        "checkpoint": (checkpoint, "write"),
+        "file": (checkpoint, "write"),
+        "answer": (store.Answers, "put"),
+        "metrics": (runlog.RunLog, "round"),
+    }[moment]
+    folder, work, done = Path(folder), getattr(owner, name), []
 
-    def full_at_last(path, tree):
-        if len(written) == 3 and fill:
+    def full_at_last(*arguments):
+        if len(done) == 3 and moment == "file":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        elif len(done) == 3:
             filler = (folder.parent / "filler").open("wb", buffering=0)
             with filler, contextlib.suppress(OSError):
                 while filler.write(bytes(512)):
                     pass
-        elif len(written) == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        write(path, tree)
-        written.append(path)
+        work(*arguments)
+        done.append(arguments)
 
-    checkpoint.write = full_at_last
+    setattr(owner, name, full_at_last)
     serve(folder, "pruning.pruned-weights=keep")
 
 
-@pytest.mark.parametrize("disk", ["full", "limited"])
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("moment", "kept", "left"),
+    [
+        ("checkpoint", [1, 2], {"train": 4, "explore": 0}),
+        ("file", [1, 2], {"train": 4, "explore": 0}),
+        ("answer", [0], {"train": 8, "explore": 1}),
+        ("metrics", [2, 3], {"train": 2, "explore": 0}),
+    ],
+)
 def test_a_disk_that_takes_no_more_ends_the_run_and_the_last_checkpoint_is_whole(
-    disk, tmp_path
+    moment, kept, left, tmp_path
 ):
     folder, here = tmp_path / "run", str(Path(__file__).parent)
-    command = [sys.executable, "-c", RUN, str(folder), here, "file"]
-    if disk == "full":
+    command = [sys.executable, "-c", RUN, str(folder), here, moment]
+    if moment != "file":
         (tmp_path / "disk").mkdir()
         command = ["unshare", "--map-root-user", "--mount", "sh", "-c", OWN_DISK, "sh"]
         command += [str(tmp_path / "disk"), str(folder), sys.executable, RUN, here]
+        command += [moment]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip(f"no file system of its own could be mounted: {done.stderr}")
     assert done.returncode == 1
-    assert ("No space left on device" in done.stderr) == (disk == "full")
-    assert "cannot write the checkpoint" in done.stderr
+    assert ("No space left on device" in done.stderr) == (moment != "file")
+    assert "CheckpointError: cannot write" in done.stderr
     assert "make room, then go on with resume=true" in done.stderr
-    kept = sorted(path.name for path in (folder / "checkpoints").glob("round*"))
-    assert kept == ["round-000001.safetensors", "round-000002.safetensors"]
+    found = sorted(path.name for path in (folder / "checkpoints").glob("round*"))
+    assert found == [f"round-{number:06d}.safetensors" for number in kept]
     grid = serve(folder, "pruning.pruned-weights=keep")
-    assert len(grid.nodes("train")) == 4, "two rounds of two clients were left"
+    assert {phase: len(grid.nodes(phase)) for phase in left} == left
     rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3, 4]

@@ -55,6 +55,7 @@ def test_answers_leave_the_disk_when_no_checkpoint_needs_them(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("clients", "overrides"),
@@ -79,6 +80,7 @@ def test_the_servers_memory_does_not_grow_with_the_explorers(
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_clients_are_on_all_nodes_of_a_cluster_and_outlive_one(tmp_path):
     script = tmp_path / "nodes.py"
@@ -151,6 +153,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_a_comparison_on_a_cluster_has_the_weights_of_one_machine(tmp_path):
     def compared(folder, **environment):
