@@ -3,6 +3,7 @@
     python benchmarks/scale.py server --clients 10 100 1000
     python benchmarks/scale.py flwr --clients 10 100 1000 --data-dir PATH
     python benchmarks/scale.py compare --clients 10 100 1000 --data-dir PATH
+    python benchmarks/scale.py known --clients 100000
     python benchmarks/scale.py figure docs/scaling.svg RESULTS...
 
 A CNN of 1.66 M parameters (arXiv:1602.05629), ten clients a round; all explore.
@@ -11,6 +12,7 @@ and with the weights as they came. `flwr` and `compare` are simulations of the p
 `thousand` on MNIST, 60 images a client, by `flwr run` and by `autoflip compare`; there
 the server's process does the simulation's work too. Every number of clients has a
 process of its own; its peak memory is the kernel's (VmHWM), looked at twice a second.
+`known` is what the server keeps of a client, without any matrix.
 
 Prints one JSON object a line; `figure` draws what was printed.
 """
@@ -134,6 +136,46 @@ def serve(arguments: argparse.Namespace, clients: int) -> None:
         with Watch(lambda _: "scale.py", str(output)) as watch:
             apps.serve(grid_of(clients), context)
         tell("server", arguments, clients, output, watch)
+
+
+def known(clients: int) -> None:
+    """Print what a server keeps of clients that explored a model of eight tensors."""
+    import tracemalloc
+
+    import numpy as np
+
+    from autoflip_flwr import checkpoint, codec, store
+    from autoflip_flwr.grid import RunGrid
+
+    names = [f"layer{number}" for number in range(8)]
+    frame = codec.quantize({name: np.ones(1, np.float32) for name in names})
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    grid = RunGrid(grid_of(clients), seed=0, dense_bytes=1)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = store.GuidanceStore(Path(folder), dict.fromkeys(names, (1,)))
+        store.write = lambda *_, **__: None  # the table alone
+        tracemalloc.start()
+        for node_id in range(clients):
+            kept.put((1 << 40) + node_id, frame)
+        of_store, _ = tracemalloc.get_traced_memory()
+        grid.get_node_ids()
+        of_both, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        began = time.perf_counter()
+        grid.get_node_ids()
+        listed = time.perf_counter()
+        path = Path(folder) / "table.safetensors"
+        checkpoint.write(path, {"store": kept.state()})
+        found = {
+            "kind": "known",
+            "clients": clients,
+            "store_bytes_per_client": round(of_store / clients),
+            "grid_bytes_per_client": round((of_both - of_store) / clients),
+            "checkpoint_bytes_per_client": round(path.stat().st_size / clients),
+            "listing_seconds": round(listed - began, 3),
+            "checkpoint_seconds": round(time.perf_counter() - listed, 3),
+        }
+    print(json.dumps(found))
 
 
 # --- simulations ----------------------------------------------------------------------
@@ -325,7 +367,7 @@ def draw(target: Path, results: Iterable[Path]) -> None:
 def main() -> None:
     """Run every number of clients in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["server", *SERVERS, "figure"])
+    parser.add_argument("kind", choices=["server", *SERVERS, "known", "figure"])
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--sampled", type=int, default=10)
@@ -336,6 +378,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.kind == "figure":
         draw(arguments.files[0], arguments.files[1:])
+    elif arguments.kind == "known":
+        for clients in arguments.clients:
+            known(clients)
     elif arguments.kind != "server":
         for clients in arguments.clients:
             simulate(arguments.kind, arguments, clients)
