@@ -344,6 +344,7 @@ def draw(target: Path, results: Iterable[Path]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "scale"}
     from matplotlib import pyplot
 
     found = [json.loads(line) for path in results for line in path.open()]
