@@ -1,0 +1,124 @@
+"""What one explorer that lies does to the mask, and to the model, in a real run.
+
+    python benchmarks/poison.py --data-dir PATH
+
+Preset `short-mnist`, 20 explorers, single weights, without warm start and refresh.
+Client 0 lies about its guidance; the mask is compared with that of a run in which its
+answer is lost. `honest` is what it moves when it tells the truth. The accuracy says
+something after many rounds alone: --rounds 80.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from common import report
+from flwr.app import Context, Message, RecordDict
+
+from autoflip_flwr import apps, codec, mask, simulation, wire
+
+SETTINGS = "exploration.warm-start=false pruning.refresh=0 pruning.units=0"
+COMBINATIONS = ("mean", "median", "trimmed-mean")
+
+
+def told(guidance: dict[str, Any], lie: str) -> dict[str, Any]:
+    """Return the guidance a liar sends for its own."""
+    if lie == "times 1e6":
+        return {n: v * np.float32(1e6) for n, v in guidance.items()}
+    if lie == "inverted":
+        return {n: v.max() - v for n, v in guidance.items()}
+    share = float(lie.split()[1]) / 100  # all its weight on so many entries
+    largest = max(guidance, key=lambda name: guidance[name].size)
+    zeros = {n: np.zeros_like(v) for n, v in guidance.items()}
+    count = round(share * sum(value.size for value in guidance.values()))
+    zeros[largest].reshape(-1)[:count] = 1.0
+    return zeros
+
+
+def liar(lie: str) -> Callable[[], Any]:
+    """Return what makes the app of every node, client 0's among them."""
+
+    def make() -> Any:
+        app = apps.client_app()
+
+        def answer(message: Message, context: Context) -> Message:
+            reply = app(message, context)
+            mine = context.node_config["partition-id"] == 0
+            if not mine or message.metadata.message_type != "train":
+                return reply
+            _, config = wire.only_config(message.content)
+            if wire.phase_of(config) != "explore" or lie == "honest":
+                return reply
+            if lie == "lost":
+                raise RuntimeError("lost")
+            shapes = wire.Exploration.of(config).manifest.shapes
+            key, record = wire.only_array_record(reply.content)
+            frame, _ = wire.guidance_frames(record)
+            found = told(codec.dequantize(frame, shapes).dense(), lie)
+            reply.content[key] = wire.guidance_record(codec.quantize(found), None)
+            return reply
+
+        return answer
+
+    return make
+
+
+def run(folder: Path, arguments: argparse.Namespace, combination: str, lie: str) -> Any:
+    """Make a run; return its mask and its accuracy."""
+    output = folder / f"{combination}-{lie}"
+    overrides = f"{SETTINGS} rounds={arguments.rounds} seed={arguments.seed} "
+    overrides += f"pruning.combination={combination} data.dir={arguments.data_dir!r}"
+    config = {"preset": "short-mnist", "overrides": overrides, "resume": False}
+    config["output-dir"] = str(output)
+    grid = simulation.RayGrid(20, config, client_app=liar(lie))
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config
+    )
+    apps.serve(grid, context)
+    with np.load(output / "mask.npz") as found:
+        masks = dict(found)
+    return masks, json.loads((output / "summary.json").read_text())["accuracy"]
+
+
+def main() -> None:
+    """Make all runs and print what was moved."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    lies = [
+        "honest",
+        "times 1e6",
+        "inverted",
+        "on 0.1 %",
+        "on 1 %",
+        "on 4 %",
+        "on 20 %",
+    ]
+    parser.add_argument("--lies", nargs="+", default=lies)
+    arguments = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for combination in COMBINATIONS:
+            without, accuracy = run(Path(name), arguments, combination, "lost")
+            result[combination] = {"without it": {"accuracy": accuracy}}
+            for lie in arguments.lies:
+                masks, accuracy = run(Path(name), arguments, combination, lie)
+                result[combination][lie] = {
+                    "mask_changed": mask.change(without, masks),
+                    "accuracy": accuracy,
+                }
+    ray.shutdown()
+    report(result)
+
+
+if __name__ == "__main__":
+    main()
