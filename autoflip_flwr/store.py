@@ -29,7 +29,7 @@ _SLOTS = 3
 class GuidanceStore:
     """Local guidance by node id, one byte per parameter, outside of memory.
 
-    What stays in memory per explorer is two numbers per tensor, as one row of a table.
+    What stays in memory per explorer is a row of numbers: its mean, two per tensor.
 
     Parameters
     ----------

@@ -97,7 +97,8 @@ def grid_of(clients: int) -> Any:
                 shapes = wire.Exploration.of(config).manifest.shapes
                 rng = np.random.default_rng(0)
                 drawn = {n: rng.random(s, np.float32) ** 4 for n, s in shapes.items()}
-                frame, head = codec.quantize(drawn), 8 * len(shapes)
+                frame = codec.quantize(drawn)
+                head = codec.HEADER_BYTES * len(shapes)
                 self._guidance = frame[:head], frame[head:]
             levels, codes = self._guidance
             start = 37 * node_id
@@ -133,7 +134,7 @@ def serve(arguments: argparse.Namespace, clients: int) -> None:
         context = Context(
             run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config
         )
-        with Watch(lambda _: "scale.py", str(output)) as watch:
+        with Watch(output, lambda pid: pid == os.getpid()) as watch:
             apps.serve(grid_of(clients), context)
         tell("server", arguments, clients, output, watch)
 
@@ -207,8 +208,8 @@ def simulate(kind: str, arguments: argparse.Namespace, clients: int) -> None:
             command += ["--seeds", "1", "--overrides", chosen, "--output", folder]
             output = Path(folder) / "thousand/autoflip-0"
         try:
-            with Watch(lambda pid: command_of(pid, mark), folder) as watch:
-                watch.server = SERVERS[kind]
+            server = SERVERS[kind]
+            with Watch(folder, lambda pid: server in command_of(pid, mark)) as watch:
                 done = subprocess.run(
                     command, env=environment, capture_output=True, text=True
                 )
@@ -247,12 +248,11 @@ class Watch:
         Bytes: the most that the run's folder had.
     """
 
-    def __init__(self, command: Callable[[int], str], folder: str) -> None:
-        self._command = command
-        self._folder = Path(folder)
+    def __init__(self, folder: Path | str, is_server: Callable[[int], bool]) -> None:
+        self._folder = folder
+        self._is_server = is_server
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look)
-        self.server: str | None = None  # None: this process
         self.peak = 0
         self.disk = 0
 
@@ -268,10 +268,8 @@ class Watch:
         last = False
         while not last:
             last = self._end.wait(0.5)
-            pids = [os.getpid()] if self.server is None else processes()
-            for pid in pids:
-                if self.server is None or self.server in self._command(pid):
-                    self.peak = max(self.peak, peak_of(pid))
+            for pid in filter(self._is_server, processes()):
+                self.peak = max(self.peak, peak_of(pid))
             sizes = [
                 size_of(Path(folder) / name)
                 for folder, _, names in os.walk(self._folder)  # which may vanish

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
@@ -46,6 +47,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def wait_for(condition: Callable[[], bool], running: Future[str]) -> None:
+    """Wait until something is so, while `flwr run` goes on."""
+    while not condition():
+        assert not running.done(), running.result()
+        time.sleep(0.05)
 
 
 class Flower:

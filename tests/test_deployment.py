@@ -7,7 +7,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from flower import ROOT, free_port
+from flower import ROOT, free_port, wait_for
 from machines import (
     DOCKER,
     GUIDE,
@@ -192,9 +191,9 @@ def test_nodes_their_keys_and_a_run_outlive_a_crash_of_the_superlink(tmp_path):
         node.says("SuperNode ID")
         first = pool.submit(server.run, run)
         metrics = server.folder / "state" / "first" / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
-            assert not first.done(), first.result()
-            time.sleep(0.1)
+        wait_for(
+            lambda: metrics.exists() and metrics.read_text().count("\n") > 1, first
+        )
         os.killpg(superlink.process.pid, signal.SIGKILL)
         superlink.ends()
         assert ask(server, "8443", "/health", "GET") == 503

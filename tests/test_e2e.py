@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flower import ROOT, deployment, simulation
+from flower import ROOT, deployment, simulation, wait_for
 from flwr.app import Context, RecordDict
 from inprocess import LocalGrid
 from safetensors.numpy import load_file
@@ -97,9 +96,7 @@ def test_a_server_killed_with_sigkill_goes_on_where_it_was(tmp_path):
     with deployment(tmp_path / "home", nodes) as flower:
         with ThreadPoolExecutor() as pool:
             running = pool.submit(flower.run, ROOT, config(folder, overrides))
-            while len(lines(folder)) < 2:
-                assert not running.done(), running.result()
-                time.sleep(0.05)
+            wait_for(lambda: len(lines(folder)) > 1, running)
             servers = flower.server_apps()
             assert servers
             for process in servers:
@@ -140,22 +137,20 @@ def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
             running = pool.submit(flower.run, ROOT, config(folder, overrides))
             for i in range(3):
                 log = flower.log_of(nodes[i])
-                while len(lines(folder)) < i + 1:
-                    assert not running.done(), running.result()
-                    time.sleep(0.05)
-                before = log.read_text().count(RECEIVED)
-                while log.read_text().count(RECEIVED) == before:
-                    assert not running.done(), running.result()
-                    time.sleep(0.05)
+                wait_for(lambda i=i: len(lines(folder)) > i, running)
+                old = log.read_text().count(RECEIVED)
+                wait_for(
+                    lambda log=log, old=old: log.read_text().count(RECEIVED) > old,
+                    running,
+                )
                 os.killpg(nodes[i].pid, signal.SIGKILL)
                 nodes[i].wait()
                 nodes[i] = flower.supernode(node(i))
             assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)
     assert len(rows) == 6
-    rounds = [row["round"] for i in range(3) for row in rows if i in row["missing"]]
-    assert all(any(i in row["missing"] for row in rows) for i in range(3))
-    assert len(set(rounds)) >= 3
+    lost = {next(r["round"] for r in rows if i in r["missing"]) for i in range(3)}
+    assert len(lost) == 3, "each in a round of its own"
     whole = tmp_path / "whole"
     settings = {"preset": "quickstart", "overrides": overrides, "resume": False}
     grid = LocalGrid(
@@ -177,16 +172,10 @@ def test_a_node_that_sleeps_through_its_timeout_is_named_and_comes_back(tmp_path
     nodes = [f"partition-id={i} num-partitions=2" for i in range(2)]
     with deployment(tmp_path / "home", nodes) as flower, ThreadPoolExecutor() as pool:
         running = pool.submit(flower.run, ROOT, config(folder, overrides))
-
-        def wait_for(condition):
-            while not condition(lines(folder)):
-                assert not running.done(), running.result()
-                time.sleep(0.05)
-
-        wait_for(lambda rows: rows)
+        wait_for(lambda: bool(lines(folder)), running)
         asleep = flower.processes[-1].pid
         os.killpg(asleep, signal.SIGSTOP)
-        wait_for(lambda rows: any(row["missing"] for row in rows))
+        wait_for(lambda: any(row["missing"] for row in lines(folder)), running)
         os.killpg(asleep, signal.SIGCONT)
         assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)

@@ -201,7 +201,8 @@ def test_mutated_frames_are_read_for_what_they_are_or_refused():
 def test_a_hundred_thousand_mutated_frames():
     """None takes more than twice the memory of the whole frame of its kind."""
     read, refused, memory = fuzz(100_000, seed=1)
-    assert read.total() + refused.total() == 100_000
+    assert all(refused[name] > 1000 for name in valid())
+    assert all(read[name] > 100 for name in valid() if name != "manifest")
     assert max(memory.values()) <= 2, memory
 
 
