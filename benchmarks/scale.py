@@ -36,8 +36,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MARK = "AUTOFLIP_SCALE"
 
-#: Command line of the process that runs the ServerApp.
-SERVERS = {"flwr": "flwr-simulation", "compare": "ray::_serve"}
+KINDS = ["flwr", "compare"]
 
 
 # --- the server alone -----------------------------------------------------------------
@@ -207,14 +206,23 @@ def simulate(kind: str, arguments: argparse.Namespace, clients: int) -> None:
             command = ["autoflip", "compare", "thousand", "--strategies", "autoflip"]
             command += ["--seeds", "1", "--overrides", chosen, "--output", folder]
             output = Path(folder) / "thousand/autoflip-0"
+
+        def is_server(pid: int) -> bool:
+            """Tell ours: Ray gives its workers titles, but not always."""
+            if kind == "flwr":
+                return "flwr-simulation" in command_of(pid, mark)
+            ours = [path for path in open_files(pid) if path.is_relative_to(folder)]
+            return any(path.name == "log.txt" for path in ours)
+
         try:
-            server = SERVERS[kind]
-            with Watch(folder, lambda pid: server in command_of(pid, mark)) as watch:
+            with Watch(folder, is_server) as watch:
                 done = subprocess.run(
                     command, env=environment, capture_output=True, text=True
                 )
             if not (output / "summary.json").exists():
                 raise SystemExit(f"no summary\n{done.stdout}\n{done.stderr}")
+            if not watch.peak:
+                raise SystemExit("the server's process was not found")
             tell(kind, arguments, clients, output, watch)
         finally:
             for pid in processes():
@@ -294,6 +302,14 @@ def command_of(pid: int, mark: str) -> str:
         return ""
 
 
+def open_files(pid: int) -> list[Path]:
+    """Return the files that a process has open."""
+    try:
+        return [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return []
+
+
 def peak_of(pid: int) -> int:
     """Return the most bytes that a process has had in memory so far."""
     try:
@@ -366,7 +382,7 @@ def draw(target: Path, results: Iterable[Path]) -> None:
 def main() -> None:
     """Run every number of clients in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["server", *SERVERS, "known", "figure"])
+    parser.add_argument("kind", choices=["server", *KINDS, "known", "figure"])
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--sampled", type=int, default=10)

@@ -25,11 +25,19 @@ class Cluster:
         """Ids of the processes that stand for the nodes: workers know theirs."""
         found = []
         for node in self.nodes:
-            children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text()
-            for child in children.split():
+            for child in children(node.pid):
                 name = Path(f"/proc/{child}/comm").read_text().strip()
-                found += [int(child)] if name == "raylet" else []
+                found += [child] if name == "raylet" else []
         return found
+
+
+def children(pid: int) -> list[int]:
+    """Ids of the processes that a process has started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from cluster import cluster
+from cluster import children, cluster
 from flower import ROOT, simulation
 from flwr.app import Message, RecordDict
 from inprocess import LocalGrid, net, run, toy_app
@@ -166,7 +166,13 @@ def test_a_comparison_on_a_cluster_has_the_weights_of_one_machine(tmp_path):
         assert done.returncode == 0, done.stderr
         return (tmp_path / folder / "smoke/autoflip-0/model.safetensors").read_bytes()
 
-    with cluster(2) as ray, watched(b"ray::_serve") as homes:
+    def serves(pid):
+        with contextlib.suppress(OSError):
+            links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
+            ours = [path for path in links if path.is_relative_to(tmp_path)]
+            return any(path.name == "log.txt" for path in ours)
+
+    with cluster(2) as ray, watched(ray, serves) as homes:
         both = compared("cluster", RAY_ADDRESS=ray.address)
         head, _ = ray.raylets()
     assert homes == {head}, "the ServerApp is where the command was given"
@@ -190,7 +196,7 @@ def test_flwr_run_uses_all_nodes_of_a_cluster(tmp_path, monkeypatch):
     with simulation(tmp_path / "home") as flower:
         said = flower.run(ROOT, config.format("alone"), federation=federation)
     assert "AutoFLIP run finished" in said
-    with cluster(2) as ray, watched(b"ray::ClientAppActor") as homes:
+    with cluster(2) as ray, watched(ray, has_torch) as homes:
         monkeypatch.setenv("RAY_ADDRESS", ray.address)
         with simulation(tmp_path / "home2") as flower:
             said = flower.run(ROOT, config.format("both"), federation=federation)
@@ -201,18 +207,16 @@ def test_flwr_run_uses_all_nodes_of_a_cluster(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def watched(title):
-    """Gather which raylets the processes with a title belong to."""
-    homes, ended = set(), threading.Event()
+def watched(ray, is_ours):
+    """Gather which raylets have a worker that is ours.
+
+    A worker's title does not tell: Ray cannot set it in every environment.
+    """
+    homes, raylets, ended = set(), ray.raylets(), threading.Event()
 
     def look():
-        while not ended.wait(0.2):
-            for folder in Path("/proc").iterdir():
-                with contextlib.suppress(OSError):
-                    if (folder / "cmdline").read_bytes().startswith(title):
-                        words = (folder / "environ").read_bytes().split(b"\0")
-                        found = [w for w in words if w.startswith(b"RAY_RAYLET_PID=")]
-                        homes.update(int(word.partition(b"=")[2]) for word in found)
+        while not ended.wait(0.1):
+            homes.update(r for r in raylets if any(map(is_ours, children(r))))
 
     looking = threading.Thread(target=look)
     looking.start()
@@ -221,3 +225,9 @@ def watched(title):
     finally:
         ended.set()
         looking.join()
+
+
+def has_torch(pid):
+    """Tell a worker that has been a client from one that waits."""
+    with contextlib.suppress(OSError):
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
