@@ -159,9 +159,7 @@ class GuidanceStore:
         """Forget all guidance, and delete what an earlier run may have left."""
         self._rows.clear()
         self._slots.clear()
-        for pattern in ("*.guidance", "*.partial"):
-            for path in self._directory.glob(pattern):
-                path.unlink()
+        _delete(self._directory, "*.guidance", "*.partial")
 
     def state(self) -> dict[str, Any]:
         """Return what stays in memory."""
@@ -239,8 +237,7 @@ class Answers:
         """
         self._round = server_round
         self._told = set()
-        for path in self._directory.glob("*.partial"):  # of a server that was killed
-            path.unlink()
+        _delete(self._directory, "*.partial")  # of a server that was killed
         for path in self._directory.glob("*-*.answer*"):
             of_round, _, node_id = path.stem.partition("-")
             if not server_round - 1 <= int(of_round) <= server_round:
@@ -276,9 +273,7 @@ class Answers:
     def clear(self) -> None:
         """Delete all answers."""
         self._round, self._told = 0, set()
-        for pattern in ("*-*.answer*", "*.partial"):
-            for path in self._directory.glob(pattern):
-                path.unlink()
+        _delete(self._directory, "*-*.answer*", "*.partial")
 
     def _write(self, node_id: int, suffix: str, *parts: bytes) -> None:
         body = b"".join(parts)
@@ -328,6 +323,12 @@ def write(path: Path, data: bytes, *, sync: bool = False) -> None:
             f"cannot write {path}: {error.strerror}; make room, then go on with "
             "resume=true"
         ) from error
+
+
+def _delete(directory: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in directory.glob(pattern):
+            path.unlink()
 
 
 def statistics_of(guidance: QuantizedGuidance) -> Statistics:

@@ -33,6 +33,11 @@ HYBRID = (
 RECEIVED = "Received successfully"
 
 
+def partitions(count: int) -> list[str]:
+    """Node configs of nodes that divide a dataset among them."""
+    return [f"partition-id={i} num-partitions={count}" for i in range(count)]
+
+
 def config(output: Path, overrides: str, preset: str = "quickstart") -> str:
     return f'preset="{preset}" output-dir="{output}" overrides="{overrides}"'
 
@@ -43,7 +48,7 @@ def summary(output: Path) -> dict:
 
 def test_three_real_nodes_end_with_the_weights_of_the_simulation(tmp_path):
     overrides = f"{SHORT} {HYBRID} strategy.fraction-evaluate=1.0 data.holdout=0.2"
-    nodes = [f"partition-id={i} num-partitions=3" for i in range(3)]
+    nodes = partitions(3)
     with deployment(tmp_path / "real", nodes) as flower:
         out = flower.run(ROOT, config(tmp_path / "r", overrides))
     assert "AutoFLIP run finished" in out, out
@@ -92,7 +97,7 @@ def test_a_server_killed_with_sigkill_goes_on_where_it_was(tmp_path):
         "strategy.server=fedavgm strategy.server-momentum=0.9 data.classes-per-client=5"
     )
     folder = tmp_path / "killed"
-    nodes = [f"partition-id={i} num-partitions=2" for i in range(2)]
+    nodes = partitions(2)
     with deployment(tmp_path / "home", nodes) as flower:
         with ThreadPoolExecutor() as pool:
             running = pool.submit(flower.run, ROOT, config(folder, overrides))
@@ -126,13 +131,10 @@ def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
         "rounds=6 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=20 "
         "data.partition=iid"
     )
-
-    def node(i: int) -> str:
-        return f"partition-id={i} num-partitions=3"
-
+    configs = partitions(3)
     folder = tmp_path / "killed"
     with deployment(tmp_path / "home", []) as flower:
-        nodes = {i: flower.supernode(node(i)) for i in range(3)}
+        nodes = [flower.supernode(each) for each in configs]
         with ThreadPoolExecutor() as pool:
             running = pool.submit(flower.run, ROOT, config(folder, overrides))
             for i in range(3):
@@ -145,7 +147,7 @@ def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
                 )
                 os.killpg(nodes[i].pid, signal.SIGKILL)
                 nodes[i].wait()
-                nodes[i] = flower.supernode(node(i))
+                nodes[i] = flower.supernode(configs[i])
             assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)
     assert len(rows) == 6
@@ -169,7 +171,7 @@ def test_a_node_that_sleeps_through_its_timeout_is_named_and_comes_back(tmp_path
         "data.classes-per-client=5"
     )
     folder = tmp_path / "asleep"
-    nodes = [f"partition-id={i} num-partitions=2" for i in range(2)]
+    nodes = partitions(2)
     with deployment(tmp_path / "home", nodes) as flower, ThreadPoolExecutor() as pool:
         running = pool.submit(flower.run, ROOT, config(folder, overrides))
         wait_for(lambda: bool(lines(folder)), running)

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from autoflip_flwr import settings
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,3 +31,29 @@ def test_one_command_runs_and_one_tests():
 
 def test_ci_runs_the_test_command_to_the_letter():
     assert commands()[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def paper_map() -> list[list[str]]:
+    page = (ROOT / "docs" / "paper-map.md").read_text()
+    rows = [line.split("|")[2:4] for line in page.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_functions_in_the_map_of_the_paper_exist():
+    package = ROOT / "autoflip_flwr"
+    code = "".join(path.read_text() for path in package.rglob("*.py"))
+    for functions, _ in paper_map():
+        for name in re.findall(r"`([^`]+)`", functions):
+            last = name.rpartition(".")[2]
+            defined = re.search(rf"^ *(def|class) {last}\b", code, re.MULTILINE)
+            assert defined or (package / name).is_file(), name
+
+
+def test_the_settings_in_the_map_of_the_paper_exist():
+    """As in `group.key .another-key`; in brackets are values."""
+    chosen = settings.load("quickstart")
+    for _, keys in paper_map():
+        for told in re.findall(r"`([^`]+)`", re.sub(r"\(.*?\)", "", keys)):
+            group, *names = re.findall(r"[\w-]+", told.replace("-", "_"))
+            for name in names:
+                assert hasattr(getattr(chosen, group), name), told
