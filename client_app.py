@@ -1,5 +1,5 @@
-"""The ClientApp that nodes run; see `autoflip_flwr.apps`."""
+"""The ClientApp that nodes run; see `autoflip_flwr.app.client`."""
 
-from autoflip_flwr import apps
+from autoflip_flwr.app.client import client_app
 
-app = apps.client_app()
+app = client_app()

@@ -1,8 +1,8 @@
-"""The ServerApp that `flwr run` starts; see `autoflip_flwr.apps`."""
+"""The ServerApp that `flwr run` starts; see `autoflip_flwr.app.server`."""
 
 from flwr.serverapp import ServerApp
 
-from autoflip_flwr import apps
+from autoflip_flwr.app import server
 
 app = ServerApp()
-app.main()(apps.serve)
+app.main()(server.serve)

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr import settings
-from autoflip_flwr.errors import AutoFlipError, SettingsError
+from autoflip_flwr import __version__, settings
+from autoflip_flwr.errors import AutoFlipError, SettingsError, needs_extra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="autoflip", description="AutoFLIP: federated pruning for Flower."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"autoflip-flwr {__version__}"
     )
     commands = parser.add_subparsers(required=True)
     presets = commands.add_parser("presets", help="list the presets, or show one whole")
@@ -106,7 +109,8 @@ def _presets(chosen: argparse.Namespace) -> str:
 
 
 def _export(chosen: argparse.Namespace) -> str:
-    from autoflip_flwr.export import export_run  # torch takes a second to import
+    with needs_extra("app", "autoflip export"):
+        from autoflip_flwr.app.export import export_run  # seconds to import
 
     found = export_run(chosen.folder, chosen.output)
     onnx = found.onnx or "no ONNX: pip install 'autoflip-flwr[onnx]', and export again"
@@ -117,20 +121,21 @@ def _export(chosen: argparse.Namespace) -> str:
 
 
 def _compare(chosen: argparse.Namespace) -> str:
-    from autoflip_flwr import compare, results
-    from autoflip_flwr.report.table import compared
+    with needs_extra("compare", "autoflip compare"):
+        from autoflip_flwr.compare import plan, results
+        from autoflip_flwr.compare.report.table import compared
 
     _check_target(chosen.target)
-    planned = compare.plan(
+    planned = plan.plan(
         chosen.preset,
         output=chosen.output,
         strategies=chosen.strategies.split(","),
         seeds=chosen.seeds,
-        vary=compare.parse_vary(chosen.vary),
+        vary=plan.parse_vary(chosen.vary),
         overrides=chosen.overrides,
     )
-    with compare.bar() as progress:
-        compare.run(planned, progress)
+    with plan.bar() as progress:
+        plan.run(planned, progress)
     runs = [results.read_run(run.directory) for run in planned]
     (experiment,) = results.experiments(runs, chosen.target)
     return compared(experiment)
@@ -142,7 +147,8 @@ def _check_target(target: float | None) -> None:
 
 
 def _report(chosen: argparse.Namespace) -> str:
-    from autoflip_flwr.report import write_report
+    with needs_extra("compare", "autoflip report"):
+        from autoflip_flwr.compare.report import write_report
 
     _check_target(chosen.target)
     output = chosen.output or chosen.folders[0] / "report"

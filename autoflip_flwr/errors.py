@@ -3,6 +3,9 @@
 A message says what was expected, what came, and what to do about it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AutoFlipError(Exception):
     """Base of all errors of this package."""
@@ -36,5 +39,35 @@ class CheckpointError(AutoFlipError, RuntimeError):
     """A checkpoint cannot be written, is torn, or belongs to another run."""
 
 
+class FlowerVersionError(AutoFlipError, ImportError):
+    """The installed Flower is older than what this package works with."""
+
+
+class MissingExtraError(AutoFlipError, ImportError):
+    """Something was called that an extra of this package installs."""
+
+
 class ExplorationError(AutoFlipError, RuntimeError):
     """No node completed its exploration, so no mask can be made."""
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Turn a failed import inside the block into the command that cures it.
+
+    Raises
+    ------
+    MissingExtraError
+        If a package that `extra` installs is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if isinstance(error, AutoFlipError) or (error.name or "").startswith(
+            "autoflip_flwr"
+        ):
+            raise
+        raise MissingExtraError(
+            f"{what} needs the package {error.name}: "
+            f"pip install 'autoflip-flwr[{extra}]'"
+        ) from error

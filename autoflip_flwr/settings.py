@@ -1,17 +1,27 @@
-"""Preset + overrides -> frozen settings, checked where they are made.
+"""Preset + overrides -> frozen settings, checked by pydantic where they are made.
 
-A preset is a YAML file in conf/, in groups and kebab-case. Unknown keys, wrong
-types and impossible values are errors that list what is allowed.
+A preset is a YAML file in conf/, in groups and kebab-case; in code the same groups are
+classes with Python's names. Unknown keys, wrong types and impossible values are errors
+that say what was expected, what came and what is known.
 """
 
-import dataclasses
+import difflib
+import re
 import shlex
-import types
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.types import (
@@ -23,317 +33,295 @@ from autoflip_flwr.types import (
     ValueType,
 )
 
-G = TypeVar("G")
-
 ServerStrategy = Literal["fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "krum"]
 PrunedWeights = Literal["zero", "keep"]
 Agreement = Literal["none", "vote", "sign"]
 StrategyName = Literal["fedavg", MethodName]
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategySettings:
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+#: Several values; one alone, and a list as YAML has it, will do.
+Several = Annotated[
+    tuple[T, ...],
+    BeforeValidator(lambda v: (v,) if isinstance(v, str | int) else v),
+    Field(strict=False),
+]
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Group(BaseModel):
+    """Settings that belong together; wrong ones are a `SettingsError`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=_kebab,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _explained(type(self), error, code=True) from None
+
+    # Groups inside a group are checked with it, and named by their place in it.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class StrategySettings(Group):
     """Who takes part in a round, and how replies are aggregated."""
 
-    name: StrategyName = "autoflip"  # fedavg: dense, the baseline
+    name: StrategyName = "autoflip"  # fedavg: dense
     server: ServerStrategy = "fedavg"  # the inner strategy of all
-    fraction_train: float = 1.0  # share of the connected nodes that train
-    fraction_evaluate: float = 0.0  # share that evaluates on its own held-out data
-    min_nodes: int = 2  # connected nodes to wait for before each sampling
-    timeout: float = 3600.0  # seconds to wait for the replies of a round
-    server_learning_rate: float | None = None  # fedavgm, fedadam; None: Flower's own
-    server_momentum: float | None = None  # fedavgm
-    proximal_mu: float = 0.01  # fedprox
-    malicious_nodes: int = 0  # krum: how many to defend against
-    # Replies that moved so many times as far as the round's median, or say they stand
-    # for so many times its examples, are dropped. None: none are.
-    outlier: float | None = 100.0
-
-    def __post_init__(self) -> None:
-        _within("strategy.fraction-train", self.fraction_train, 0, 1, open_low=True)
-        _within("strategy.fraction-evaluate", self.fraction_evaluate, 0, 1)
-        _at_least("strategy.min-nodes", self.min_nodes, 1)
-        _positive("strategy.timeout", self.timeout)
-        _at_least("strategy.proximal-mu", self.proximal_mu, 0)
-        _at_least("strategy.malicious-nodes", self.malicious_nodes, 0)
-        if self.outlier is not None:
-            _at_least("strategy.outlier", self.outlier, 1)
-        if self.server_learning_rate is not None:
-            _positive("strategy.server-learning-rate", self.server_learning_rate)
-        if self.server_momentum is not None:
-            _within("strategy.server-momentum", self.server_momentum, 0, 1)
+    fraction_train: PositiveShare = 1.0  # of the connected nodes that train
+    fraction_evaluate: Share = 0.0  # share that evaluates on its own held-out data
+    min_nodes: AtLeastOne = 2  # connected nodes to wait for before each sampling
+    timeout: Positive = 3600.0  # seconds to wait for the replies of a round
+    server_learning_rate: Positive | None = None  # fedavgm, fedadam; None: Flower's own
+    server_momentum: Share | None = None  # fedavgm
+    proximal_mu: NotNegative = 0.01  # fedprox
+    malicious_nodes: Count = 0  # krum: how many to defend against
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExplorationSettings:
+class ExplorationSettings(Group):
     """How clients explore their loss landscapes (Alg. 1, lines 2-3)."""
 
-    epochs: int = 1  # local epochs of an explorer, at most
-    fraction: float = 1.0  # share of the nodes that explore
-    patience: int = 5  # epochs without a lower loss before an explorer stops
-    every: int = 0  # explore again every so many rounds; 0: once
+    epochs: AtLeastOne = 1  # local epochs of an explorer, at most
+    fraction: PositiveShare = 1.0  # share of the nodes that explore
+    patience: AtLeastOne = 5  # epochs without a lower loss before an explorer stops
+    every: Count = 0  # explore again every so many rounds; 0: once
     warm_start: bool = False  # begin where the explorers on average ended, not at W0
-    timeout: float = 3600.0  # seconds to wait for the explorers
+    timeout: Positive = 3600.0  # seconds to wait for the explorers
     # Differential privacy on the client: L2 norm that guidance is clipped to, and the
     # noise's standard deviation as a multiple of it. 0: off.
-    privacy_clip: float = 0.0
-    privacy_noise: float = 0.0
+    privacy_clip: NotNegative = 0.0
+    privacy_noise: NotNegative = 0.0
 
-    def __post_init__(self) -> None:
-        _check_types("exploration", self)
-        _at_least("exploration.epochs", self.epochs, 1)
-        _within("exploration.fraction", self.fraction, 0, 1, open_low=True)
-        _at_least("exploration.patience", self.patience, 1)
-        _at_least("exploration.every", self.every, 0)
-        _positive("exploration.timeout", self.timeout)
-        _at_least("exploration.privacy-clip", self.privacy_clip, 0)
-        _at_least("exploration.privacy-noise", self.privacy_noise, 0)
+    @model_validator(mode="after")
+    def _check(self) -> "ExplorationSettings":
         if (self.privacy_clip > 0) != (self.privacy_noise > 0):
-            raise SettingsError(
-                "exploration.privacy-clip and .privacy-noise go together: expected "
-                f"both > 0, or both 0, got {self.privacy_clip}, {self.privacy_noise}"
+            raise ValueError(
+                "`privacy_clip` and `privacy_noise` go together: expected both > 0, or "
+                f"both 0, got {self.privacy_clip} and {self.privacy_noise}"
             )
         if self.privacy_noise and self.warm_start:
-            raise SettingsError(
-                "exploration.warm-start would send the signs of the updates without "
-                "noise; with exploration.privacy-noise it must be false"
+            raise ValueError(
+                "`warm_start` sends the signs of the updates without noise; with "
+                "`privacy_noise` it must be false"
             )
+        return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruningSettings:
+class PruningSettings(Group):
     """From local guidance to the mask of a round (Eq. 3-4)."""
 
-    threshold: float = 0.8  # quantile: share to prune; see mask.from_scores
+    threshold: NotNegative = 0.8  # quantile: share to prune; see mask.from_scores
     mode: Mode = "quantile"
-    score: ScoreName = "guidance"
-    normalization: Normalization = "client"
-    population_weight: float = 0.8  # weight of all explorers; 0: the paper
-    floor: float = 0.01  # least share of every tensor that is kept
-    exclude: tuple[str, ...] = ()  # name patterns that are never pruned
-    pruned_weights: PrunedWeights = "zero"  # at the server
+    score: ScoreName = "guidance"  # guidance: the paper; saliency: weight x movement
+    normalization: Normalization = "client"  # global: the paper's Eq. 3
+    population_weight: Share = 0.8  # weight of all explorers; 0: the paper
+    floor: Share = 0.01  # least share of every tensor that is kept
+    exclude: Several[str] = ()  # name patterns that are never pruned
+    # Names of the trainable parameters. None: those of the model, if it is given; else
+    # every floating array but those named like BatchNorm's buffers.
+    prunable: Several[str] | None = None
+    # At the server: zero (Alg. 1), or remember the last value and offer it again.
+    pruned_weights: PrunedWeights = "zero"
     combination: Combination = "mean"  # of the explorers' matrices
-    trim: float = 0.2  # trimmed-mean: share left out at either end
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # trimmed-mean: share at each end
     agreement: Agreement = "none"  # of clients, mixed into the score
-    agreement_weight: float = 0.5  # its share of the score
+    agreement_weight: Share = 0.5  # its share of the score
     # Share of a layer's kept weights that is exchanged at first: small weights for
     # such with large gradients at the sampled clients. 0: none.
-    refresh: float = 0.0
+    refresh: Share = 0.0
     # Rounds from one exchange to the next, and the last that may. None: a tenth and
     # half of a run's rounds; where their number is not known, 10, and no end.
-    refresh_every: int | None = None
-    refresh_until: int | None = None
-    units: float = 0.0  # share of what is pruned that falls on whole units
-    min_units: int = 1  # least units of every group that are kept
-    unit_multiple: int = 1  # groups are cut to multiples of this; 8 or 16 is faster
+    refresh_every: AtLeastOne | None = None
+    refresh_until: Count | None = None
+    units: Share = 0.0  # share of what is pruned that falls on whole units
+    min_units: AtLeastOne = 1  # least units of every group that are kept
+    unit_multiple: AtLeastOne = 1  # groups are cut to multiples of this; 8 is faster
 
-    def __post_init__(self) -> None:
-        _check_types("pruning", self)
-        if self.mode == "compression":
-            _at_least("pruning.threshold (a ratio all/kept)", self.threshold, 1)
-        else:
-            _within("pruning.threshold", self.threshold, 0, 1)
-        _within("pruning.population-weight", self.population_weight, 0, 1)
-        _within("pruning.floor", self.floor, 0, 1)
-        _within("pruning.agreement-weight", self.agreement_weight, 0, 1)
-        if not 0 <= self.trim < 0.5:
-            raise SettingsError(f"pruning.trim must be in [0, 0.5), got {self.trim}")
-        if self.combination != "mean" and self.normalization != "client":
-            raise SettingsError(
-                f"pruning.combination {self.combination} needs pruning.normalization "
-                f"client: with {self.normalization} one explorer sets the scale of all"
+    @model_validator(mode="after")
+    def _check(self) -> "PruningSettings":
+        if self.mode == "compression" and self.threshold < 1:
+            raise ValueError(
+                "`threshold`: with `mode` compression expected a ratio all/kept >= 1, "
+                f"got {self.threshold}"
             )
-        _within("pruning.refresh", self.refresh, 0, 1)
-        if self.refresh_every is not None:
-            _at_least("pruning.refresh-every", self.refresh_every, 1)
-        if self.refresh_until is not None:
-            _at_least("pruning.refresh-until", self.refresh_until, 0)
+        if self.mode != "compression" and self.threshold > 1:
+            raise ValueError(
+                f"`threshold`: expected a number in [0, 1], got {self.threshold}"
+            )
+        if self.combination != "mean" and self.normalization != "client":
+            raise ValueError(
+                f"`combination` {self.combination} needs `normalization` client: with "
+                f"{self.normalization} one explorer sets the scale of all"
+            )
         if self.refresh and (self.population_weight < 1 or self.agreement == "sign"):
-            raise SettingsError(
-                "pruning.refresh exchanges weights of one mask for all rounds, so it "
-                "needs pruning.population-weight 1 and an agreement other than sign, "
-                f"got {self.population_weight} and {self.agreement!r}"
+            raise ValueError(
+                "`refresh` exchanges weights of one mask for all rounds, so it needs "
+                "`population_weight` 1, and `agreement` none or vote, got "
+                f"{self.population_weight} and {self.agreement!r}"
             )
         if self.agreement != "none" and self.mode == "value":
-            raise SettingsError(
-                "pruning.agreement needs a number of weights to keep: pruning.mode "
-                "quantile or compression, got value"
+            raise ValueError(
+                "`agreement` needs a number of weights to keep: `mode` quantile or "
+                "compression, got value"
             )
-        _within("pruning.units", self.units, 0, 1)
-        _at_least("pruning.min-units", self.min_units, 1)
-        _at_least("pruning.unit-multiple", self.unit_multiple, 1)
+        return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RivalSettings:
+class BaselineSettings(Group):
     """What only the methods that AutoFLIP is compared with have."""
 
-    dense_rounds: int = 2  # before weights are judged: magnitude, l1, ..., eflprune
+    dense_rounds: Count = 2  # before weights are judged: magnitude, l1, ..., eflprune
     # Rounds from one adjustment to the next: prunefl, feddst. None: a twentieth of a
     # run's rounds; where their number is not known, 10.
-    every: int | None = None
-    replaced: float = 0.5  # feddst: share of a layer's kept weights, at first
+    every: AtLeastOne | None = None
+    replaced: Share = 0.5  # feddst: share of a layer's kept weights, at first
     # feddst: last round that may adjust. None: half of a run's rounds; where their
     # number is not known, all, and the share stays as it is.
-    until: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_types("rivals", self)
-        _at_least("rivals.dense-rounds", self.dense_rounds, 0)
-        if self.every is not None:
-            _at_least("rivals.every", self.every, 1)
-        _within("rivals.replaced", self.replaced, 0, 1)
-        if self.until is not None:
-            _at_least("rivals.until", self.until, 0)
+    until: Count | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WireSettings:
-    """What travels."""
+class WireSettings(Group):
+    """What travels, and which replies are taken."""
 
     values: ValueType = "float32"  # type of the kept values
+    min_replies: AtLeastOne = 1  # with fewer valid ones the round changes nothing
+    # Replies and explorers that moved so many times as far as their median, or say they
+    # stand for so many times its examples, are dropped. None: none are.
+    outlier: Annotated[float, Field(ge=1)] | None = 100.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogSettings:
+class LogSettings(Group):
     """What a run writes beside its own files."""
 
     tensorboard: bool = False  # metrics of every round, for TensorBoard
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(Group):
     """Local training of one round."""
 
-    epochs: int = 2  # local epochs per round (E)
-    batch_size: int = 32
-    learning_rate: float = 0.02  # of the first round
-    learning_rate_decay: float = 1.0  # its factor from round to round
+    epochs: AtLeastOne = 2  # local epochs per round (E)
+    batch_size: AtLeastOne = 32
+    learning_rate: Positive = 0.02  # of the first round
+    learning_rate_decay: PositiveShare = 1.0  # its factor from round to round
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    momentum: float = 0.9  # sgd
-    weight_decay: float = 0.0
+    momentum: Share = 0.9  # sgd
+    weight_decay: NotNegative = 0.0
     device: str = "auto"  # auto: cuda where there is one
 
-    def __post_init__(self) -> None:
-        _at_least("training.epochs", self.epochs, 1)
-        _at_least("training.batch-size", self.batch_size, 1)
-        _positive("training.learning-rate", self.learning_rate)
-        _within(
-            "training.learning-rate-decay",
-            self.learning_rate_decay,
-            0,
-            1,
-            open_low=True,
-        )
-        _within("training.momentum", self.momentum, 0, 1)
-        _at_least("training.weight-decay", self.weight_decay, 0)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSettings:
+class DataSettings(Group):
     """Which data, and which client holds what."""
 
     name: str = "digits"
     dir: str = ""  # folder or file; empty: bundled or downloaded
     hub: str = ""  # Flower Datasets id, in place of the known one
     partition: Literal["iid", "pathological", "dirichlet", "natural"] = "iid"
-    alpha: float = 0.5  # dirichlet
-    classes_per_client: int = 2  # pathological
-    max_samples: int | None = None  # training samples used, over all clients
-    max_test_samples: int | None = None  # held-out samples of the global model
+    alpha: Positive = 0.5  # dirichlet
+    classes_per_client: AtLeastOne = 2  # pathological
+    max_samples: AtLeastOne | None = None  # training samples, over all clients
+    max_test_samples: AtLeastOne | None = None  # held-out ones of the global model
     # Share of a client's samples kept for its evaluation; None: 0.2 where nodes
     # evaluate (strategy.fraction-evaluate), else 0.
-    holdout: float | None = None
-
-    def __post_init__(self) -> None:
-        _positive("data.alpha", self.alpha)
-        _at_least("data.classes-per-client", self.classes_per_client, 1)
-        _within("data.holdout", self.holdout or 0, 0, 0.9)
-        for key in ("max_samples", "max_test_samples"):
-            if getattr(self, key) is not None:
-                _at_least(f"data.{_kebab(key)}", getattr(self, key), 1)
+    holdout: Annotated[float, Field(ge=0, le=0.9)] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Group):
     """Which network; None leaves a size at the model's own default."""
 
     name: str = "cnn"
-    channels: tuple[int, ...] | None = None  # cnn
+    channels: Several[int] | None = None  # cnn
     hidden: int | None = None  # cnn, char_lstm
     embedding: int | None = None  # char_lstm
     vocabulary: int | None = None  # char_lstm
 
     def options(self) -> dict[str, Any]:
         """Return the sizes that are set, as `models.build` takes them."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values.pop("name")
-        return {key: value for key, value in values.items() if value is not None}
+        return self.model_dump(exclude={"name"}, exclude_none=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Group):
     """Everything a run depends on but the nodes themselves."""
 
     preset: str
-    rounds: int = 20
-    seed: int = 0
-    strategy: StrategySettings = field(default_factory=StrategySettings)
-    exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
-    pruning: PruningSettings = field(default_factory=PruningSettings)
-    rivals: RivalSettings = field(default_factory=RivalSettings)
-    wire: WireSettings = field(default_factory=WireSettings)
-    log: LogSettings = field(default_factory=LogSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
+    rounds: AtLeastOne = 20
+    seed: Count = 0
+    strategy: StrategySettings = StrategySettings()
+    exploration: ExplorationSettings = ExplorationSettings()
+    pruning: PruningSettings = PruningSettings()
+    baselines: BaselineSettings = BaselineSettings()
+    wire: WireSettings = WireSettings()
+    log: LogSettings = LogSettings()
+    training: TrainingSettings = TrainingSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
         evaluates = self.strategy.fraction_evaluate > 0
-        if self.data.holdout is None:
-            data = dataclasses.replace(self.data, holdout=0.2 if evaluates else 0.0)
-            object.__setattr__(self, "data", data)  # frozen, but not made yet
-        elif evaluates and self.data.holdout == 0:
-            raise SettingsError(
+        if evaluates and self.data.holdout == 0:
+            raise ValueError(
                 "strategy.fraction-evaluate > 0 needs data.holdout > 0: the share of a "
                 "client's samples that it does not train on"
             )
-        _at_least("rounds", self.rounds, 1)
         gradients = self.pruning.refresh or self.strategy.name in _ASK_FOR_GRADIENTS
         if self.exploration.privacy_noise and gradients:
-            raise SettingsError(
+            raise ValueError(
                 "exploration.privacy-noise covers guidance, not gradients: set "
                 "pruning.refresh=0, and a strategy.name other than "
                 f"{list(_ASK_FOR_GRADIENTS)}"
             )
-        half = self.rounds // 2
-        self._resolve("rivals", until=half, every=max(1, self.rounds // 20))
+        half, twentieth = self.rounds // 2, max(1, self.rounds // 20)
+        self._resolve("data", holdout=0.2 if evaluates else 0.0)
+        self._resolve("baselines", until=half, every=twentieth)
         self._resolve(
             "pruning", refresh_until=half, refresh_every=max(1, self.rounds // 10)
         )
-        _at_least("seed", self.seed, 0)
+        return self
 
-    def _resolve(self, group: str, **defaults: int) -> None:
-        """Set what was left open and follows from the number of rounds."""
+    def _resolve(self, group: str, **defaults: float) -> None:
+        """Set what was left open and follows from other groups."""
         values = getattr(self, group)
         left = {k: v for k, v in defaults.items() if getattr(values, k) is None}
         # Frozen, but not made yet.
-        object.__setattr__(self, group, dataclasses.replace(values, **left))
+        object.__setattr__(self, group, values.model_copy(update=left))
+
+    def flat(self) -> dict[str, Any]:
+        """Return plain values by their dotted keys, the preset's name first."""
+        found: dict[str, Any] = {}
+        for key, value in self._plain().items():
+            if isinstance(value, dict):
+                found.update({f"{key}.{name}": inner for name, inner in value.items()})
+            else:
+                found[key] = value
+        return found
 
     def identity(self) -> dict[str, Any]:
         """Return the values that a run depends on, by their dotted keys.
 
         All that its strategy reads, but not where the data is, nor what is logged.
         """
-        flat: dict[str, Any] = {}
-        for group, values in _plain(self).items():
-            if isinstance(values, dict):
-                flat.update({f"{group}.{key}": value for key, value in values.items()})
-            else:
-                flat[group] = values
         return {
             key: value
-            for key, value in flat.items()
+            for key, value in self.flat().items()
             if reads(self.strategy.name, key)
             and key != "data.dir"
             and not key.startswith("log.")
@@ -341,25 +329,28 @@ class Settings:
 
     def as_yaml(self) -> str:
         """Return all values, resolved, in a preset's form."""
-        return yaml.safe_dump(_plain(self), sort_keys=False)
+        return yaml.safe_dump(self._plain(), sort_keys=False)
+
+    def _plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
 
 
 def reads(name: StrategyName, key: str) -> bool:
     """Tell whether a strategy looks at a setting, by its dotted key."""
     group, _, rest = key.partition(".")
     if name == "autoflip":
-        return group != "rivals"
+        return group != "baselines"
     if name == "fedavg":
-        return group not in ("pruning", "exploration", "rivals", "wire")
+        return group not in ("pruning", "exploration", "baselines", "wire")
     if group == "pruning":
-        return rest in _PRUNING_OF_RIVALS
-    if group == "rivals":
-        return name in _RIVALS_READ.get(rest, ())
+        return rest in _PRUNING_OF_BASELINES
+    if group == "baselines":
+        return name in _BASELINES_READ.get(rest, ())
     return group != "exploration" or rest == "timeout"
 
 
-#: Which rivals read a setting of the group `rivals`.
-_RIVALS_READ: dict[str, tuple[StrategyName, ...]] = {
+#: Which methods read a setting of the group `baselines`.
+_BASELINES_READ: dict[str, tuple[StrategyName, ...]] = {
     "dense-rounds": ("magnitude", "l1", "l2", "similarity", "bn", "eflprune"),
     "every": ("prunefl", "feddst"),
     "replaced": ("feddst",),
@@ -368,14 +359,18 @@ _RIVALS_READ: dict[str, tuple[StrategyName, ...]] = {
 
 _ASK_FOR_GRADIENTS: tuple[StrategyName, ...] = ("ssfl", "prunefl", "feddst")
 
-_PRUNING_OF_RIVALS = (
+_PRUNING_OF_BASELINES = (
     "threshold",
     "mode",
     "floor",
     "exclude",
+    "prunable",
     "min-units",
     "unit-multiple",
 )
+
+
+# --- presets and overrides -------------------------------------------------------
 
 
 def presets() -> tuple[str, ...]:
@@ -400,10 +395,13 @@ def load(preset: str, overrides: str = "") -> Settings:
         Names the key, what was expected and what is known.
     """
     if preset not in presets():
-        raise SettingsError(f"unknown preset {preset!r}; known: {list(presets())}")
+        raise SettingsError(
+            f"unknown preset {preset!r}; known: {list(presets())}"
+            + _meant(preset, presets())
+        )
     path = _conf() / f"{preset}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = _yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise SettingsError(f"{path.name} is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -412,7 +410,7 @@ def load(preset: str, overrides: str = "") -> Settings:
         _set(values, key.split("."), value, key)
     if "preset" in values:
         raise SettingsError("preset: is the name of the file, not a key in it")
-    return _build(Settings, {**values, "preset": preset}, "")
+    return _checked({**values, "preset": preset})
 
 
 def read(path: Path) -> Settings:
@@ -424,14 +422,32 @@ def read(path: Path) -> Settings:
         If there is no such file, or it holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(
             f"expected a run's folder with {path.name} in it: {error}"
         ) from error
     if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
         raise SettingsError(f"{path}: expected the settings of a run, with its preset")
-    return _build(Settings, values, "")
+    return _checked(_as_now(values))
+
+
+def _as_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that version 0.1 wrote under the names of today."""
+    strategy = values.get("strategy")
+    if "rivals" in values and isinstance(strategy, dict) and "outlier" in strategy:
+        strategy = dict(strategy)
+        wire = {**(values.get("wire") or {}), "outlier": strategy.pop("outlier")}
+        values = {**values, "strategy": strategy, "wire": wire}
+        values["baselines"] = values.pop("rivals")
+    return values
+
+
+def _checked(values: dict[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate({str(key): v for key, v in values.items()})
+    except ValidationError as error:
+        raise _explained(Settings, error, code=False) from None
 
 
 def _conf() -> Path:
@@ -441,26 +457,39 @@ def _conf() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def _parse_overrides(overrides: str) -> list[tuple[str, Any]]:
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _parse_overrides(overrides: str) -> Iterator[tuple[str, Any]]:
     try:
         words = shlex.split(overrides)
     except ValueError as error:
         raise SettingsError(f"overrides {overrides!r}: {error}") from error
-    pairs = []
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise SettingsError(
                 f"overrides: expected dotted key=value pairs, got {word!r}"
             )
-        pairs.append((key, _parse_value(text)))
-    return pairs
+        yield key, _parse_value(text)
 
 
 def _parse_value(text: str) -> Any:
     """Read YAML; what is none (``*bias``, ``[*bias,fc*]``) is text or a list of it."""
     try:
-        return yaml.safe_load(text) if text else ""
+        return _yaml(text) if text else ""
     except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
         if text.startswith("[") and text.endswith("]"):
             return [item.strip() for item in text[1:-1].split(",")]
@@ -475,98 +504,114 @@ def _set(values: dict[str, Any], path: list[str], value: Any, key: str) -> None:
     values[path[-1]] = value
 
 
-def _build(group: type[G], values: Any, path: str) -> G:
-    where = path or "top-level"
-    if not isinstance(values, dict):
-        raise SettingsError(f"{where}: expected a group of keys, got {values!r}")
-    hints = get_type_hints(group)
-    names = {_kebab(name): name for name in hints}
-    unknown = sorted(str(key) for key in set(values) - set(names))
-    if unknown:
-        known = sorted(set(names) - {"preset"})
-        raise SettingsError(f"unknown {where} keys {unknown}; known: {known}")
-    arguments = {}
-    for key, value in values.items():
-        dotted = f"{path}.{key}" if path else key
-        kind = hints[names[key]]
-        arguments[names[key]] = (
-            _build(kind, value, dotted)
-            if dataclasses.is_dataclass(kind) and isinstance(kind, type)
-            else _convert(kind, value, dotted)
-        )
-    return group(**arguments)
+# --- errors ----------------------------------------------------------------------
 
 
-def _check_types(group: str, values: Any) -> None:
-    """Check a group that may have been made in code, not from a preset."""
-    for name, kind in get_type_hints(type(values)).items():
-        value = getattr(values, name)
-        given = list(value) if isinstance(value, tuple) else value
-        _convert(kind, given, f"{group}.{_kebab(name)}")
-
-
-def _convert(kind: Any, value: Any, key: str) -> Any:
-    """Return `value` as the field's type, or say what was expected."""
-    origin, choices = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in choices:
-            return None
-        (kind,) = (choice for choice in choices if choice is not type(None))
-        return _convert(kind, value, key)
-    if origin is Literal:
-        if value not in choices:
-            raise SettingsError(
-                f"{key}: expected one of {list(choices)}, got {value!r}"
+def _explained(
+    group: type[Group], error: ValidationError, *, code: bool
+) -> SettingsError:
+    """Say what was wrong: with Python's names in code, else with a preset's keys."""
+    unknown: dict[tuple[str, ...], list[str]] = {}
+    texts = []
+    for found in error.errors():
+        path = [str(part) for part in found["loc"] if not isinstance(part, int)]
+        owners, field = [], None
+        owner = group
+        while path and (field := _fields(owner).get(_kebab(path[0]))) is not None:
+            kind = field.annotation
+            if not (isinstance(kind, type) and issubclass(kind, Group)):
+                break
+            owners.append(path.pop(0))
+            owner, field = kind, None
+        if found["type"] == "extra_forbidden":
+            unknown.setdefault(tuple(owners), []).append(path[0])
+        elif found["type"] == "value_error":  # a check of ours
+            prefix = "" if code or not owners else f"{owners[0]}."
+            text = str(found.get("ctx", {}).get("error", found["msg"]))
+            for name in re.findall(r"`(\w+)`", text):
+                written = _written(prefix, name, code=code)
+                text = text.replace(f"`{name}`", written)
+            texts.append(text)
+        elif field is None:
+            texts.append(
+                f"{'.'.join(owners)}: expected a group of keys, got {found['input']!r}"
             )
-        return value
+        else:
+            prefix = "".join(f"{key}." for key in owners)
+            key = _written(prefix, path[0].replace("-", "_"), code=code)
+            texts.append(_text(key, field, found["input"]))
+    for where, keys in unknown.items():
+        owner = group
+        for key in where:
+            owner = _fields(owner)[key].annotation  # type: ignore[assignment]
+        known = sorted(set(owner.model_fields if code else _fields(owner)) - {"preset"})
+        hint = "".join(_meant(key, known) for key in keys)
+        name = "" if code else f"{'.'.join(where) or 'top-level'} "
+        texts.append(f"unknown {name}keys {sorted(keys)}; known: {known}{hint}")
+    return SettingsError((f"{group.__name__}: " if code else "") + "; ".join(texts))
+
+
+def _text(key: str, field: FieldInfo, got: Any) -> str:
+    hint = _meant(got, _choices(field.annotation)) if isinstance(got, str) else ""
+    kind = "" if isinstance(got, int | float | None) else f" ({type(got).__name__})"
+    expected = _expected(field.annotation, field.metadata)
+    return f"{key}: expected {expected}, got {got!r}{kind}{hint}"
+
+
+def _written(prefix: str, name: str, *, code: bool) -> str:
+    return name if code else f"{prefix}{_kebab(name)}"
+
+
+def _fields(group: type[Group]) -> dict[str, FieldInfo]:
+    return {_kebab(name): field for name, field in group.model_fields.items()}
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(c for part in get_args(kind) for c in _choices(part))
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
+
+
+def _expected(kind: Any, metadata: Any = ()) -> str:
+    """Describe the values of a type: ``a number in [0, 1], or null``."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _expected(parts[0], [*parts[1:], *metadata])
+    if type(None) in parts:
+        (some,) = (part for part in parts if part is not type(None))
+        return f"{_expected(some, metadata)}, or null"
+    if origin is Literal:
+        return f"one of {list(parts)}"
     if origin is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(choices[0], item, key) for item in items)
-    if kind is float and isinstance(value, str):
-        value = _number(value)  # YAML 1.1 reads 1e-3 as text
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise SettingsError(
-            f"{key}: expected {kind.__name__}, got {type(value).__name__} {value!r}"
-        )
-    return value
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
+        return f"a list, each {_expected(parts[0])}"
+    text = _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+    limits: dict[str, float] = {}
+    for entry in metadata:
+        for inner in getattr(entry, "metadata", [entry]):
+            limits |= {
+                key: value
+                for key in ("ge", "gt", "le", "lt")
+                if (value := getattr(inner, key, None)) is not None
+            }
+    low = limits.get("ge", limits.get("gt"))
+    high = limits.get("le", limits.get("lt"))
+    if low is None:
         return text
+    if high is None:
+        return f"{text} {'>=' if 'ge' in limits else '>'} {low:g}"
+    left, right = "[" if "ge" in limits else "(", "]" if "le" in limits else ")"
+    return f"{text} in {left}{low:g}, {high:g}{right}"
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            _kebab(f.name): _plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-        }
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _within(
-    key: str, value: float, low: float, high: float, *, open_low: bool = False
-) -> None:
-    inside = low < value <= high if open_low else low <= value <= high
-    if not inside:
-        bracket = "(" if open_low else "["
-        raise SettingsError(f"{key}: expected {bracket}{low}, {high}], got {value}")
-
-
-def _at_least(key: str, value: float, low: float) -> None:
-    if not low <= value < float("inf"):
-        raise SettingsError(f"{key}: expected a value >= {low}, got {value}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise SettingsError(f"{key}: expected a value > 0, got {value}")
+def _meant(word: Any, known: Any) -> str:
+    """Return a hint at the most similar of the known words."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -21,8 +21,12 @@ from common import report
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvgM
 
-from autoflip_flwr import AutoFLIP, Checkpointed, codec, models, training, wire
-from autoflip_flwr.settings import load
+from autoflip_flwr import AutoFLIP, Checkpointed
+from autoflip_flwr.app import models, training
+from autoflip_flwr.pruners.store import Answer, Answers
+from autoflip_flwr.settings import PruningSettings, load
+from autoflip_flwr.wire import codec
+from autoflip_flwr.wire import records as wire
 
 CNN6 = {"name": "cnn6", "num_classes": 10, "input_shape": (3, 32, 32)}
 EXPLORERS = 20
@@ -46,16 +50,23 @@ def explored(folder: Path) -> tuple[AutoFLIP, ArrayRecord]:
     inner = FedAvgM(server_momentum=0.9)
     inner.current_arrays = arrays
     inner.momentum_vector = arrays.to_numpy_ndarrays()
-    strategy = AutoFLIP(inner, population_weight=1.0, store=folder / "guidance")
+    strategy = AutoFLIP(
+        inner,
+        pruning=PruningSettings(population_weight=1.0),
+        store=folder / "guidance",
+    )
     strategy.state(arrays)  # takes the arrays for its global model
     rng = np.random.default_rng(0)
     pruner = strategy.rounds.pruner
     start = dict(strategy.rounds.arrays)
+    answers = Answers(folder / "answers", pruner.shapes)
+    answers.begin(1)
     for node_id in range(EXPLORERS):
         matrix = {
             name: rng.random(value.shape, np.float32) for name, value in start.items()
         }
-        pruner.add(node_id, codec.quantize(matrix), 1.0, start)
+        answers.put(node_id, Answer(codec.quantize(matrix)))
+        pruner.add(node_id, answers.get(node_id), start)
     strategy.rounds.begin(1, [0])
     return strategy, arrays
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr import mask, models, training
+from autoflip_flwr.app import models, training
+from autoflip_flwr.method import mask
 from autoflip_flwr.types import Array
+from autoflip_flwr.units.enforce import trainable_names
 
 RESNET50 = {"name": "resnet50", "num_classes": 100, "input_shape": (3, 32, 32)}
 
@@ -18,7 +20,7 @@ RESNET50 = {"name": "resnet50", "num_classes": 100, "input_shape": (3, 32, 32)}
 def arrays_of(model: Mapping[str, Any] = RESNET50) -> tuple[dict[str, Array], set[str]]:
     """Return a model's state arrays and the names of its trainable ones."""
     net = models.build(**model, seed=0)
-    return training.state_arrays(net), set(training.trainable_names(net))
+    return training.state_arrays(net), set(trainable_names(net))
 
 
 def random_mask(

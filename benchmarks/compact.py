@@ -25,8 +25,9 @@ from common import paired, report
 from torch import nn
 from torch.nn import functional
 
-from autoflip_flwr import costs, models, units
-from autoflip_flwr.groups import Keep, Limits, Units
+from autoflip_flwr import units
+from autoflip_flwr.app import costs, models
+from autoflip_flwr.method.structured import Keep, Limits, Units
 
 #: Model, input shape, batch.
 CASES: dict[str, tuple[tuple[int, int, int], int]] = {

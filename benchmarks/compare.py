@@ -16,8 +16,8 @@ from pathlib import Path
 import ray
 from common import report
 
-from autoflip_flwr import compare
-from autoflip_flwr.simulation import simulate
+from autoflip_flwr.compare import plan as compare
+from autoflip_flwr.compare.simulation import simulate
 
 
 def main() -> None:

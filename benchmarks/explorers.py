@@ -13,7 +13,10 @@ import statistics
 import numpy as np
 from common import report
 
-from autoflip_flwr import data, experiment, guidance, mask, settings, training
+from autoflip_flwr import settings
+from autoflip_flwr.app import build as experiment
+from autoflip_flwr.app import data, training
+from autoflip_flwr.method import guidance, mask
 
 DRAWS = 5
 

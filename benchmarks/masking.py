@@ -21,9 +21,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from autoflip_flwr import codec, models, units
-from autoflip_flwr.pruners import AutoFlipPruner
+from autoflip_flwr import units
+from autoflip_flwr.app import models
+from autoflip_flwr.pruners import AutoFlipPruner, Problem
+from autoflip_flwr.pruners.store import Answer, Answers
 from autoflip_flwr.settings import PruningSettings
+from autoflip_flwr.wire import codec
 
 SAMPLED = 5
 
@@ -72,9 +75,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tracemalloc.start()
             before = tracemalloc.get_traced_memory()[0]
-            pruner = AutoFlipPruner(weights, chosen, Path(folder), found)
+            pruner = AutoFlipPruner()
+            pruner.prepare(
+                Problem(
+                    initial=weights,
+                    pruning=chosen,
+                    directory=Path(folder),
+                    units=found,
+                )
+            )
+            answers = Answers(Path(folder) / "answers", pruner.shapes)
+            answers.begin(1)
             for node_id in range(explorers):
-                pruner.add(node_id, frames[node_id % SAMPLED], 1.0, weights)
+                answers.put(node_id, Answer(frames[node_id % SAMPLED]))
+                pruner.add(node_id, answers.get(node_id), weights)
+            answers.forget()
             tracemalloc.reset_peak()
             pruner.masks(range(SAMPLED), weights, 1)
             peak = tracemalloc.get_traced_memory()[1] - before

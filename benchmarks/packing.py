@@ -10,7 +10,7 @@ import numpy as np
 from common import arrays_of, paired, random_mask, report
 from flwr.app import Array
 
-from autoflip_flwr import codec
+from autoflip_flwr.wire import codec
 
 DENSITY = 0.2
 

@@ -21,7 +21,11 @@ import ray
 from common import report
 from flwr.app import Context, Message, RecordDict
 
-from autoflip_flwr import apps, codec, mask, simulation, wire
+from autoflip_flwr.app import client, server
+from autoflip_flwr.compare import simulation
+from autoflip_flwr.method import mask
+from autoflip_flwr.wire import codec
+from autoflip_flwr.wire import records as wire
 
 SETTINGS = "exploration.warm-start=false pruning.refresh=0 pruning.units=0"
 COMBINATIONS = ("mean", "median", "trimmed-mean")
@@ -45,7 +49,7 @@ def liar(lie: str) -> Callable[[], Any]:
     """Return what makes the app of every node, client 0's among them."""
 
     def make() -> Any:
-        app = apps.client_app()
+        app = client.client_app()
 
         def answer(message: Message, context: Context) -> Message:
             reply = app(message, context)
@@ -80,7 +84,7 @@ def run(folder: Path, arguments: argparse.Namespace, combination: str, lie: str)
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config
     )
-    apps.serve(grid, context)
+    server.serve(grid, context)
     with np.load(output / "mask.npz") as found:
         masks = dict(found)
     return masks, json.loads((output / "summary.json").read_text())["accuracy"]

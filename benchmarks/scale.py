@@ -49,7 +49,8 @@ def grid_of(clients: int) -> Any:
     from flwr.serverapp import Grid
     from flwr.supercore.task_identity import TaskIdentity
 
-    from autoflip_flwr import codec, wire
+    from autoflip_flwr.wire import codec
+    from autoflip_flwr.wire import records as wire
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
@@ -118,7 +119,7 @@ def serve(arguments: argparse.Namespace, clients: int) -> None:
     """Be the ServerApp of one run; print what it took."""
     from flwr.app import Context, RecordDict
 
-    from autoflip_flwr import apps
+    from autoflip_flwr.app import server
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     # On scikit-learn's digits, which are smaller: a wider layer instead.
@@ -134,7 +135,7 @@ def serve(arguments: argparse.Namespace, clients: int) -> None:
             run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config
         )
         with Watch(output, lambda pid: pid == os.getpid()) as watch:
-            apps.serve(grid_of(clients), context)
+            server.serve(grid_of(clients), context)
         tell("server", arguments, clients, output, watch)
 
 
@@ -144,19 +145,26 @@ def known(clients: int) -> None:
 
     import numpy as np
 
-    from autoflip_flwr import checkpoint, codec, store
-    from autoflip_flwr.grid import RunGrid
+    from autoflip_flwr.app.grid import RunGrid
+    from autoflip_flwr.pruners import store
+    from autoflip_flwr.server import tree
+    from autoflip_flwr.wire import codec
 
     names = [f"layer{number}" for number in range(8)]
     frame = codec.quantize({name: np.ones(1, np.float32) for name in names})
     logging.getLogger("flwr").setLevel(logging.ERROR)
     grid = RunGrid(grid_of(clients), seed=0, dense_bytes=1)
     with tempfile.TemporaryDirectory() as folder:
-        kept = store.GuidanceStore(Path(folder), dict.fromkeys(names, (1,)))
-        store.write = lambda *_, **__: None  # the table alone
+        shapes = dict.fromkeys(names, (1,))
+        answers = store.Answers(Path(folder) / "answers", shapes)
+        answers.begin(1)
+        answers.put(1, store.Answer(frame))
+        measured = answers.get(1)
+        kept = store.GuidanceStore(Path(folder), shapes)
+        store._link = lambda *_: None  # the table alone
         tracemalloc.start()
         for node_id in range(clients):
-            kept.put((1 << 40) + node_id, frame)
+            kept.put((1 << 40) + node_id, measured)
         of_store, _ = tracemalloc.get_traced_memory()
         grid.get_node_ids()
         of_both, _ = tracemalloc.get_traced_memory()
@@ -165,7 +173,7 @@ def known(clients: int) -> None:
         grid.get_node_ids()
         listed = time.perf_counter()
         path = Path(folder) / "table.safetensors"
-        checkpoint.write(path, {"store": kept.state()})
+        tree.write(path, {"store": kept.state()})
         found = {
             "kind": "known",
             "clients": clients,

@@ -15,7 +15,8 @@ from common import paired, random_mask, report
 from torch import nn
 from torch.nn import functional
 
-from autoflip_flwr import models, training
+from autoflip_flwr.app import models, training
+from autoflip_flwr.units.enforce import enforce, trainable_names
 
 MODELS = {
     "cnn": {"num_classes": 10, "input_shape": (1, 28, 28)},
@@ -49,12 +50,12 @@ def measure(name: str, batch: int) -> dict[str, float]:
     """Return the paired timing of one model."""
     dense, pruned = Trainer(name, batch), Trainer(name, batch)
     arrays = training.state_arrays(pruned.model)
-    masks = random_mask(arrays, set(training.trainable_names(pruned.model)), 0.2)
+    masks = random_mask(arrays, set(trainable_names(pruned.model)), 0.2)
     start = time.perf_counter()
-    with training.enforce(pruned.model, masks):
+    with enforce(pruned.model, masks):
         pass
     setup = time.perf_counter() - start
-    with training.enforce(pruned.model, masks):
+    with enforce(pruned.model, masks):
         result = paired(pruned.steps, dense.steps, pairs=15)
     steps = setup * 1e3 / (result["baseline_ms"] / STEPS)
     return {**result, "setup": steps}

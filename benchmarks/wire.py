@@ -20,7 +20,12 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from autoflip_flwr import AutoFLIP, AutoFlipMod, mask, models, training, wire
+from autoflip_flwr import AutoFLIP, AutoFlipMod
+from autoflip_flwr.app import models, training
+from autoflip_flwr.method import mask
+from autoflip_flwr.settings import PruningSettings, WireSettings
+from autoflip_flwr.units.enforce import trainable_names
+from autoflip_flwr.wire import records as wire
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from inprocess import LocalGrid
@@ -56,8 +61,12 @@ def measure(name: str, settings: dict, values: str) -> dict[str, float]:
     """Return bytes and bound of the messages of one round."""
     model = models.build(name, **settings, seed=0)
     arrays = training.state_arrays(model)
-    names = training.trainable_names(model)
-    strategy = AutoFLIP(threshold=0.8, values=values, prunable=names)
+    names = trainable_names(model)
+    strategy = AutoFLIP(
+        threshold=0.8,
+        pruning=PruningSettings(prunable=tuple(names)),
+        wire=WireSettings(values=values),
+    )
     grid = LocalGrid(app, [1, 2])
     record = wire.record_of(arrays)
     messages = list(strategy.configure_train(1, record, ConfigRecord(), grid))

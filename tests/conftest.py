@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from autoflip_flwr import grid
+from autoflip_flwr.app import grid
+from autoflip_flwr.server import messages
 
 
 class Clock:
@@ -24,5 +25,6 @@ class Clock:
 def clock(monkeypatch):
     """Let nobody wait for a reply that a node of this process will never send."""
     clock = Clock()
+    monkeypatch.setattr(messages, "time", clock)
     monkeypatch.setattr(grid, "time", clock)
     return clock

@@ -29,6 +29,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
+from numpy.testing import assert_array_equal
 from torch import nn
 from torch.nn import functional
 
@@ -506,3 +507,40 @@ def npy(header):
     text = header.encode("latin1")
     text += b" " * (63 - (10 + len(text)) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+
+
+def masks_by_round(grid, model):
+    """The mask of each round, and that it was the same for all of its nodes."""
+    by_round = {}
+    for sent in grid.down:
+        if sent.phase == "train":
+            server_round = sent.config["server-round"]
+            masks = masks_in(sent, model)
+            if server_round in by_round:
+                assert_same_arrays(masks, by_round[server_round])
+            by_round[server_round] = masks
+    return [by_round[i + 1] for i in range(len(by_round))]
+
+
+def poison(value):
+    def change(reply):
+        array = reply.content["arrays"]["autoflip.values"]
+        values = np.frombuffer(array.data, np.float32).copy()
+        values[-1] = value
+        reply.content["arrays"] = with_values(reply, values.tobytes())
+
+    return change
+
+
+def assert_same_arrays(actual, expected):
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert_array_equal(actual[name], value, err_msg=name)
+
+
+def with_values(reply, data, *, dtype="float32", stype="autoflip.raw", shape=None):
+    record = dict(reply.content["arrays"])
+    size = (len(data) // 4,) if shape is None else shape
+    record["autoflip.values"] = Array(dtype=dtype, shape=size, stype=stype, data=data)
+    return ArrayRecord(record)

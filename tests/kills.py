@@ -30,8 +30,9 @@ from flwr.serverapp.strategy import FedAvgM
 from inprocess import ROOT, OneByOne, load_script
 from safetensors.numpy import load_file
 
-from autoflip_flwr import checkpoint, store
-from autoflip_flwr.rounds import Rounds
+from autoflip_flwr.pruners import store
+from autoflip_flwr.server import checkpoint
+from autoflip_flwr.server.rounds import Rounds
 
 server_app = load_script("killed_server_app", ROOT / "server_app.py")
 client_app = load_script("killed_client_app", ROOT / "client_app.py")

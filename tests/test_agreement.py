@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from preparing import added, prepared
 
-from autoflip_flwr import codec, mask
 from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.method import mask
+from autoflip_flwr.method.agreement import MEMORY, Signs, mixed
 from autoflip_flwr.pruners import AutoFlipPruner
-from autoflip_flwr.pruners.agreement import MEMORY, Signs, mixed
 from autoflip_flwr.settings import PruningSettings
+from autoflip_flwr.wire import codec
 
 INITIAL = {"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}
 
@@ -20,9 +22,9 @@ def explorer(*values):
 
 def pruner_of(directory, explorers, **settings):
     chosen = {"threshold": 0.5, "population_weight": 1.0, "floor": 0.0, **settings}
-    pruner = AutoFlipPruner(INITIAL, PruningSettings(**chosen), directory)
+    pruner = prepared(AutoFlipPruner(), INITIAL, PruningSettings(**chosen), directory)
     for node_id, frame in enumerate(explorers):
-        pruner.add(node_id, frame, 1.0, INITIAL)
+        added(pruner, node_id, frame, 1.0, INITIAL)
     return pruner
 
 
@@ -59,7 +61,7 @@ def test_who_explores_again_votes_again(tmp_path):
     pruner = pruner_of(tmp_path, FEW_SHOUT, agreement="vote", agreement_weight=1.0)
     kept(pruner)
     for node_id in (0, 1, 2):
-        pruner.add(node_id, FEW_SHOUT[3], 1.0, INITIAL)
+        added(pruner, node_id, FEW_SHOUT[3], 1.0, INITIAL)
     assert kept(pruner) == [False] * 3 + [True] * 3
 
 
@@ -107,8 +109,8 @@ def test_the_density_is_kept(tmp_path, agreement):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"agreement": "quorum"}, r"pruning\.agreement: expected one of .*'vote'"),
-        ({"agreement_weight": 1.5}, r"pruning\.agreement-weight"),
+        ({"agreement": "quorum"}, r"agreement: expected one of .*'vote'"),
+        ({"agreement_weight": 1.5}, "agreement_weight: expected a number"),
         ({"agreement": "vote", "mode": "value"}, "needs a number of weights to keep"),
     ],
 )

@@ -12,7 +12,7 @@ from inprocess import ROOT, LocalGrid
 from safetensors.numpy import load_file
 from test_runlog import client_app, go, lines_of, server_app, summary_of
 
-from autoflip_flwr import experiment
+from autoflip_flwr.app import build as experiment
 from autoflip_flwr.errors import AutoFlipError
 from autoflip_flwr.settings import load
 
@@ -299,7 +299,7 @@ def test_the_smaller_example_trains_a_smaller_network(digits_app, monkeypatch):
 
 def test_our_own_client_app_needs_no_more_than_the_mod_and_masked():
     """What the examples show is what our own app does."""
-    text = (ROOT / "autoflip_flwr" / "apps.py").read_text()
+    text = (ROOT / "autoflip_flwr" / "app" / "client.py").read_text()
     assert "mods=[AutoFlipMod(privacy=_privacy)]" in text
     assert "with masked(model, message, " in text
 

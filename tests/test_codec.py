@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.testing import assert_allclose, assert_array_equal
 
-from autoflip_flwr import codec, mask
 from autoflip_flwr.errors import GuidanceError, MaskError, WireError
-from autoflip_flwr.guidance import combine
+from autoflip_flwr.method import mask
+from autoflip_flwr.method.guidance import combine
+from autoflip_flwr.wire import codec
 
 properties = settings(deadline=None, max_examples=100)
 shapes = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)

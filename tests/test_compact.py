@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from autoflip_flwr import models, units
-from autoflip_flwr.mask import from_scores
-from autoflip_flwr.training import enforce
+from autoflip_flwr import units
+from autoflip_flwr.app import models
+from autoflip_flwr.method.mask import from_scores
+from autoflip_flwr.units.enforce import enforce
 
 OURS = {
     "cnn": {"num_classes": 10, "input_shape": (1, 16, 16)},

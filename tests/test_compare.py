@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 from test_runlog import SMALL, go
 
-from autoflip_flwr import cli, compare, settings
+from autoflip_flwr import cli, settings
+from autoflip_flwr.compare import plan as compare
 from autoflip_flwr.errors import SettingsError
 
 
@@ -76,8 +77,8 @@ def test_a_mistaken_variation_is_refused(word):
             r"none of \['fedavg', 'l1'\] reads \['pruning.treshold'\]",
         ),
         (
-            {"strategies": ["random"], "vary": {"rivals.dense-rounds": ["1", "2"]}},
-            r"none of \['random'\] reads \['rivals.dense-rounds'\]",
+            {"strategies": ["random"], "vary": {"baselines.dense-rounds": ["1", "2"]}},
+            r"none of \['random'\] reads \['baselines.dense-rounds'\]",
         ),
         ({"vary": {"data.dir": ["a/b", "a_b"]}}, "would share the folder"),
         ({"overrides": "rounds=0"}, "rounds"),
@@ -325,7 +326,8 @@ NODES = """
 import json, logging, os, time
 import ray
 from flwr.app import Message, MetricRecord, RecordDict
-from autoflip_flwr import apps, simulation
+from autoflip_flwr.app import apps
+from autoflip_flwr.compare import simulation
 
 def app():
     def answer(message, context):

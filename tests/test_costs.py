@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from autoflip_flwr import costs, units
+from autoflip_flwr import units
+from autoflip_flwr.app import costs
+from autoflip_flwr.app.models import build
 from autoflip_flwr.errors import MaskError, ModelError
-from autoflip_flwr.models import build
 from autoflip_flwr.settings import TrainingSettings
 from autoflip_flwr.units.norms import PartialLayerNorm
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from autoflip_flwr import data
-from autoflip_flwr.data.base import SPECS
-from autoflip_flwr.data.images import read_idx, read_npz
-from autoflip_flwr.data.leaf import LETTERS, encode_letters
+from autoflip_flwr.app import data
+from autoflip_flwr.app.data.base import SPECS
+from autoflip_flwr.app.data.images import read_idx, read_npz
+from autoflip_flwr.app.data.leaf import LETTERS, encode_letters
 from autoflip_flwr.errors import DataError, SettingsError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

@@ -14,7 +14,7 @@ from inprocess import LocalGrid
 from safetensors.numpy import load_file
 from test_runlog import client_app, server_app
 
-from autoflip_flwr import data
+from autoflip_flwr.app import data
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from test_runlog import go
 from torch import nn
 
-from autoflip_flwr import cli, experiment, export, models, settings, training, units
+from autoflip_flwr import cli, settings, units
+from autoflip_flwr.app import build as experiment
+from autoflip_flwr.app import export, models, training
 from autoflip_flwr.errors import ModelError, SettingsError
-from autoflip_flwr.training import enforce
+from autoflip_flwr.units.enforce import enforce
 
 #: Answers with the exported files in a process that cannot import this package.
 ALONE = """

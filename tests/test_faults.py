@@ -5,7 +5,7 @@ import pytest
 from inprocess import only_in
 from test_runlog import go, lines_of
 
-from autoflip_flwr import data
+from autoflip_flwr.app import data
 
 
 @pytest.fixture(scope="module")

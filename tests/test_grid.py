@@ -4,6 +4,7 @@ import logging
 import random
 
 import pytest
+from flat import flat
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -25,7 +26,7 @@ from inprocess import (
 from numpy.testing import assert_array_equal
 
 from autoflip_flwr import AutoFLIP
-from autoflip_flwr.grid import RunGrid, stream
+from autoflip_flwr.app.grid import RunGrid, stream
 
 PHASES = [(p, d) for p in ("explore", "train", "evaluate") for d in ("down", "up")]
 
@@ -182,7 +183,9 @@ def test_nothing_is_sent_for_no_messages():
 def test_bytes_are_those_of_the_records_that_were_sent(values):
     inner = LocalGrid(toy_app(), range(5))
     grid = grid_of(inner)
-    strategy = AutoFLIP(FedAvg(fraction_train=0.4), threshold=0.7, values=values)
+    strategy = AutoFLIP(
+        FedAvg(fraction_train=0.4), **flat(threshold=0.7, values=values)
+    )
     run(strategy, grid, net(), 3)
     counted = by_hand(inner)
     assert all(counted.values())

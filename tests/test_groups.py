@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from autoflip_flwr.errors import MaskError, SettingsError
-from autoflip_flwr.groups import Group, Limits, Units
+from autoflip_flwr.method.structured import Group, Limits, Units
 
 NONE = -1
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from autoflip_flwr.errors import GuidanceError, SettingsError
-from autoflip_flwr.guidance import (
+from autoflip_flwr.method.guidance import (
     NORMALIZATIONS,
     combine,
     rescaling,

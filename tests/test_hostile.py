@@ -7,20 +7,23 @@ from functools import partial
 
 import numpy as np
 import pytest
+from flat import flat
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from inprocess import LocalGrid, net, only_in, run, toy_app
 from numpy.testing import assert_allclose, assert_array_equal
+from preparing import added, prepared
 from test_store import SHAPES as SMALL_SHAPES
 
-from autoflip_flwr import AutoFLIP, codec
+from autoflip_flwr import AutoFLIP
 from autoflip_flwr.errors import GuidanceError, SettingsError, WireError
-from autoflip_flwr.guidance import combine, middle
-from autoflip_flwr.manifest import Manifest
-from autoflip_flwr.mask import change
+from autoflip_flwr.method.guidance import combine, middle
+from autoflip_flwr.method.mask import change
 from autoflip_flwr.pruners import AutoFlipPruner
 from autoflip_flwr.settings import PruningSettings
-from autoflip_flwr.wire import (
+from autoflip_flwr.wire import codec
+from autoflip_flwr.wire.manifest import Manifest
+from autoflip_flwr.wire.records import (
     MANIFEST,
     MASK,
     PHASE,
@@ -273,21 +276,23 @@ def buffer(name, value):
 def test_what_travels_beside_the_mask_is_compared_too(lie, options, caplog):
     gone = only_in("train", [13], lambda reply: "lost")
     honest = LocalGrid(toy_app(), NODES, tamper=gone)
-    expected, _ = run(AutoFLIP(**options), honest, net(), 1)
+    expected, _ = run(AutoFLIP(**flat(**options)), honest, net(), 1)
     grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], lie))
-    found, _ = run(AutoFLIP(**options), grid, net(), 1)
+    found, _ = run(AutoFLIP(**flat(**options)), grid, net(), 1)
     for name, value in expected[-1].items():
         assert_array_equal(found[-1][name], value)
     assert "node 13 is dropped" in caplog.text
 
 
 def test_nobody_is_dropped_where_nothing_is_told_or_few_answer():
-    strategy = AutoFLIP(outlier=None)
+    strategy = AutoFLIP(**flat(outlier=None))
     grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], scaled(1e6)))
     run(strategy, grid, net(), 1)
     assert not strategy.rounds.dropped
-    with pytest.raises(SettingsError, match=r"outlier >= 1 or None, got 0\.5"):
-        AutoFLIP(outlier=0.5)
+    with pytest.raises(
+        SettingsError, match=r"outlier: expected a number >= 1, or null, got 0\.5"
+    ):
+        AutoFLIP(**flat(outlier=0.5))
 
 
 def test_an_aggregate_that_is_not_finite_changes_nothing(caplog):
@@ -331,7 +336,7 @@ def test_huge_values_of_one_of_two_are_no_error():
     lie = only_in("train", [11], scaled(3e38))
     strategy = AutoFLIP()
     run(strategy, LocalGrid(toy_app(), [11, 12], tamper=lie), net(), 1)
-    assert strategy.rounds.update_variance is None
+    assert strategy.rounds.diagnostics.update_variance is None
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -350,7 +355,7 @@ def test_an_explorer_far_from_the_others_is_left_out_of_mask_and_start(warm, cap
 
     def weights(lie):
         grid = LocalGrid(toy_app(), NODES, tamper=only_in("explore", [13], lie))
-        strategy = AutoFLIP(normalization="global", warm_start=warm)
+        strategy = AutoFLIP(**flat(normalization="global", warm_start=warm))
         return run(strategy, grid, net(), 1)[0][-1]
 
     lost = weights(lambda reply: "lost")
@@ -378,7 +383,7 @@ def test_an_explorer_that_comes_alone_is_compared_with_those_before(caplog):
         if server_round == 1:
             grid.join(99, {"partition-id": 0, "num-partitions": 5})
 
-    run(AutoFLIP(normalization="global"), grid, net(), 2, after_round=join)
+    run(AutoFLIP(**flat(normalization="global")), grid, net(), 2, after_round=join)
     assert "node 99 is left out: expected at most 100 times the median" in caplog.text
 
 
@@ -400,9 +405,9 @@ def test_robust_guidance_divides_by_each_clients_mean_first():
     assert_allclose(found["w"], [1, 1])
     with pytest.raises(SettingsError, match="median needs the normalization client"):
         combine(matrices, combination="median", normalization="global")
-    with pytest.raises(SettingsError, match=r"needs pruning\.normalization client"):
+    with pytest.raises(SettingsError, match=r"needs normalization client"):
         PruningSettings(combination="median", normalization="layer")
-    with pytest.raises(SettingsError, match=r"pruning\.trim must be in \[0, 0.5\)"):
+    with pytest.raises(SettingsError, match=r"trim: expected a number in \[0, 0.5\)"):
         PruningSettings(trim=0.5)
     with pytest.raises(GuidanceError):
         combine([], combination="median")
@@ -411,10 +416,10 @@ def test_robust_guidance_divides_by_each_clients_mean_first():
 def pruner_of(folder, guidance, **settings):
     initial = {n: np.ones(s, np.float32) for n, s in SMALL_SHAPES.items()}
     chosen = {"threshold": 0.5, "population_weight": 1.0, "floor": 0.0} | settings
-    pruner = AutoFlipPruner(initial, PruningSettings(**chosen), folder)
+    pruner = prepared(AutoFlipPruner(), initial, PruningSettings(**chosen), folder)
     pruner.start()
     for node, matrix in enumerate(guidance):
-        pruner.add(node, codec.quantize(matrix), 1.0, initial)
+        added(pruner, node, codec.quantize(matrix), 1.0, initial)
     return pruner
 
 
@@ -479,10 +484,10 @@ def test_a_poisoned_explorer_moves_the_mask_no_further_than_an_honest_one_could(
         settings = PruningSettings(
             threshold=0.8, population_weight=1.0, combination=combination
         )
-        pruner = AutoFlipPruner(initial, settings, tmp_path)
+        pruner = prepared(AutoFlipPruner(), initial, settings, tmp_path)
         pruner.start()
         for node, matrix in enumerate(matrices):
-            pruner.add(node, codec.quantize(matrix), 1.0, initial)
+            added(pruner, node, codec.quantize(matrix), 1.0, initial)
         return pruner.masks([0], initial, 1)
 
     without = mask(guidance[1:])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.testing import assert_array_equal
 
-from autoflip_flwr import mask
 from autoflip_flwr.errors import MaskError, SettingsError
+from autoflip_flwr.method import mask
 
 properties = settings(deadline=None, max_examples=150)
 

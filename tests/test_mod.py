@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from flat import flat
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -29,9 +30,9 @@ from inprocess import (
 from numpy.testing import assert_array_equal
 from torch import nn
 
-from autoflip_flwr import AutoFLIP, AutoFlipMod, codec, masked, masks_from
+from autoflip_flwr import AutoFLIP, AutoFlipMod, exploring, masked, masks_from
 from autoflip_flwr.errors import MaskError, WireError
-from autoflip_flwr.mod import exploring
+from autoflip_flwr.wire import codec
 
 NODES = [11, 12, 13]
 
@@ -40,7 +41,7 @@ def messages_of(phase, *, make=net, **options):
     """Messages as the strategy writes them, and the model they are of."""
     grid = LocalGrid(toy_app(make), NODES)
     model = make()
-    run(AutoFLIP(threshold=0.6, **options), grid, model, 1)
+    run(AutoFLIP(**flat(threshold=0.6, **options)), grid, model, 1)
     sent = [s for s in grid.down if s.phase == phase]
     kind = "train" if phase == "explore" else phase
     return model, [Message(RecordDict(dict(s.content)), s.node_id, kind) for s in sent]
@@ -63,7 +64,12 @@ def test_the_apps_train_is_called_once_an_epoch_and_fed_its_own_weights():
     calls = []
     grid = LocalGrid(toy_app(calls=calls), [11, 12])
     model = net()
-    run(AutoFLIP(FedAvg(fraction_evaluate=0), exploration_epochs=4), grid, model, 1)
+    run(
+        AutoFLIP(FedAvg(fraction_evaluate=0), **flat(exploration_epochs=4)),
+        grid,
+        model,
+        1,
+    )
     explored = [c for c in calls if c["config"]["autoflip.phase"] == "explore"]
     assert [(c["node"], c["config"]["autoflip.epoch"]) for c in explored] == [
         (node, epoch) for node in (11, 12) for epoch in range(4)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from autoflip_flwr.app.models import build, names, xavier_normal_
 from autoflip_flwr.errors import SettingsError
-from autoflip_flwr.models import build, names, xavier_normal_
 
 IMAGES = {
     "cnn_bn": ((3, 32, 32), 10, 277_706),

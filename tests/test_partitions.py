@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.testing import assert_array_equal
 
-from autoflip_flwr.data.partitions import PARTITIONS, divide
+from autoflip_flwr.app.data.partitions import PARTITIONS, divide
 from autoflip_flwr.errors import SettingsError
 
 labels_of_up_to_six_classes = npst.arrays(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flat import flat
 from flwr.serverapp import PrivacyConfig, RdpAccountant
 from flwr.supercore.privacy_accounting import (
     GaussianPrivacyEvent,
@@ -93,7 +94,7 @@ def test_impossible_privacy_is_refused(values):
 def guided(privacy, **options):
     app = toy_app(mods=[AutoFlipMod(privacy=privacy)])
     grid = LocalGrid(app, NODES)
-    strategy = AutoFLIP(seed=0, **options)
+    strategy = AutoFLIP(**flat(seed=0, **options))
     run(strategy, grid, net(), 1)
     return [s.arrays["autoflip.guidance"].data for s in grid.up if s.phase == "explore"]
 

@@ -5,12 +5,14 @@ import tracemalloc
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from preparing import added, prepared
 
-from autoflip_flwr import codec, mask
 from autoflip_flwr.errors import ExplorationError, MaskError, WireError
-from autoflip_flwr.guidance import NORMALIZATIONS, combine
+from autoflip_flwr.method import mask
+from autoflip_flwr.method.guidance import NORMALIZATIONS, combine
 from autoflip_flwr.pruners import AutoFlipPruner
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
+from autoflip_flwr.wire import codec
 
 SHAPES = {"conv": (6, 3, 3, 3), "fc": (40, 30), "bias": (40,)}
 INITIAL = {
@@ -36,9 +38,9 @@ def dense(node_id):
 
 def pruner_of(directory, explorers=(), **settings):
     chosen = {"threshold": 0.7, "floor": 0.0, "score": "guidance", **settings}
-    pruner = AutoFlipPruner(INITIAL, PruningSettings(**chosen), directory)
+    pruner = prepared(AutoFlipPruner(), INITIAL, PruningSettings(**chosen), directory)
     for node_id in explorers:
-        pruner.add(node_id, frame(node_id), 1.0, INITIAL)
+        added(pruner, node_id, frame(node_id), 1.0, INITIAL)
     return pruner
 
 
@@ -135,7 +137,7 @@ def test_at_population_weight_one_the_mask_is_made_once(tmp_path):
     pruner = pruner_of(tmp_path, [0, 1], population_weight=1.0)
     first = masks_of(pruner, [0])
     assert masks_of(pruner, [1, 5]) is first
-    pruner.add(2, frame(2), 1.0, INITIAL)
+    added(pruner, 2, frame(2), 1.0, INITIAL)
     later = masks_of(pruner, [0])
     expected = reference_scores([0, 1, 2], [0], "client", 1.0)
     assert_keeps_the_best(later, expected, pruned=round(0.7 * TOTAL))
@@ -161,22 +163,22 @@ def test_an_explorer_that_explores_again_replaces_its_guidance(
     )
     if asked_before:
         masks_of(pruner, [0])
-    pruner.add(0, frame(2), 1.0, INITIAL)
-    pruner.add(3, frame(3), 1.0, INITIAL)
+    added(pruner, 0, frame(2), 1.0, INITIAL)
+    added(pruner, 3, frame(3), 1.0, INITIAL)
     fresh = pruner_of(
         tmp_path / "fresh", normalization=normalization, population_weight=0.5
     )
     for node_id, explored in ((0, 2), (1, 1), (3, 3)):
-        fresh.add(node_id, frame(explored), 1.0, INITIAL)
+        added(fresh, node_id, frame(explored), 1.0, INITIAL)
     assert pruner.explorers == 3
     assert mask.change(masks_of(fresh, [0, 3]), masks_of(pruner, [0, 3])) < 2 / TOTAL
 
 
 def test_a_single_explorer_may_explore_again(tmp_path):
     pruner = pruner_of(tmp_path, [0], population_weight=1.0)
-    pruner.add(0, frame(4), 1.0, INITIAL)
+    added(pruner, 0, frame(4), 1.0, INITIAL)
     fresh = pruner_of(tmp_path / "fresh", population_weight=1.0)
-    fresh.add(0, frame(4), 1.0, INITIAL)
+    added(fresh, 0, frame(4), 1.0, INITIAL)
     for name, keep in masks_of(fresh, [0]).items():
         assert_array_equal(masks_of(pruner, [0])[name], keep)
 
@@ -186,7 +188,7 @@ def test_a_bad_frame_changes_nothing(tmp_path):
     before = masks_of(pruner, [0])
     for node_id in (0, 5):
         with pytest.raises(WireError):
-            pruner.add(node_id, frame(3)[:-1], 1.0, INITIAL)
+            added(pruner, node_id, frame(3)[:-1], 1.0, INITIAL)
     assert pruner.explorers == 2
     assert mask.change(before, masks_of(pruner, [0])) == 0
 
@@ -204,7 +206,8 @@ def test_a_mask_that_cuts_a_layer_off_is_refused(tmp_path):
 
 def test_exploring_again_forgets_everyone_once_somebody_has(tmp_path):
     pruner = pruner_of(tmp_path, population_weight=1.0)
-    pruner = AutoFlipPruner(
+    pruner = prepared(
+        AutoFlipPruner(),
         INITIAL,
         pruner.settings,
         tmp_path,
@@ -213,16 +216,16 @@ def test_exploring_again_forgets_everyone_once_somebody_has(tmp_path):
     ask = pruner.asks(1, connected=[0, 1], sampled=[0])
     assert (list(ask.nodes), ask.renew) == ([0, 1], False)
     for node_id in ask.nodes:
-        pruner.add(node_id, frame(node_id), 1.0, INITIAL)
+        added(pruner, node_id, frame(node_id), 1.0, INITIAL)
     before = masks_of(pruner, [0])
     assert pruner.asks(2, connected=[0, 1], sampled=[0]) is None
     ask = pruner.asks(3, connected=[4], sampled=[4])
     assert (list(ask.nodes), ask.renew) == ([4], True)
     assert mask.change(masks_of(pruner, [0]), before) == 0, "nobody's came yet"
     with pytest.raises(WireError):
-        pruner.add(4, frame(4)[:-1], 1.0, INITIAL)
+        added(pruner, 4, frame(4)[:-1], 1.0, INITIAL)
     assert pruner.explorers == 2
-    pruner.add(4, frame(4), 1.0, INITIAL)
+    added(pruner, 4, frame(4), 1.0, INITIAL)
     fresh = pruner_of(tmp_path / "fresh", [4], population_weight=1.0)
     assert mask.change(masks_of(fresh, [4]), masks_of(pruner, [4])) == 0
 
@@ -236,18 +239,19 @@ def test_no_sample_is_served_everyones_mask(tmp_path):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_memory_does_not_grow_with_the_explorers(tmp_path, normalization):
     shapes = {"w": (300, 200)}  # 60,000 B quantised, 240,000 B dense
-    pruner = AutoFlipPruner(
+    pruner = prepared(
+        AutoFlipPruner(),
         {"w": np.ones((300, 200), np.float32)},
         PruningSettings(normalization=normalization),
         tmp_path,
     )
     frames = [frame(0, shapes), frame(1, shapes)]
-    pruner.add(0, frames[0], 1.0, INITIAL)
+    added(pruner, 0, frames[0], 1.0, INITIAL)
     masks_of(pruner, [0])
     tracemalloc.start()
     try:
         for node_id in range(1, 51):
-            pruner.add(node_id, frames[node_id % 2], 1.0, INITIAL)
+            added(pruner, node_id, frames[node_id % 2], 1.0, INITIAL)
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from autoflip_flwr import codec, data, guidance, mask, models, scores, training
+from autoflip_flwr.app import data, models, training
+from autoflip_flwr.method import guidance, mask, scores
 from autoflip_flwr.settings import TrainingSettings
+from autoflip_flwr.wire import codec
 
 CLIENTS = 5
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from test_results import write_run
 
+from autoflip_flwr.compare.report import write_report
 from autoflip_flwr.errors import DataError, SettingsError
-from autoflip_flwr.report import write_report
 
 CHARTS = {
     "accuracy-by-round",

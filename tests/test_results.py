@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from autoflip_flwr import settings
-from autoflip_flwr.errors import DataError, SettingsError
-from autoflip_flwr.results import (
+from autoflip_flwr.compare.results import (
     Arm,
     arms,
     bytes_to,
@@ -19,6 +18,7 @@ from autoflip_flwr.results import (
     read_run,
     rounds_to,
 )
+from autoflip_flwr.errors import DataError, SettingsError
 
 
 def write_run(

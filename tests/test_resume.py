@@ -144,7 +144,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from autoflip_flwr.runlog import _held
+from autoflip_flwr.app.runlog import _held
 lock = _held(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -186,7 +186,9 @@ exit $status
 
 def limited(folder, *, moment):
     """Run with no room on the disk, or in a file, at the fourth of something."""
-    from autoflip_flwr import checkpoint, runlog, store
+    from autoflip_flwr.app import runlog
+    from autoflip_flwr.pruners import store
+    from autoflip_flwr.server import checkpoint
 
     owner, name = {
         "checkpoint": (checkpoint, "write"),

@@ -11,8 +11,10 @@ from flwr.app import Context, Error, Message, RecordDict
 from inprocess import ROOT, LocalGrid, load_script
 from safetensors.numpy import load_file
 
-from autoflip_flwr import experiment, results, training
-from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.app import build as experiment
+from autoflip_flwr.app import training
+from autoflip_flwr.compare import results
+from autoflip_flwr.errors import AutoFlipError, SettingsError
 from autoflip_flwr.settings import load
 
 server_app = load_script("autoflip_server_app", ROOT / "server_app.py")
@@ -227,7 +229,7 @@ def test_tensorboard_gets_every_rounds_metrics(tmp_path):
 
 def test_tensorboard_that_is_missing_is_said_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SettingsError, match=r"pip install 'autoflip-flwr\[tensorboard"):
+    with pytest.raises(AutoFlipError, match=r"pip install 'autoflip-flwr\[tensorboard"):
         go(tmp_path / "run", "log.tensorboard=true")
 
 

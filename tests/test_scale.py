@@ -15,7 +15,7 @@ from flwr.app import Message, RecordDict
 from inprocess import LocalGrid, net, run, toy_app
 
 from autoflip_flwr import AutoFLIP, cli
-from autoflip_flwr.grid import stream
+from autoflip_flwr.app.grid import stream
 
 BIN = Path(sys.executable).parent
 
@@ -108,7 +108,7 @@ CLUSTER = """
 import json, logging, os, signal, sys, time
 import ray
 from flwr.app import Message, MetricRecord, RecordDict
-from autoflip_flwr import simulation
+from autoflip_flwr.compare import simulation
 
 def app():
     def answer(message, context):

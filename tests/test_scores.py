@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.testing import assert_allclose, assert_array_equal
 
-from autoflip_flwr.scores import SCORES, ScoreName, guidance_score, saliency_score
+from autoflip_flwr.method.scores import (
+    SCORES,
+    ScoreName,
+    guidance_score,
+    saliency_score,
+)
 
 
 def test_every_name_has_a_score():

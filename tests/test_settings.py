@@ -1,6 +1,5 @@
 """Presets load, overrides do what they say, and a mistake lists what is allowed."""
 
-import dataclasses
 import math
 
 import pytest
@@ -8,10 +7,19 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from autoflip_flwr import settings as module
 from autoflip_flwr.errors import SettingsError
-from autoflip_flwr.settings import PruningSettings, Settings, load, presets
+from autoflip_flwr.settings import (
+    ExplorationSettings,
+    PruningSettings,
+    Settings,
+    WireSettings,
+    load,
+    presets,
+    read,
+)
 
 properties = hypothesis_settings(deadline=None, max_examples=50)
 
@@ -73,13 +81,12 @@ def test_the_resolved_settings_are_a_preset_that_means_the_same(
 
 def test_the_resolved_settings_name_every_value():
     values = yaml.safe_load(load("quickstart").as_yaml())
-    for group in dataclasses.fields(Settings):
-        found = values[group.name]
-        if group.name in ("preset", "rounds", "seed"):
+    for name in Settings.model_fields:
+        found = values[name]
+        if name in ("preset", "rounds", "seed"):
             continue
-        kind = type(getattr(load("quickstart"), group.name))
-        names = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}
-        assert set(found) == names
+        kind = type(getattr(load("quickstart"), name))
+        assert set(found) == {field.replace("_", "-") for field in kind.model_fields}
 
 
 @pytest.mark.parametrize(
@@ -155,16 +162,25 @@ def test_an_override_becomes_the_settings_type(override, group, name, expected):
         ("pruning.mode=median", r"pruning\.mode: .*'quantile', 'value', 'compression'"),
         ("strategy.name=fedfoo", r"strategy\.name: expected .*'fedavg', 'autoflip', "),
         ("wire.values=[float16]", r"wire\.values: expected one of \['float32'"),
-        ("rounds=true", "rounds: expected int, got bool True"),
-        ("pruning.threshold=true", r"pruning\.threshold: expected float, got bool"),
-        ("rounds=3.0", "rounds: expected int, got float 3.0"),
-        ("rounds=many", "rounds: expected int, got str 'many'"),
-        ("rounds=null", "rounds: expected int, got NoneType"),
-        ("data.name=3", r"data\.name: expected str, got int 3"),
-        ("data.name=no", r"data\.name: expected str, got bool False"),
-        ("pruning.exclude=[1]", r"pruning\.exclude: expected str, got int 1"),
-        ("model.channels=[8,x]", r"model\.channels: expected int, got str 'x'"),
-        ("training.learning-rate=fast", r"learning-rate: expected float, got str"),
+        ("rounds=true", "rounds: expected a whole number >= 1, got True"),
+        ("pruning.threshold=true", r"pruning\.threshold: expected a number .*got True"),
+        ("rounds=3.0", "rounds: expected a whole number >= 1, got 3.0"),
+        ("rounds=many", "rounds: expected a whole number >= 1, got 'many'"),
+        ("rounds=null", "rounds: expected a whole number >= 1, got None"),
+        ("data.name=3", r"data\.name: expected a text, got 3"),
+        ("data.name=no", r"data\.name: expected a text, got False"),
+        (
+            "pruning.exclude=[1]",
+            r"pruning\.exclude: expected a list, each a text, got 1",
+        ),
+        (
+            "model.channels=[8,x]",
+            r"model\.channels: expected a list, each a whole number.*got 'x'",
+        ),
+        (
+            "training.learning-rate=fast",
+            r"learning-rate: expected a number > 0, got 'fast'",
+        ),
         ("rounds", "expected dotted key=value pairs, got 'rounds'"),
         ("=3", "expected dotted key=value pairs, got '=3'"),
         ("data.dir='open", "overrides .*quotation"),
@@ -179,43 +195,66 @@ def test_a_mistaken_override_says_what_is_allowed(override, message):
 @pytest.mark.parametrize("text", ["*bias", "[a", "2024-13-45", "0x_", "!!int;x"])
 def test_what_yaml_cannot_read_is_text(text):
     assert load("quickstart", f"data.dir={text}").data.dir == text
-    with pytest.raises(SettingsError, match="rounds: expected int, got str"):
+    with pytest.raises(
+        SettingsError, match="rounds: expected a whole number >= 1, got"
+    ):
         load("quickstart", f"rounds={text}")
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rounds=0", "rounds: expected a value >= 1, got 0"),
-        ("seed=-1", "seed: expected a value >= 0, got -1"),
-        ("strategy.fraction-train=0", r"fraction-train: expected \(0, 1\], got 0"),
-        ("strategy.fraction-evaluate=1.5", r"fraction-evaluate: expected \[0, 1\]"),
-        ("strategy.min-nodes=0", "min-nodes: expected a value >= 1"),
-        ("strategy.timeout=0", "timeout: expected a value > 0"),
-        ("strategy.timeout=.inf", "timeout: expected a value > 0, got inf"),
+        ("rounds=0", "rounds: expected a whole number >= 1, got 0"),
+        ("seed=-1", "seed: expected a whole number >= 0, got -1"),
+        (
+            "strategy.fraction-train=0",
+            r"fraction-train: expected a number in \(0, 1\], got 0",
+        ),
+        (
+            "strategy.fraction-evaluate=1.5",
+            r"fraction-evaluate: expected a number in \[0, 1\]",
+        ),
+        ("strategy.min-nodes=0", "min-nodes: expected a whole number >= 1"),
+        ("strategy.timeout=0", "timeout: expected a number > 0"),
+        ("strategy.timeout=.inf", "timeout: expected a number > 0, got inf"),
         ("strategy.server-learning-rate=0", "server-learning-rate: .* > 0"),
-        ("strategy.server-momentum=2", r"server-momentum: expected \[0, 1\]"),
+        (
+            "strategy.server-momentum=2",
+            r"server-momentum: expected a number in \[0, 1\]",
+        ),
         ("strategy.malicious-nodes=-1", "malicious-nodes: .* >= 0"),
         ("exploration.epochs=0", r"exploration\.epochs: .* >= 1"),
-        ("exploration.fraction=0", r"exploration\.fraction: expected \(0, 1\]"),
+        (
+            "exploration.fraction=0",
+            r"exploration\.fraction: expected a number in \(0, 1\]",
+        ),
         ("exploration.patience=0", r"exploration\.patience: .* >= 1"),
         ("exploration.every=-1", r"exploration\.every: .* >= 0"),
-        ("pruning.threshold=1.5", r"pruning\.threshold: expected \[0, 1\], got 1.5"),
-        ("pruning.threshold=nan", r"pruning\.threshold: expected \[0, 1\], got nan"),
+        (
+            "pruning.threshold=1.5",
+            r"pruning\.threshold: expected a number in \[0, 1\], got 1.5",
+        ),
+        (
+            "pruning.threshold=nan",
+            r"pruning\.threshold: expected a number >= 0, got 'nan'",
+        ),
         ("pruning.mode=compression pruning.threshold=0.5", r"ratio all/kept.* >= 1"),
-        ("pruning.population-weight=-0.1", r"population-weight: expected \[0, 1\]"),
-        ("pruning.floor=2", r"pruning\.floor: expected \[0, 1\]"),
+        (
+            "pruning.population-weight=-0.1",
+            r"population-weight: expected a number in \[0, 1\]",
+        ),
+        ("pruning.floor=2", r"pruning\.floor: expected a number in \[0, 1\]"),
         ("training.epochs=0", r"training\.epochs: .* >= 1"),
         ("training.batch-size=0", r"training\.batch-size: .* >= 1"),
         ("training.learning-rate=-1", r"training\.learning-rate: .* > 0"),
-        ("training.learning-rate=nan", r"training\.learning-rate: .* > 0, got nan"),
-        ("training.momentum=1.1", r"training\.momentum: expected \[0, 1\]"),
+        ("training.learning-rate=nan", r"training\.learning-rate: .* > 0, got 'nan'"),
+        ("training.momentum=1.1", r"training\.momentum: expected a number in \[0, 1\]"),
         ("training.weight-decay=-1", r"training\.weight-decay: .* >= 0"),
         ("data.alpha=0", r"data\.alpha: .* > 0"),
         ("data.classes-per-client=0", r"data\.classes-per-client: .* >= 1"),
         ("data.max-samples=0", r"data\.max-samples: .* >= 1"),
         ("data.max-test-samples=0", r"data\.max-test-samples: .* >= 1"),
-        ("data.holdout=0.95", r"data\.holdout: expected \[0, 0.9\]"),
+        ("data.holdout=0.95", r"data\.holdout: expected a number in \[0, 0.9\]"),
     ],
 )
 def test_impossible_values_are_refused_with_their_range(override, message):
@@ -229,14 +268,49 @@ def test_compression_takes_a_ratio():
 
 
 def test_settings_made_in_code_are_checked_too():
-    with pytest.raises(SettingsError, match=r"pruning\.mode: expected one of"):
+    with pytest.raises(SettingsError, match=r"PruningSettings: mode: expected one of"):
         PruningSettings(mode="median")
-    with pytest.raises(SettingsError, match=r"pruning\.pruned-weights: expected one"):
+    with pytest.raises(
+        SettingsError, match=r"PruningSettings: pruned_weights: expected one"
+    ):
         PruningSettings(pruned_weights="lost")
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("pruning.treshold=0.5", "did you mean 'threshold'"),
+        ("prunning.threshold=0.5", "did you mean 'pruning'"),
+        ("pruning.mode=quantil", "did you mean 'quantile'"),
+    ],
+)
+def test_a_typo_is_answered_with_what_may_have_been_meant(word, meant):
+    with pytest.raises(SettingsError, match=meant):
+        load("quickstart", word)
+    with pytest.raises(SettingsError, match="did you mean 'quickstart'"):
+        load("quickstar")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PruningSettings(threshold="0.8"), "threshold: expected a number"),
+        (lambda: PruningSettings(min_unit=1), r"\['min_unit'\].*mean 'min_units'"),
+        (lambda: WireSettings(min_replies=0), "min_replies: expected a whole number"),
+        (
+            lambda: ExplorationSettings(privacy_clip=1.0),
+            "privacy_clip and privacy_noise go together",
+        ),
+    ],
+)
+def test_in_code_the_names_are_pythons(make, message):
+    with pytest.raises(SettingsError, match=message) as raised:
+        make()
+    assert "privacy-clip" not in str(raised.value)
+
+
 def test_settings_cannot_be_changed_after_the_check():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         PruningSettings().threshold = 2.0
 
 
@@ -311,3 +385,14 @@ def test_a_run_is_what_its_strategy_reads():
     assert load("quickstart", "pruning.units=0.5").identity() != (
         load("quickstart").identity()
     )
+
+
+def test_the_settings_of_a_run_of_version_0_1_are_read(tmp_path):
+    values = yaml.safe_load(load("quickstart", "seed=3").as_yaml())
+    values["rivals"] = values.pop("baselines") | {"replaced": 0.25}
+    values["strategy"]["outlier"] = 7.0
+    del values["wire"]["outlier"], values["wire"]["min-replies"]
+    del values["pruning"]["prunable"]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    found = read(tmp_path / "settings.yaml")
+    assert (found.seed, found.wire.outlier, found.baselines.replaced) == (3, 7.0, 0.25)

@@ -1,15 +1,16 @@
 """The store keeps what it was given, or says why not and keeps what it had."""
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from preparing import measured
 
-from autoflip_flwr import codec
-from autoflip_flwr.errors import WireError
-from autoflip_flwr.guidance import statistics
-from autoflip_flwr.store import Answer, Answers, GuidanceStore
+from autoflip_flwr.method.guidance import statistics
+from autoflip_flwr.pruners.store import Answer, Answers, GuidanceStore
+from autoflip_flwr.wire import codec
 
 SHAPES = {"w": (2, 3), "b": (2,)}
 
@@ -27,10 +28,11 @@ def store(tmp_path):
 
 
 def test_what_is_put_comes_back(store):
-    given = store.put(7, frame(7))
-    store.put(2**64 - 1, frame(8))
+    given = measured(frame(7), SHAPES)
+    store.put(7, given)
+    store.put(2**64 - 1, measured(frame(8), SHAPES))
     expected = codec.dequantize(frame(7), SHAPES).dense()
-    for found in (given, store.get(7)):
+    for found in (given.guidance(), store.get(7)):
         for name, values in found.dense().items():
             assert_array_equal(values, expected[name])
     assert len(store) == 2
@@ -40,7 +42,7 @@ def test_what_is_put_comes_back(store):
 
 
 def test_statistics_are_those_of_the_dense_matrix(store):
-    store.put(7, frame(7))
+    store.put(7, measured(frame(7), SHAPES))
     expected = statistics(codec.dequantize(frame(7), SHAPES).dense())
     found = store.statistics(7)
     assert_allclose(found.mean, expected.mean, rtol=1e-6)
@@ -51,21 +53,51 @@ def test_statistics_are_those_of_the_dense_matrix(store):
 @pytest.mark.parametrize(
     "bad", [b"", frame()[:-1], frame() + b"\0", b"\xff" * len(frame())]
 )
-def test_a_bad_frame_changes_nothing(store, tmp_path, bad):
-    store.put(7, frame(7))
-    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    mean = store.statistics(7).mean
-    for node_id in (7, 8):
-        with pytest.raises(WireError):
-            store.put(node_id, bad)
-    assert list(store) == [7]
-    assert store.statistics(7).mean == mean
-    assert files == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+def test_a_bad_frame_is_nothing_but_a_reason(tmp_path, bad):
+    answers = Answers(tmp_path, SHAPES)
+    answers.begin(1)
+    answers.put(7, Answer(bad))
+    assert 7 in answers, "it is not asked again"
+    assert answers.get(7) is None
+    assert "expected" in answers.failure(7)
+    assert [path.name for path in tmp_path.iterdir()] == ["1-7.answerless"]
+
+
+@pytest.mark.parametrize("examples", [0, -1, float("nan"), float("inf"), "many", None])
+def test_an_answer_that_stands_for_no_examples_is_nothing_but_a_reason(
+    tmp_path, examples
+):
+    answers = Answers(tmp_path, SHAPES)
+    answers.begin(1)
+    answers.put(7, Answer(frame(), None, examples))
+    assert answers.get(7) is None
+    assert answers.failure(7)
+
+
+def test_a_frame_is_written_once_and_has_two_names(store, tmp_path):
+    given = measured(frame(7), SHAPES)
+    store.put(7, given)
+    (kept,) = tmp_path.rglob("*.guidance")
+    assert kept.samefile(given.path)
+    given.path.unlink()
+    assert_array_equal(
+        store.get(7).dense()["w"], codec.dequantize(frame(7), SHAPES).dense()["w"]
+    )
+
+
+def test_where_there_are_no_links_a_frame_is_copied(store, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    store.put(7, measured(frame(7), SHAPES))
+    expected = codec.dequantize(frame(7), SHAPES).dense()
+    assert_array_equal(store.get(7).dense()["w"], expected["w"])
 
 
 def test_a_later_frame_replaces_the_earlier(store, tmp_path):
-    store.put(7, frame(1))
-    store.put(7, frame(2))
+    store.put(7, measured(frame(1), SHAPES))
+    store.put(7, measured(frame(2), SHAPES))
     assert len(store) == 1
     expected = codec.dequantize(frame(2), SHAPES).dense()
     assert_array_equal(store.get(7).dense()["w"], expected["w"])
@@ -74,15 +106,17 @@ def test_a_later_frame_replaces_the_earlier(store, tmp_path):
 
 def test_two_frames_before_stay_on_the_disk_for_earlier_checkpoints(store, tmp_path):
     for seed in (1, 2, 3, 4):
-        store.put(7, frame(seed))
-    files = sorted(path.read_bytes() for path in tmp_path.rglob("*.guidance"))
-    assert files == sorted([frame(2), frame(3), frame(4)])
+        store.put(7, measured(frame(seed), SHAPES))
+    files = [path.read_bytes() for path in tmp_path.rglob("*.guidance")]
+    assert len(files) == 3
+    for seed in (2, 3, 4):
+        assert any(frame(seed) in data for data in files)
 
 
 def test_a_store_goes_on_with_the_rows_of_another(store, tmp_path):
     for node_id in range(40):  # more than the table had room for at first
-        store.put(node_id, frame(node_id))
-    store.put(3, frame(99))
+        store.put(node_id, measured(frame(node_id), SHAPES))
+    store.put(3, measured(frame(99), SHAPES))
     later = GuidanceStore(tmp_path / "guidance", SHAPES)
     later.restore(store.state())
     assert list(later) == list(range(40))
@@ -90,14 +124,14 @@ def test_a_store_goes_on_with_the_rows_of_another(store, tmp_path):
         assert later.statistics(node_id) == store.statistics(node_id)
     expected = codec.dequantize(frame(99), SHAPES).dense()
     assert_array_equal(later.get(3).dense()["w"], expected["w"])
-    later.put(40, frame(40))
+    later.put(40, measured(frame(40), SHAPES))
     assert len(later) == 41
     assert len(store) == 40
 
 
 def test_tensors_of_many_nodes_are_read_block_by_block(store):
     for node_id in range(5):
-        store.put(node_id, frame(node_id))
+        store.put(node_id, measured(frame(node_id), SHAPES))
     for name, shape in SHAPES.items():
         dense = np.zeros((3, int(np.prod(shape))), np.float32)
         tables = store.tables([4, 0, 2], name)
@@ -111,7 +145,7 @@ def test_tensors_of_many_nodes_are_read_block_by_block(store):
 
 def test_overall_statistics_are_those_of_all_nodes(store):
     for node_id in range(20):
-        store.put(node_id, frame(node_id))
+        store.put(node_id, measured(frame(node_id), SHAPES))
     each = [store.statistics(node_id) for node_id in store]
     overall = store.overall()
     assert_allclose(overall.mean, np.mean(store.means()))
@@ -121,18 +155,24 @@ def test_overall_statistics_are_those_of_all_nodes(store):
 
 
 def test_answers_are_those_of_their_round_and_of_the_one_before(tmp_path):
-    answers = Answers(tmp_path)
+    signs = codec.pack_mask({n: np.ones(s, np.bool_) for n, s in SHAPES.items()})
+    answers = Answers(tmp_path, SHAPES)
     for server_round in (1, 2, 3):
         answers.begin(server_round)
-        answers.put(7, Answer(b"frame", b"signs", server_round))
+        answers.put(7, Answer(frame(server_round), signs, server_round))
         answers.fail(8, f"reason {server_round}")
-    later = Answers(tmp_path)
+    later = Answers(tmp_path, SHAPES)
     later.begin(2)
     assert len(list(tmp_path.iterdir())) == 2, "later ones are not to be trusted"
     assert 7 in later
     assert 8 in later
     assert 9 not in later
-    assert later.get(7) == Answer(b"frame", b"signs", 2)
+    found = later.get(7)
+    expected = codec.dequantize(frame(2), SHAPES).dense()
+    assert_array_equal(found.guidance().dense()["w"], expected["w"])
+    assert found.signs()["b"].all()
+    assert found.examples == 2
+    assert found.statistics == measured(frame(2), SHAPES).statistics
     assert later.failure(8) == "reason 2"
     (path,) = tmp_path.glob("*-7.answer")
     path.write_bytes(path.read_bytes()[:-1])
@@ -145,14 +185,14 @@ def test_answers_are_those_of_their_round_and_of_the_one_before(tmp_path):
 
 
 def test_clear_forgets_and_frees_the_disk(store, tmp_path):
-    store.put(7, frame(1))
-    store.put(8, frame(2))
+    store.put(7, measured(frame(1), SHAPES))
+    store.put(8, measured(frame(2), SHAPES))
     store.clear()
     assert len(store) == 0
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     with pytest.raises(KeyError, match="no local guidance of node 7"):
         store.get(7)
-    store.put(7, frame(3))
+    store.put(7, measured(frame(3), SHAPES))
     assert list(store) == [7]
 
 
@@ -164,11 +204,14 @@ def test_a_node_without_guidance_is_a_key_error(store):
 def test_memory_does_not_grow_with_the_explorers(tmp_path):
     store = GuidanceStore(tmp_path, {"w": (1000, 100)})
     matrix = np.ones((1000, 100), np.float32)
-    store.put(0, codec.quantize({"w": matrix}))
+    shapes = {"w": (1000, 100)}
+    store.put(0, measured(codec.quantize({"w": matrix}), shapes))
     tracemalloc.start()
     try:
         for node_id in range(1, 21):
-            store.put(node_id, codec.quantize({"w": node_id * matrix}))
+            frame = codec.quantize({"w": node_id * matrix})
+            store.put(node_id, measured(frame, shapes))
+            del frame
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -4,9 +4,9 @@ import json
 
 from test_results import run
 
-from autoflip_flwr.report import formats
-from autoflip_flwr.report.table import compared
-from autoflip_flwr.results import experiments
+from autoflip_flwr.compare.report import formats
+from autoflip_flwr.compare.report.table import compared
+from autoflip_flwr.compare.results import experiments
 
 
 def test_every_number_of_an_arm_stands_under_its_heading(tmp_path):

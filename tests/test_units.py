@@ -12,7 +12,7 @@ from torch import nn
 
 from autoflip_flwr import units
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
-from autoflip_flwr.training import enforce
+from autoflip_flwr.units.enforce import enforce
 
 
 def sizes(model: nn.Module, x: torch.Tensor) -> dict[str, int]:

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from autoflip_flwr import codec, wire
 from autoflip_flwr.errors import SettingsError, WireError
-from autoflip_flwr.manifest import Entry, Manifest
-from autoflip_flwr.wire import Plan
+from autoflip_flwr.wire import codec
+from autoflip_flwr.wire import records as wire
+from autoflip_flwr.wire.manifest import Entry, Manifest
+from autoflip_flwr.wire.records import Plan
 
 fuzzing = settings(deadline=None, max_examples=200)
 

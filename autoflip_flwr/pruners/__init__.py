@@ -1,94 +1,74 @@
-"""What makes the masks: AutoFLIP, and the rivals it is compared with."""
+"""What makes the masks: AutoFLIP, and the baselines it is compared with.
 
-from pathlib import Path
+`Pruner` is the interface, also for a pruner of yours; `store` keeps what nodes measured
+on the server's disk. May import `method`, `wire.codec`, `settings`, `types` and
+`errors`; knows neither torch nor Flower.
+"""
+
+from collections.abc import Callable
 from typing import get_args
 
-from autoflip_flwr.groups import Units
+from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.pruners.autoflip import AutoFlipPruner
-from autoflip_flwr.pruners.base import Ask, Pruner
-from autoflip_flwr.pruners.gradients import (
-    FedDstPruner,
-    PruneFlPruner,
-    SsflPruner,
-)
+from autoflip_flwr.pruners.base import Ask, Problem, Pruner
+from autoflip_flwr.pruners.gradients import SSFL, FedDST, PruneFL
 from autoflip_flwr.pruners.weights import (
-    BatchNormPruner,
-    EflPruner,
-    L1Pruner,
-    L2Pruner,
-    MagnitudePruner,
-    RandomPruner,
-    SimilarityPruner,
+    L1,
+    L2,
+    BatchNormScale,
+    EFLPrune,
+    Magnitude,
+    Random,
+    Similarity,
 )
-from autoflip_flwr.settings import ExplorationSettings, PruningSettings, RivalSettings
-from autoflip_flwr.types import MethodName, Params
+from autoflip_flwr.settings import BaselineSettings
+from autoflip_flwr.types import MethodName
 
 __all__ = [
+    "L1",
+    "L2",
     "METHODS",
-    "NEEDS_UNITS",
+    "SSFL",
     "Ask",
     "AutoFlipPruner",
+    "BatchNormScale",
+    "EFLPrune",
+    "FedDST",
+    "Magnitude",
+    "Problem",
+    "PruneFL",
     "Pruner",
+    "Random",
+    "Similarity",
     "build",
 ]
 
-_RIVALS: dict[MethodName, type[Pruner]] = {
-    "random": RandomPruner,
-    "magnitude": MagnitudePruner,
-    "l1": L1Pruner,
-    "l2": L2Pruner,
-    "similarity": SimilarityPruner,
-    "bn": BatchNormPruner,
-    "eflprune": EflPruner,
-    "ssfl": SsflPruner,
-    "prunefl": PruneFlPruner,
-    "feddst": FedDstPruner,
-}
-
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
-#: Rivals that prune whole units.
-NEEDS_UNITS: frozenset[MethodName] = frozenset(
-    {"l1", "l2", "similarity", "bn", "eflprune"}
-)
+_JUDGES_WEIGHTS: dict[MethodName, Callable[..., Pruner]] = {
+    "magnitude": Magnitude,
+    "l1": L1,
+    "l2": L2,
+    "similarity": Similarity,
+    "bn": BatchNormScale,
+    "eflprune": EFLPrune,
+}
 
 
-def build(
-    method: MethodName,
-    initial: Params,
-    *,
-    pruning: PruningSettings,
-    exploration: ExplorationSettings,
-    rivals: RivalSettings,
-    directory: Path,
-    units: Units | None,
-    seed: int | None,
-    trainable_known: bool,
-) -> Pruner:
-    """Return the pruner of a method, by name.
-
-    Parameters
-    ----------
-    method : MethodName
-    initial : mapping of name -> array
-        The prunable weights of the start.
-    pruning, exploration, rivals : settings
-    directory : Path
-        Where local guidance may lie.
-    units : Units or None
-    seed : int, optional
-        Decides all that is drawn.
-    trainable_known : bool
-        Whether somebody said what is trainable.
-    """
-    if method == "autoflip":
-        return AutoFlipPruner(
-            initial,
-            pruning,
-            directory,
-            units,
-            exploration=exploration,
-            seed=seed,
-            trainable_known=trainable_known,
-        )
-    return _RIVALS[method](initial, pruning, units, rivals=rivals, seed=seed)
+def build(method: MethodName, settings: BaselineSettings | None = None) -> Pruner:
+    """Return the pruner of a method, by the name that presets have for it."""
+    if method not in METHODS:
+        raise SettingsError(f"unknown method {method!r}; known: {list(METHODS)}")
+    chosen = settings or BaselineSettings()
+    every = {} if chosen.every is None else {"every": chosen.every}
+    if method in _JUDGES_WEIGHTS:
+        return _JUDGES_WEIGHTS[method](dense_rounds=chosen.dense_rounds)
+    if method == "random":
+        return Random()
+    if method == "ssfl":
+        return SSFL()
+    if method == "prunefl":
+        return PruneFL(**every)
+    if method == "feddst":
+        return FedDST(**every, replaced=chosen.replaced, until=chosen.until)
+    return AutoFlipPruner()

@@ -1,27 +1,30 @@
-"""AutoFLIP (Internò et al., arXiv:2405.10271): frames in, masks out.
+"""AutoFLIP (Internò et al., arXiv:2405.10271): local guidance in, masks out.
 
 Data moves one way: exploration replies -> guidance -> scores -> mask.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.codec import QuantizedGuidance, dequantize
 from autoflip_flwr.errors import ExplorationError, GuidanceError
-from autoflip_flwr.groups import Units
-from autoflip_flwr.guidance import Rescaling, Statistics, middle, rescaling
-from autoflip_flwr.parallel import parallel_map
-from autoflip_flwr.pruners import agreement as agreements
-from autoflip_flwr.pruners.adjust import EVERY, adjusted, cosine_share
-from autoflip_flwr.pruners.base import Ask, Pruner, limits_of
-from autoflip_flwr.pruners.mean import WeightedMean
-from autoflip_flwr.scores import SCORES, weight_size
-from autoflip_flwr.settings import ExplorationSettings, PruningSettings
-from autoflip_flwr.store import GuidanceStore
+from autoflip_flwr.method import agreement as agreements
+from autoflip_flwr.method.exchange import EVERY, adjusted, cosine_share, due
+from autoflip_flwr.method.guidance import (
+    LocalMatrix,
+    Rescaling,
+    Statistics,
+    add_normalized,
+    middle,
+    rescaling,
+)
+from autoflip_flwr.method.mean import WeightedMean
+from autoflip_flwr.method.parallel import parallel_map
+from autoflip_flwr.method.scores import SCORES, weight_size
+from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
+from autoflip_flwr.pruners.store import GuidanceStore, Measured
 from autoflip_flwr.types import Masks, Params, Scores
 
 #: Values of all explorers that are compared at a time.
@@ -29,23 +32,7 @@ _ROBUST_BLOCK = 1 << 22
 
 
 class AutoFlipPruner(Pruner):
-    """Holds what the explorers found and makes the mask of a round.
-
-    Parameters
-    ----------
-    initial : mapping of name -> array
-        The prunable weights everyone explored from (`W0`).
-    settings : PruningSettings
-    directory : Path
-        Where the local guidance lives.
-    units : Units, optional
-        The model's units, where whole ones are to be pruned.
-    exploration : ExplorationSettings
-        Says who explores, and when again.
-    seed : int, optional
-        Decides who explores where only a share does.
-    trainable_known : bool
-        Whether somebody said what is trainable: then what moves for nobody is no error.
+    """Keeps the explorers' local guidance and makes the mask of a round.
 
     Notes
     -----
@@ -54,34 +41,26 @@ class AutoFlipPruner(Pruner):
     summed tensor by tensor out of the explorers' one-byte codes.
     """
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        directory: Path,
-        units: Units | None = None,
-        *,
-        exploration: ExplorationSettings | None = None,
-        seed: int | None = None,
-        trainable_known: bool = True,
-    ) -> None:
-        super().__init__(initial, settings, units, seed=seed)
+    def prepare(self, problem: Problem) -> None:
+        """Begin without guidance; refuse more units than there are."""
+        super().prepare(problem)
+        settings = problem.pruning
         self.restores = settings.pruned_weights == "keep"
-        self._exploration = exploration or ExplorationSettings()
-        self._trainable_known = trainable_known
-        self._check_units(initial)
+        self._exploration = problem.exploration
+        self._trainable_known = problem.trainable_known
+        self._check_units()
         self._asked: set[int] = set()
         self._renewing = False
         self._refreshing = False
         self._gradients = WeightedMean()
-        self._store = GuidanceStore(directory, self._shapes)
+        self._store = GuidanceStore(problem.directory, self.shapes)
         self._population: dict[str, NDArray[np.float32]] | None = None
         self._masks: Masks | None = None
         self._refreshed = False  # whether that mask has been refreshed
         voted = settings.agreement == "vote"
-        self._votes = agreements.Votes(self._shapes if voted else {})
+        self._votes = agreements.Votes(self.shapes if voted else {})
         signed = settings.agreement == "sign"
-        self._signs = agreements.Signs(self._shapes if signed else {})
+        self._signs = agreements.Signs(self.shapes if signed else {})
 
     def start(self) -> None:
         """Delete the guidance that an earlier run may have left."""
@@ -96,7 +75,7 @@ class AutoFlipPruner(Pruner):
             **super().state(),
             "asked": np.array([*self._asked], np.uint64),
             "renewing": self._renewing,
-            "initial": self._initial,
+            "initial": self.initial,
             "gradients": self._gradients.state(),
             "masks": self._masks,
             "refreshed": self._refreshed,
@@ -111,7 +90,7 @@ class AutoFlipPruner(Pruner):
         self._store.restore(state["store"])
         self._asked = set(state["asked"].tolist())
         self._renewing = state["renewing"]
-        self._initial = state["initial"]
+        self.initial = state["initial"]
         self._gradients.restore(state["gradients"])
         self._masks = state["masks"]
         self._refreshed = state["refreshed"]
@@ -140,17 +119,15 @@ class AutoFlipPruner(Pruner):
         self._asked.update(new)
         if fraction < 1.0 and first and new:
             count = max(1, round(fraction * len(new)))
-            chosen = set(self._rng.choice(len(new), size=count, replace=False).tolist())
+            chosen = set(self.rng.choice(len(new), size=count, replace=False).tolist())
             new = [node_id for i, node_id in enumerate(new) if i in chosen]
         elif fraction < 1.0:
-            new = [node_id for node_id in new if self._rng.random() < fraction]
+            new = [node_id for node_id in new if self.rng.random() < fraction]
         if new:
             self._refreshing = False
             return Ask(nodes=new, renew=self._renewing and first)
-        settings = self.settings
-        every = settings.refresh_every or EVERY
-        due = server_round > 1 and (server_round - 1) % every == 0
-        self._refreshing = due and self._refresh_share(server_round) > 0
+        wanted = due(server_round, self.settings.refresh_every or EVERY)
+        self._refreshing = wanted and self._refresh_share(server_round) > 0
         if not self._refreshing:
             return None
         return Ask(nodes=sampled, measure="gradient", current=True)
@@ -161,21 +138,20 @@ class AutoFlipPruner(Pruner):
             settings.refresh, server_round, until=settings.refresh_until
         )
 
-    def add(self, node_id: int, frame: bytes, weight: float, start: Params) -> None:
+    def add(self, node_id: int, measured: Measured, start: Params) -> None:
         """Take a node's local guidance, or its gradients for a refresh.
 
-        In the guidance nodes count alike, whatever their weight.
+        In the guidance nodes count alike, whatever the number of their examples.
         """
         if self._refreshing:
-            self._gradients.add(dequantize(frame, self._shapes).dense(), weight)
+            self._gradients.add(measured.guidance().dense(), measured.examples)
             return
-        self._store.check(frame)
         if self._renewing:
-            self._initial = dict(start)
+            self.initial = dict(start)
             self._forget()
             self._renewing = False
         replaced = node_id in self._store
-        guidance = self._store.put(node_id, frame)
+        self._store.put(node_id, measured)
         if not self._refreshed:  # else a newcomer would undo what was exchanged
             self._masks = None
         if replaced:  # summed anew from disk when next needed
@@ -184,7 +160,7 @@ class AutoFlipPruner(Pruner):
         elif self.settings.combination == "mean" and (
             self._population is not None or len(self._store) == 1
         ):
-            self._add_to_population(node_id, guidance)
+            self._add_to_population(node_id, measured.guidance())
 
     def explored(self) -> list[float]:
         """Return the means of the guidance in the store."""
@@ -209,7 +185,7 @@ class AutoFlipPruner(Pruner):
                 f"mask can be made; reasons by node: {dict(reasons)}"
             )
         moved = self._store.overall().high
-        still = [name for name in self._shapes if not moved[name]]
+        still = [name for name in self.shapes if not moved[name]]
         if still and not self._trainable_known:
             raise GuidanceError(
                 f"{still} moved for none of {self.explorers} explorers: frozen "
@@ -262,9 +238,9 @@ class AutoFlipPruner(Pruner):
         """Exchange small weights for such with large gradients, in living units."""
         share, gradients = self._refresh_share(server_round), self._gradients.take()
         alive: Masks = {}
-        if self._units is not None:
-            alive = self._units.masks(self._units.used(masks), masks)
-        found = {
+        if self.units is not None:
+            alive = self.units.masks(self.units.used(masks), masks)
+        exchanged = {
             name: adjusted(
                 keep,
                 np.abs(weights[name], dtype=np.float32),
@@ -277,7 +253,7 @@ class AutoFlipPruner(Pruner):
             for name, keep in masks.items()
         }
         self.kept_guidance = None  # of the first mask
-        return found
+        return exchanged
 
     def learn(self, agreement: NDArray[np.float32] | None, masks: Masks) -> None:
         """Take what the clients of a round agreed on."""
@@ -286,7 +262,12 @@ class AutoFlipPruner(Pruner):
 
     def _agreement(self) -> Mapping[str, NDArray[np.float32]] | None:
         if self.settings.agreement == "vote":
-            return self._votes.of(self._store, self.settings)
+            return self._votes.of(
+                self._store,
+                lambda node_id: self._store.get(node_id).dense(),
+                threshold=self.settings.threshold,
+                mode=self.settings.mode,
+            )
         return self._signs.of() if self.settings.agreement == "sign" else None
 
     def _guidance_of(self, scores: Scores, masks: Masks) -> NDArray[np.float32]:
@@ -294,7 +275,7 @@ class AutoFlipPruner(Pruner):
         kept = np.concatenate([scores[name][keep] for name, keep in masks.items()])
         if self.settings.score == "saliency":
             kept /= weight_size(
-                np.concatenate([self._initial[n][keep] for n, keep in masks.items()])
+                np.concatenate([self.initial[n][keep] for n, keep in masks.items()])
             )
             np.square(kept, out=kept)
         return kept.astype(np.float32, copy=False)
@@ -307,15 +288,15 @@ class AutoFlipPruner(Pruner):
         self._refreshed = False
         self._votes.forget()
 
-    def _check_units(self, initial: Params) -> None:
+    def _check_units(self) -> None:
         """Refuse more units than there are, before there are scores."""
         settings = self.settings
         if settings.units == 0:
             return
-        units = self._known_units()
+        units = self.known_units()
         if settings.mode != "value":  # there the scores say how many
-            budget = int(settings.units * self.pruned_count(initial))
-            units.check_budget(initial, budget=budget, limits=limits_of(settings))
+            budget = int(settings.units * self.pruned_count(self.initial))
+            units.check_budget(self.initial, budget=budget, limits=limits_of(settings))
 
     def _scores(
         self, sampled: Sequence[int], population_share: float
@@ -324,24 +305,24 @@ class AutoFlipPruner(Pruner):
             return self._robust_scores(sampled, population_share)
         score = SCORES[self.settings.score]
         local = [self._store.get(n) for n in sampled] if population_share < 1 else []
-        found = [self._store.statistics(n) for n in sampled]
+        every = [self._store.statistics(n) for n in sampled]
         everyone = self._population_sum() if population_share > 0 else {}
         overall = self._store.overall()
 
         def one(name: str) -> NDArray[np.float32]:
             total = np.zeros(self._size(name), np.float32)
             if local:
-                scale = self._rescaling(found, name)
-                _accumulate(total, name, local, scale, 1 - population_share)
+                scale = self._rescaling(every, name)
+                add_normalized(total, name, local, scale, weight=1 - population_share)
             if everyone:
                 mean = self._population_rescaling(overall, name)
                 total += np.float32(population_share * mean.scales[0]) * everyone[name]
                 total += np.float32(population_share * mean.offset)
             np.maximum(total, 0, out=total)  # rounding may leave a hair below zero
-            initial = self._initial[name].reshape(-1)
-            return score(total, initial).reshape(self._shapes[name])
+            initial = self.initial[name].reshape(-1)
+            return score(total, initial).reshape(self.shapes[name])
 
-        return dict(zip(self._shapes, parallel_map(one, self._shapes), strict=True))
+        return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
 
     def _robust_scores(
         self, sampled: Sequence[int], population_share: float
@@ -361,17 +342,17 @@ class AutoFlipPruner(Pruner):
             tables = self._normalized(nodes, name)
             block = max(1, _ROBUST_BLOCK // len(nodes))
             for start, codes in self._store.codes(nodes, name, block):
-                found = np.take_along_axis(tables, codes, axis=1)
+                values = np.take_along_axis(tables, codes, axis=1)
                 for weight, group in parts:
                     total[start : start + block] += np.float32(weight) * middle(
-                        found[[rows[n] for n in group]],
+                        values[[rows[n] for n in group]],
                         combination=self.settings.combination,
                         trim=self.settings.trim,
                     )
-            initial = self._initial[name].reshape(-1)
-            return score(total, initial).reshape(self._shapes[name])
+            initial = self.initial[name].reshape(-1)
+            return score(total, initial).reshape(self.shapes[name])
 
-        return dict(zip(self._shapes, parallel_map(one, self._shapes), strict=True))
+        return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
 
     def _normalized(self, node_ids: Sequence[int], name: str) -> NDArray[np.float32]:
         """Return what nodes' codes stand for, divided by each one's own mean."""
@@ -391,20 +372,20 @@ class AutoFlipPruner(Pruner):
         assert self._population is not None
         return self._population
 
-    def _add_to_population(self, node_id: int, guidance: QuantizedGuidance) -> None:
+    def _add_to_population(self, node_id: int, guidance: LocalMatrix) -> None:
         if self._population is None:
             self._population = {
-                name: np.zeros(self._size(name), np.float32) for name in self._shapes
+                name: np.zeros(self._size(name), np.float32) for name in self.shapes
             }
         population = self._population
         if self.settings.normalization == "client":
             alone = [self._store.statistics(node_id)]
-            scale = rescaling(alone, next(iter(self._shapes)), normalization="client")
+            scale = rescaling(alone, next(iter(self.shapes)), normalization="client")
         else:
             scale = Rescaling([1.0], 0.0)
         parallel_map(
-            lambda name: _accumulate(population[name], name, [guidance], scale, 1.0),
-            self._shapes,
+            lambda name: add_normalized(population[name], name, [guidance], scale),
+            self.shapes,
         )
 
     def _rescaling(self, explorers: Sequence[Statistics], name: str) -> Rescaling:
@@ -414,31 +395,8 @@ class AutoFlipPruner(Pruner):
         """How the running sum becomes the normalized mean over all explorers."""
         if self.settings.normalization == "client":
             return Rescaling([1.0 / len(self._store)], 0.0)
-        found = self._rescaling([overall], name)
-        return Rescaling([found.scales[0] / len(self._store)], found.offset)
+        whole = self._rescaling([overall], name)
+        return Rescaling([whole.scales[0] / len(self._store)], whole.offset)
 
     def _size(self, name: str) -> int:
-        return int(np.prod(self._shapes[name], dtype=np.int64))
-
-
-def _accumulate(
-    total: NDArray[np.float32],
-    name: str,
-    matrices: Sequence[QuantizedGuidance],
-    rescale: Rescaling,
-    weight: float,
-) -> None:
-    """Add ``weight * (sum_k scale_k * G_k + offset)`` to `total`, flat, in place."""
-    block = 1 << 17  # in the cache, and long enough for threads not to wait in turn
-    tables = [
-        (matrix.tables[name] * np.float32(scale * weight), matrix.codes[name])
-        for scale, matrix in zip(rescale.scales, matrices, strict=True)
-    ]
-    buffer = np.empty(min(block, total.size), np.float32)
-    for start in range(0, total.size, block):
-        part = total[start : start + block]
-        part += np.float32(rescale.offset * weight)
-        values = buffer[: part.size]
-        for table, codes in tables:
-            np.take(table, codes[start : start + block], out=values, mode="clip")
-            part += values
+        return int(np.prod(self.shapes[name], dtype=np.int64))

@@ -1,18 +1,20 @@
-"""What a strategy asks of whatever makes the masks."""
+"""What makes the mask of each round: the interface, and what all share."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr import mask as masking
 from autoflip_flwr.errors import SettingsError
-from autoflip_flwr.groups import Limits, Units
-from autoflip_flwr.settings import PruningSettings, RivalSettings
+from autoflip_flwr.method import mask as masking
+from autoflip_flwr.method.structured import Limits, Units
+from autoflip_flwr.pruners.store import Measured
+from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.types import Array, Masks, Measure, Params, Scores
 
 
@@ -36,53 +38,89 @@ class Ask:
     current: bool = False
 
 
-class Pruner(ABC):
-    """Makes the mask of each round, from what nodes measure or the server knows.
-
-    Parameters
-    ----------
-    initial : mapping of name -> array
-        The prunable weights of the start (`W0`).
-    settings : PruningSettings
-    units : Units, optional
-        The model's units, where whole ones are to be pruned.
-    rivals : RivalSettings, optional
-        What only rivals have.
-    seed : int, optional
-        Decides all that is drawn.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What a pruner is to prune, and how much.
 
     Attributes
     ----------
-    restores : bool
-        Whether the server must remember pruned weights, to offer them again.
-    kept_guidance : float32 array or None
-        Guidance of the entries the last mask keeps, flat, in the mask's order.
+    initial : mapping of name -> array
+        The prunable weights of the start (`W0`).
+    pruning : PruningSettings
+    exploration : ExplorationSettings
+    directory : Path
+        Where it may keep what nodes measured.
+    units : Units or None
+        The model's units, where they were asked for and the model is known.
+    seed : int or None
+        Decides all that is drawn.
+    trainable_known : bool
+        Whether somebody said what is trainable.
     """
 
+    initial: Params
+    pruning: PruningSettings = field(default_factory=PruningSettings)
+    exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
+    directory: Path = Path()
+    units: Units | None = None
+    seed: int | None = None
+    trainable_known: bool = True
+
+
+class Pruner(ABC):
+    """Makes the mask of each round, from what nodes measure or the server knows.
+
+    A subclass writes `masks`, most often as ``return self.cut(scores)``. One that wants
+    nodes to measure something writes `asks` and `add`, too. `AutoFLIP` hands it the
+    model once, by `prepare`; before that it knows its own settings alone.
+
+    Attributes
+    ----------
+    needs_units : bool
+        Whether it prunes whole units, so that the model must be handed over.
+    takes_units : bool
+        Whether it looks at the units where the model is known.
+    restores : bool
+        Whether the server must remember pruned weights, to offer them again.
+    settings : PruningSettings
+        How much to prune, and what every layer keeps.
+    initial : dict of name -> array
+        The prunable weights of the start (`W0`).
+    shapes : dict of name -> shape
+        Of the prunable weights, in the model's order.
+    units : Units or None
+    rng : numpy.random.Generator
+        The only source of what is drawn.
+    kept_guidance : float32 array or None
+        Guidance of the entries the last mask keeps, flat, in the mask's order.
+
+    Examples
+    --------
+    ::
+
+        class Smallest(Pruner):
+            def masks(self, sampled, weights, server_round):
+                return self.cut({name: abs(w) for name, w in weights.items()})
+
+
+        strategy = AutoFLIP(FedAvg(), threshold=0.8, pruner=Smallest())
+    """
+
+    needs_units: ClassVar[bool] = False
+    takes_units: ClassVar[bool] = False
     restores = False
     kept_guidance: NDArray[np.float32] | None = None
 
-    def __init__(
-        self,
-        initial: Params,
-        settings: PruningSettings,
-        units: Units | None = None,
-        *,
-        rivals: RivalSettings | None = None,
-        seed: int | None = None,
-    ) -> None:
-        self.settings = settings
-        self._units = units
-        self._rivals = rivals or RivalSettings()
-        self._rng = np.random.default_rng(seed)
-        self._shapes = {name: np.shape(value) for name, value in initial.items()}
-        self._initial: dict[str, Array] = dict(initial)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Check the settings and prepare, knowing the weights of the start."""
+    def prepare(self, problem: Problem) -> None:
+        """Begin anew, with what is to be pruned; wrong settings are refused here."""
+        self.settings = problem.pruning
+        self.initial: dict[str, Array] = dict(problem.initial)
+        self.shapes = {name: np.shape(value) for name, value in self.initial.items()}
+        self.units = problem.units
+        self.rng = np.random.default_rng(problem.seed)
+        self.kept_guidance = None
         masking.check_floor(
-            [math.prod(shape) for shape in self._shapes.values()],
+            [math.prod(shape) for shape in self.shapes.values()],
             threshold=self.settings.threshold,
             mode=self.settings.mode,
             floor=self.settings.floor,
@@ -93,7 +131,7 @@ class Pruner(ABC):
 
     def state(self) -> dict[str, Any]:
         """Return what a process that goes on has to know: plain values and arrays."""
-        return {"rng": self._rng.bit_generator.state}
+        return {"rng": self.rng.bit_generator.state}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
@@ -103,7 +141,7 @@ class Pruner(ABC):
         CheckpointError
             If what it stands on is not there any more.
         """
-        self._rng.bit_generator.state = state["rng"]
+        self.rng.bit_generator.state = state["rng"]
 
     def asks(
         self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
@@ -112,25 +150,18 @@ class Pruner(ABC):
         del server_round, connected, sampled
         return None
 
-    def add(self, node_id: int, frame: bytes, weight: float, start: Params) -> None:
+    def add(self, node_id: int, measured: Measured, start: Params) -> None:
         """Take what a node measured.
 
         Parameters
         ----------
         node_id : int
-        frame : bytes
-            As `codec.quantize` wrote it.
-        weight : float
-            How many examples the node has, > 0.
+        measured : Measured
+            It fits the model.
         start : mapping of name -> array
             The prunable weights it was measured from.
-
-        Raises
-        ------
-        WireError
-            If the frame does not fit the model; nothing has changed.
         """
-        del node_id, frame, weight, start
+        del node_id, measured, start
 
     def explored(self) -> list[float]:
         """Return the means of the guidance that earlier explorers sent."""
@@ -227,30 +258,36 @@ class Pruner(ABC):
         self, scores: Scores, budget: int, unit_scores: NDArray[np.float64] | None
     ) -> Masks:
         """Prune whole units, of at most so many entries."""
-        units = self._known_units()
-        keep = units.choose(
+        return self.known_units().prune(
             scores, budget=budget, limits=limits_of(self.settings), means=unit_scores
         )
-        return units.masks(keep, scores)
 
     def _what_for(self) -> str:
         """Say what needs the model's units."""
-        return f"pruning.units {self.settings.units} prunes whole units, which"
+        return f"units={self.settings.units} prunes whole units, which"
 
-    def _known_units(self) -> Units:
-        if self._units is None:
+    def known_units(self) -> Units:
+        """Return the model's units.
+
+        Raises
+        ------
+        SettingsError
+            If the model was not handed over.
+        """
+        if self.units is None:
             raise SettingsError(
                 f"{self._what_for()} needs the model: AutoFLIP(..., model=Net(), "
                 "example_inputs=one_sample)"
             )
-        return self._units
+        return self.units
 
 
 class FixedPruner(Pruner):
     """Holds on to one mask until there is reason to choose another."""
 
-    def _begin(self) -> None:
-        super()._begin()
+    def prepare(self, problem: Problem) -> None:
+        """Begin without a mask."""
+        super().prepare(problem)
         self._chosen: Masks | None = None
 
     def state(self) -> dict[str, Any]:

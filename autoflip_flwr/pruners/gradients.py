@@ -1,4 +1,4 @@
-"""Rivals that ask nodes for gradients, at fixed weights and over one epoch.
+"""Baselines that ask nodes for gradients, at fixed weights and over one epoch.
 
 All are pruned to the density of the settings. Biases and scales of normalization are
 kept, as in the sources.
@@ -11,20 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.codec import dequantize
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
-from autoflip_flwr.pruners.adjust import EVERY, adjusted, cosine_share, top
-from autoflip_flwr.pruners.base import Ask, FixedPruner
-from autoflip_flwr.pruners.mean import WeightedMean
+from autoflip_flwr.method.exchange import EVERY, adjusted, cosine_share, due, top
+from autoflip_flwr.method.mean import WeightedMean
+from autoflip_flwr.pruners.base import Ask, FixedPruner, Problem
+from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
+from autoflip_flwr.settings import BaselineSettings
 from autoflip_flwr.types import Masks, Params
 
 
 class GradientPruner(FixedPruner):
     """Means what nodes measure, weighted by their examples."""
 
-    def _begin(self) -> None:
-        super()._begin()
+    def prepare(self, problem: Problem) -> None:
+        """Begin without a measurement."""
+        super().prepare(problem)
         self._measured = WeightedMean()
 
     def state(self) -> dict[str, Any]:
@@ -36,10 +38,10 @@ class GradientPruner(FixedPruner):
         super().restore(state)
         self._measured.restore(state["measured"])
 
-    def add(self, node_id: int, frame: bytes, weight: float, start: Params) -> None:
+    def add(self, node_id: int, measured: Measured, start: Params) -> None:
         """Add to the weighted mean."""
         del node_id, start
-        self._measured.add(dequantize(frame, self._shapes).dense(), weight)
+        self._measured.add(measured.guidance().dense(), measured.examples)
 
     def check(self, reasons: Mapping[int, str]) -> None:
         """Refuse to go on without any mask."""
@@ -49,13 +51,8 @@ class GradientPruner(FixedPruner):
                 f"be made; reasons by node: {dict(reasons)}"
             )
 
-    def _due(self, server_round: int) -> bool:
-        """Tell whether the mask is to be adjusted before this round."""
-        every = self._rivals.every or EVERY
-        return server_round > 1 and (server_round - 1) % every == 0
 
-
-class SsflPruner(GradientPruner):
+class SSFL(GradientPruner):
     """One mask from the saliency |gradient x weight| of all clients at the start.
 
     Ohib et al., SSFL: Discovering Sparse Unified Subnetworks at Initialization for
@@ -84,7 +81,7 @@ class SsflPruner(GradientPruner):
         return self._chosen
 
 
-class PruneFlPruner(GradientPruner):
+class PruneFL(GradientPruner):
     """Squared gradient over time: first at one client, then with regrowth.
 
     Jiang et al., Model Pruning Enables Efficient Federated Learning on Edge Devices
@@ -102,17 +99,22 @@ class PruneFlPruner(GradientPruner):
     here it measures once, at `W0`.
     """
 
+    takes_units = True
     restores = True
     _competing = 0.3
     _uses_per_share = 30.0
 
-    def _begin(self) -> None:
-        super()._begin()
+    def __init__(self, *, every: int = EVERY) -> None:
+        self.every = int(BaselineSettings(every=every).every or EVERY)
+
+    def prepare(self, problem: Problem) -> None:
+        """Note what each parameter costs."""
+        super().prepare(problem)
         # Without the model all cost the same. Weights stand in the order of their use.
-        uses = dict(self._units.uses) if self._units else {}
+        uses = dict(self.units.uses) if self.units else {}
         uses.pop(next(iter(uses), ""), None)
         self._time = {
-            name: 1 + uses.get(name, 0) / self._uses_per_share for name in self._shapes
+            name: 1 + uses.get(name, 0) / self._uses_per_share for name in self.shapes
         }
 
     def asks(
@@ -121,7 +123,7 @@ class PruneFlPruner(GradientPruner):
         """Ask one node at the start, and those sampled at every adjustment."""
         if self._chosen is None:
             return Ask(nodes=connected[:1], measure="squared-gradient")
-        if self._due(server_round):
+        if due(server_round, self.every):
             return Ask(nodes=sampled, measure="squared-gradient", current=True)
         return None
 
@@ -154,16 +156,16 @@ class PruneFlPruner(GradientPruner):
                 scores[name][keep & (size >= bar)] = np.inf
 
 
-class FedDstPruner(GradientPruner):
+class FedDST(GradientPruner):
     """A sparse mask that drops by magnitude and grows by gradient.
 
     Bibikar et al., Federated Dynamic Sparse Training: Computing Less, Communicating
     Less, Yet Learning Better (arXiv:2112.09824; bibikar/feddst). It starts with the
     largest weights of the random start, layer by layer at the densities of
-    Erdos-Renyi-Kernel (Evci et al., arXiv:1911.11134). Every
-    `RivalSettings.every` rounds, until round `until`, the smallest weights of a layer
-    are dropped and as many grow, from zero, where the mean gradient is largest; what
-    was just dropped may come back. The share falls as a cosine from `replaced` to 0.
+    Erdos-Renyi-Kernel (Evci et al., arXiv:1911.11134). Every `every` rounds, until
+    round `until`, the smallest weights of a layer are dropped and as many grow, from
+    zero, where the mean gradient is largest; what was just dropped may come back. The
+    share falls as a cosine from `replaced` to 0.
 
     Notes
     -----
@@ -173,25 +175,33 @@ class FedDstPruner(GradientPruner):
     once keeps its value, which the authors' code sets to zero.
     """
 
-    def _begin(self) -> None:
-        super()._begin()
+    def __init__(
+        self, *, every: int = EVERY, replaced: float = 0.5, until: int | None = None
+    ) -> None:
+        checked = BaselineSettings(every=every, replaced=replaced, until=until)
+        self.every, self.until = int(checked.every or EVERY), checked.until
+        self.replaced = checked.replaced
+
+    def prepare(self, problem: Problem) -> None:
+        """Begin with the largest weights of the random start."""
+        super().prepare(problem)
         if self.settings.mode == "value":
             raise SettingsError(
-                "feddst needs the number of weights to keep: pruning.mode quantile or "
+                "feddst needs the number of weights to keep: mode quantile or "
                 "compression, got value"
             )
-        total = sum(math.prod(shape) for shape in self._shapes.values())
-        kept = total - self.pruned_count(self._initial)
-        budgets = layer_budgets(self._shapes, kept, floor=self.settings.floor)
-        sizes = magnitudes(self._initial)
-        self._chosen = {n: top(sizes[n], budgets[n]) for n in self._shapes}
+        total = sum(math.prod(shape) for shape in self.shapes.values())
+        kept = total - self.pruned_count(self.initial)
+        budgets = layer_budgets(self.shapes, kept, floor=self.settings.floor)
+        sizes = magnitudes(self.initial)
+        self._chosen = {n: top(sizes[n], budgets[n]) for n in self.shapes}
 
     def asks(
         self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
     ) -> Ask | None:
         """Ask those sampled, at every adjustment."""
         del connected
-        if self._due(server_round) and self._share(server_round) > 0:
+        if due(server_round, self.every) and self._share(server_round) > 0:
             return Ask(nodes=sampled, measure="gradient", current=True)
         return None
 
@@ -211,8 +221,7 @@ class FedDstPruner(GradientPruner):
         return self._chosen
 
     def _share(self, server_round: int) -> float:
-        rivals = self._rivals
-        return cosine_share(rivals.replaced, server_round, until=rivals.until)
+        return cosine_share(self.replaced, server_round, until=self.until)
 
 
 def layer_budgets(

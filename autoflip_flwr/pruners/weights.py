@@ -1,10 +1,10 @@
-"""Rivals that judge what the server has: its weights, or nothing at all.
+"""Baselines that judge what the server has: its weights, or nothing at all.
 
-All are pruned to the density of the settings. Where a source prunes whole filters, all
-that whole units can prune falls on them, and single weights of layers, by magnitude,
-fill up to the density. The criteria see the model after `RivalSettings.dense_rounds`
-rounds without a mask, since weights that nobody has trained say nothing: by default
-two, which with five of twenty clients a round cost about the bytes of an exploration.
+All are pruned to the density of the settings. Where a source prunes whole filters, as
+much as whole units can prune falls on them, and single weights of layers, by magnitude,
+fill up to the density. The criteria see the model after `dense_rounds` rounds without a
+mask, since weights that nobody has trained say nothing: by default two, which with five
+of twenty clients a round cost about the bytes of an exploration.
 """
 
 from abc import abstractmethod
@@ -14,20 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import MaskError, SettingsError
-from autoflip_flwr.groups import Group, Units
-from autoflip_flwr.pruners.base import FixedPruner, limits_of
+from autoflip_flwr.method.structured import Group, Units
+from autoflip_flwr.pruners.base import FixedPruner, Problem, limits_of
+from autoflip_flwr.settings import BaselineSettings
 from autoflip_flwr.types import Array, Masks, Params, Scores
 
 
-class RandomPruner(FixedPruner):
+class Random(FixedPruner):
     """One random mask, the same in every round: what any criterion has to beat."""
 
-    def _begin(self) -> None:
-        super()._begin()
+    def prepare(self, problem: Problem) -> None:
+        """Draw the mask."""
+        super().prepare(problem)
         self._chosen = self.cut(
             {
-                name: self._rng.random(shape, np.float32)
-                for name, shape in self._shapes.items()
+                name: self.rng.random(shape, np.float32)
+                for name, shape in self.shapes.items()
             }
         )
 
@@ -41,20 +43,30 @@ class RandomPruner(FixedPruner):
 
 
 class WeightsPruner(FixedPruner):
-    """Judges the server's model: once, after some dense rounds."""
+    """Judges the server's model: once, after some dense rounds.
+
+    Parameters
+    ----------
+    dense_rounds : int
+        Rounds without a mask, before weights are judged, >= 0.
+    """
 
     every_round = False
 
-    def _begin(self) -> None:
-        super()._begin()
-        self._whole: Masks = {n: np.ones(s, np.bool_) for n, s in self._shapes.items()}
+    def __init__(self, *, dense_rounds: int = 2) -> None:
+        self.dense_rounds = BaselineSettings(dense_rounds=dense_rounds).dense_rounds
+
+    def prepare(self, problem: Problem) -> None:
+        """Begin with a mask that keeps all."""
+        super().prepare(problem)
+        self._whole: Masks = {n: np.ones(s, np.bool_) for n, s in self.shapes.items()}
 
     def masks(
         self, sampled: Sequence[int], weights: Params, server_round: int
     ) -> Masks:
         """Keep what the criterion says, of the server's weights."""
         del sampled
-        if server_round <= self._rivals.dense_rounds:
+        if server_round <= self.dense_rounds:
             return self._whole
         if self._chosen is None or self.every_round:
             self._chosen = self._judge(weights)
@@ -65,7 +77,7 @@ class WeightsPruner(FixedPruner):
         """Make a mask from the weights."""
 
 
-class MagnitudePruner(WeightsPruner):
+class Magnitude(WeightsPruner):
     """The smallest single weights go, over all layers.
 
     Han et al., Learning both Weights and Connections for Efficient Neural Networks
@@ -87,7 +99,7 @@ class UnitPruner(WeightsPruner):
     """
 
     def _judge(self, weights: Params) -> Masks:
-        units = self._known_units()
+        units = self.known_units()
         scores = magnitudes(weights)
         ranks = np.zeros(units.count)
         for group in units.groups:
@@ -100,9 +112,12 @@ class UnitPruner(WeightsPruner):
             but_vectors(scores), unit_budget=budget, unit_scores=ranks, overwrite=True
         )
 
-    def _begin(self) -> None:
-        super()._begin()
-        if not self._known_units().only(self._initial).groups:
+    needs_units = True
+
+    def prepare(self, problem: Problem) -> None:
+        """Refuse a model that has no units to prune."""
+        super().prepare(problem)
+        if not self.known_units().only(self.initial).groups:
             raise MaskError(
                 "no unit of the model is free to go: every group has parameters that "
                 "are excluded or not trained; exclude less"
@@ -118,7 +133,7 @@ class UnitPruner(WeightsPruner):
         """Return a score for every unit of a group; the lowest go first."""
 
 
-class L1Pruner(UnitPruner):
+class L1(UnitPruner):
     """Filters by the sum of their absolute weights.
 
     Li et al., Pruning Filters for Efficient ConvNets (arXiv:1608.08710, section 3.1).
@@ -131,7 +146,7 @@ class L1Pruner(UnitPruner):
         return np.asarray(rows.sum(axis=1))
 
 
-class L2Pruner(UnitPruner):
+class L2(UnitPruner):
     """Filters by their Euclidean norm.
 
     He et al., Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks
@@ -144,7 +159,7 @@ class L2Pruner(UnitPruner):
         return np.asarray(np.linalg.norm(filters(units, group, weights), axis=1))
 
 
-class SimilarityPruner(UnitPruner):
+class Similarity(UnitPruner):
     """Filters that the others of the layer can stand in for go first.
 
     The sum of a filter's distances to all others, which is least near their geometric
@@ -158,7 +173,7 @@ class SimilarityPruner(UnitPruner):
         return np.array([np.linalg.norm(rows - row, axis=1).sum() for row in rows])
 
 
-class BatchNormPruner(UnitPruner):
+class BatchNormScale(UnitPruner):
     """Channels by the absolute scale of their BatchNorm.
 
     Liu et al., Learning Efficient Convolutional Networks through Network Slimming
@@ -171,17 +186,18 @@ class BatchNormPruner(UnitPruner):
         If the model has no BatchNorm.
     """
 
-    def _begin(self) -> None:
-        super()._begin()
-        every = self._known_units()
-        with_scale = {g.name for g in every.groups if _scales(every, g, self._initial)}
+    def prepare(self, problem: Problem) -> None:
+        """Leave groups without a BatchNorm whole."""
+        super().prepare(problem)
+        every = self.known_units()
+        with_scale = {g.name for g in every.groups if _scales(every, g, self.initial)}
         if not with_scale:
             raise SettingsError(
                 "the criterion bn prunes by the scales of BatchNorm, but no unit of "
                 "this model has one; choose another criterion, or a model with "
                 "BatchNorm"
             )
-        self._units = every.without(
+        self.units = every.without(
             {g.name: "no BatchNorm" for g in every.groups if g.name not in with_scale}
         )
 
@@ -195,7 +211,7 @@ class BatchNormPruner(UnitPruner):
         return np.asarray(np.abs(np.concatenate(found, axis=1)).mean(axis=1))
 
 
-class EflPruner(L1Pruner):
+class EFLPrune(L1):
     """The server prunes before each release, and restores the whole model after.
 
     Wu, Song and Zeng (Complex & Intelligent Systems 9, 2023), called EFLPrune in
@@ -215,7 +231,7 @@ def magnitudes(weights: Params) -> dict[str, NDArray[np.float32]]:
 def but_vectors(scores: Scores) -> dict[str, NDArray[np.float32]]:
     """Keep biases and scales of normalization out of the contest of single weights.
 
-    The sources of the rivals prune the weights of layers alone. Those of a unit go
+    The sources of the baselines prune the weights of layers alone. Those of a unit go
     with it all the same.
     """
     return {

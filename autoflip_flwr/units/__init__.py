@@ -1,15 +1,21 @@
-"""Units of a PyTorch model: find them, mask them whole, take them out and back."""
+"""What needs a PyTorch model: its units, smaller models, masks kept in training.
 
-import logging
+`graph` finds the units (`layers` and `recurrent` say what a channel is in each kind of
+module), `proof` tries them, `surgery` takes them out and puts them back, `compaction`
+says when that pays, `enforce` keeps pruned weights at zero. May import `method`,
+`types` and `errors`; knows torch, not Flower.
+"""
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
-
-from autoflip_flwr.errors import MaskError, ModelError, SettingsError
-from autoflip_flwr.groups import Keep, Limits, Units
-from autoflip_flwr.types import Masks, Scores
+from autoflip_flwr.method.structured import Units
+from autoflip_flwr.units.compaction import (
+    PAYS,
+    compact,
+    compact_if_it_pays,
+    loses_units,
+    mask_units,
+    operations_left,
+    pays,
+)
 from autoflip_flwr.units.graph import trace
 from autoflip_flwr.units.surgery import (
     ExampleInputs,
@@ -37,183 +43,3 @@ __all__ = [
     "tensors_of",
     "trace",
 ]
-
-#: Share of the operations, at most, for which a compact model is made.
-PAYS = 0.8
-
-_log = logging.getLogger("flwr")
-
-
-def mask_units(
-    model: nn.Module,
-    scores: Scores,
-    *,
-    share: float,
-    example_inputs: ExampleInputs,
-    floor: float = 0.0,
-    min_units: int = 1,
-    multiple: int = 1,
-) -> dict[str, NDArray[np.bool_]]:
-    """Zero whole units, the lowest scores first, until a share is pruned.
-
-    Parameters
-    ----------
-    model : nn.Module
-    scores : mapping of name -> array
-        A score per entry of each prunable parameter; a larger one is kept first. A
-        unit's score is the mean over all entries that go with it.
-    share : float
-        Share of the parameters in `scores` to prune, in [0, 1]. Never more is pruned,
-        and less by less than one unit.
-    example_inputs : torch.Tensor, or tuple of arguments of the model
-    floor : float
-        In [0, 1]. Least share of every group's units that is kept.
-    min_units : int
-        Least number of every group's units that is kept, >= 1.
-    multiple : int
-        A group is left whole or at a multiple of this.
-
-    Returns
-    -------
-    dict of name -> bool array
-        True = keep; names and shapes of `scores`.
-
-    Raises
-    ------
-    SettingsError
-        If a number is impossible.
-    MaskError
-        If the groups would have to lose all their units, or a score does not fit.
-    ModelError
-        If the model cannot be traced.
-    """
-    if not 0 <= share <= 1:
-        raise SettingsError(f"expected a share in [0, 1], got {share}")
-    limits = Limits(floor=floor, min_units=min_units, multiple=multiple)
-    _check_names(model, scores, "score")
-    found = trace(model, example_inputs)
-    budget = int(share * sum(np.size(score) for score in scores.values()))
-    found.check_budget(scores, budget=budget, limits=limits)
-    keep = found.choose(scores, budget=budget, limits=limits)
-    return found.masks(keep, scores)
-
-
-def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn.Module:
-    """Return a physically smaller copy of a masked model.
-
-    Units of which the mask leaves nothing are taken out; forward, gradients of kept
-    entries and the weights after training are those of the masked model (kept at zero
-    with `masked`). Apart from what depends on the width itself: dropout's random draws,
-    and rules that look at all of a tensor or model (clipping the norm of gradients,
-    Adafactor). Single weights that are masked are zero in it, and `masked` with
-    `small_masks` keeps them so.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is.
-    masks : mapping of name -> bool array
-        True = keep. A parameter without a mask is kept whole.
-    example_inputs : torch.Tensor, or tuple of arguments of the model
-
-    Raises
-    ------
-    MaskError
-        If a mask does not fit the model, or empties a group.
-    ModelError
-        If the model cannot be traced.
-    """
-    _check_names(model, masks, "mask")
-    found = trace(model, example_inputs)
-    return _small(model, masks, found, found.used(masks))
-
-
-def compact_if_it_pays(
-    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
-) -> nn.Module | None:
-    """Return `compact`'s model if it needs at most `PAYS` of the operations.
-
-    None as well, with a warning, for a model that cannot be traced, and for one with
-    hooks on its parameters: the mask still works, on the whole model.
-    """
-    found = _used_if_it_pays(model, masks, example_inputs)
-    return None if found is None else _small(model, masks, *found)
-
-
-def operations_left(
-    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
-) -> float:
-    """Return the share of the operations that a client's network needs, in (0, 1].
-
-    1 where it trains the whole model, see `compact_if_it_pays`; nothing is made.
-    """
-    found = _used_if_it_pays(model, masks, example_inputs)
-    if found is None:
-        return 1.0
-    units, used = found
-    return units.operations(units.levelled(used)) / units.operations()
-
-
-def _used_if_it_pays(
-    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
-) -> tuple[Units, Keep] | None:
-    if not loses_units(masks):
-        return None
-    _check_names(model, masks, "mask")
-    if any(p._backward_hooks for p in model.parameters()):
-        return None  # hooks would not see the smaller model's gradients
-    try:
-        found = trace(model, example_inputs)
-    except ModelError as error:
-        _log.warning("the model is trained whole: %s", error)
-        return None
-    used = found.used(masks)
-    return (found, used) if pays(found, used) else None
-
-
-def pays(units: Units, keep: Keep) -> bool:
-    """Tell whether a compact model is worth making.
-
-    It is if it needs at most `PAYS` of the whole model's multiply-accumulates:
-    widths that are no multiples of the hardware's vectors cost some of what fewer
-    operations save.
-    """
-    return units.operations(units.levelled(keep)) <= PAYS * units.operations()
-
-
-def loses_units(masks: Masks) -> bool:
-    """Tell whether a mask may have empty units: a row of some matrix is empty."""
-    return any(
-        keep.ndim >= 2 and not keep.reshape(len(keep), -1).any(axis=1).all()
-        for keep in masks.values()
-    )
-
-
-def _small(model: nn.Module, masks: Masks, units: Units, keep: Keep) -> nn.Module:
-    small = shrink(model, units, keep)
-    parameters = dict(small.named_parameters())
-    with torch.no_grad():
-        for name, kept in small_masks(small, masks).items():
-            pruned = torch.from_numpy(~kept).to(parameters[name].device)
-            parameters[name].masked_fill_(pruned, 0)
-    return small
-
-
-def _check_names(model: nn.Module, arrays: Masks | Scores, what: str) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, array in arrays.items():
-        if name not in shapes:
-            raise MaskError(
-                f"the {what} names {name!r}, which is no parameter of the model; "
-                f"known: {list(shapes)}"
-            )
-        if what == "mask" and getattr(array, "dtype", None) != np.bool_:
-            raise MaskError(
-                f"{name}: expected a NumPy array of bool (True = keep), got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no type')}"
-            )
-        if np.shape(array) != shapes[name]:
-            raise MaskError(
-                f"{name}: expected a {what} of shape {shapes[name]}, "
-                f"got {np.shape(array)}"
-            )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.errors import ModelError
-from autoflip_flwr.groups import Group, Units
+from autoflip_flwr.method.structured import Group, Units
 from autoflip_flwr.units import layers, recurrent
 from autoflip_flwr.units.proof import prove
 from autoflip_flwr.units.signature import signature

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from autoflip_flwr.errors import ModelError
-from autoflip_flwr.groups import Group, Keep, Units
+from autoflip_flwr.method.structured import Group, Keep, Units
 from autoflip_flwr.units.surgery import (
     ExampleInputs,
     arguments,

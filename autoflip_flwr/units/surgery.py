@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoflip_flwr.errors import MaskError
-from autoflip_flwr.groups import Keep, Units
+from autoflip_flwr.method.structured import Keep, Units
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
 

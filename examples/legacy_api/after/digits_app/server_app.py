@@ -28,7 +28,7 @@ def server_fn(context: Context):
         evaluate_metrics_aggregation_fn=weighted_average,
     )
     config = ServerConfig(num_rounds=context.run_config["num-server-rounds"])
-    strategy = AutoFLIP(strategy, names=list(net.state_dict()))
+    strategy = AutoFLIP(strategy, model=net)
     return ServerAppComponents(strategy=strategy, config=config)
 
 

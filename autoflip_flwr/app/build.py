@@ -1,0 +1,169 @@
+"""What both of our apps make of a run's settings: the model and the data."""
+
+import logging
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoflip_flwr.app import data, models
+from autoflip_flwr.app.data import Federated, Samples
+from autoflip_flwr.errors import DataError
+from autoflip_flwr.method.privacy import GuidancePrivacy
+from autoflip_flwr.settings import Settings, TrainingSettings, load
+from autoflip_flwr.wire.records import EPOCH
+
+_log = logging.getLogger("flwr")
+
+
+def settings_of(run_config: Mapping[str, Any]) -> Settings:
+    """Return the settings a run config names: preset and overrides."""
+    return load(str(run_config["preset"]), str(run_config.get("overrides", "")))
+
+
+def build_model(settings: Settings) -> nn.Module:
+    """Build the model for the data; equal seeds give equal weights (`W0`)."""
+    spec = data.spec(settings.data.name)
+    return models.build(
+        settings.model.name,
+        num_classes=spec.num_classes,
+        input_shape=spec.input_shape,
+        seed=settings.seed,
+        **settings.model.options(),
+    )
+
+
+def example_inputs(settings: Settings) -> torch.Tensor:
+    """Return one blank sample that the model runs on."""
+    spec = data.spec(settings.data.name)
+    kind = torch.int64 if spec.is_text else torch.float32
+    return torch.zeros(1, *spec.input_shape, dtype=kind)
+
+
+def federated(settings: Settings, num_partitions: int) -> Federated:
+    """Load the data, divided among the clients."""
+    chosen = settings.data
+    return data.load(
+        chosen.name,
+        num_partitions=num_partitions,
+        dir=chosen.dir or None,
+        partition=chosen.partition,
+        alpha=chosen.alpha,
+        classes_per_client=chosen.classes_per_client,
+        max_samples=chosen.max_samples,
+        max_test_samples=chosen.max_test_samples,
+        seed=settings.seed,
+        hub=chosen.hub or None,
+    )
+
+
+def held_out(settings: Settings) -> Samples:
+    """Load the data that the global model is evaluated on, and never trained on."""
+    chosen = settings.data
+    return data.load(
+        chosen.name,
+        num_partitions=1,
+        dir=chosen.dir or None,
+        max_test_samples=chosen.max_test_samples,
+        seed=settings.seed,
+        hub=chosen.hub or None,
+    ).test
+
+
+def node_samples(
+    settings: Settings, node_config: Mapping[str, Any]
+) -> tuple[Samples, Samples]:
+    """Return a node's samples: for training, and held out for its own evaluation.
+
+    A node has data of its own (``data-path``), or one part of common data
+    (``partition-id``, ``num-partitions``).
+
+    Raises
+    ------
+    DataError
+        If the node says neither.
+    """
+    if "data-path" in node_config:
+        samples = data.load_node(settings.data.name, str(node_config["data-path"]))
+    elif "partition-id" in node_config and "num-partitions" in node_config:
+        parts = federated(settings, int(node_config["num-partitions"]))
+        samples = parts.partition(int(node_config["partition-id"]))
+    else:
+        raise DataError(
+            "expected 'data-path', or 'partition-id' and 'num-partitions', in the "
+            f"node config, got {sorted(node_config)}; start the SuperNode with "
+            "--node-config 'data-path=\"...\"'"
+        )
+    count = round((settings.data.holdout or 0) * len(samples))
+    order = np.random.default_rng(settings.seed).permutation(len(samples))
+    apart, rest = order[:count], order[count:]
+    return (
+        Samples(x=samples.x[rest], y=samples.y[rest]),
+        Samples(x=samples.x[apart], y=samples.y[apart]),
+    )
+
+
+def client_id(node_config: Mapping[str, Any]) -> int | str:
+    """Return who a node says it is, so that it is known again when it comes back.
+
+    The ``client-id`` of its config, or the number of the partition it holds; -1 where
+    it has neither.
+    """
+    if "client-id" in node_config:
+        return str(node_config["client-id"])
+    return int(node_config.get("partition-id", -1))
+
+
+def guidance_privacy(settings: Settings) -> GuidancePrivacy | None:
+    """Return what clients do to their guidance before it leaves; None: nothing."""
+    chosen = settings.exploration
+    if not chosen.privacy_noise:
+        return None
+    return GuidancePrivacy(clip=chosen.privacy_clip, noise=chosen.privacy_noise)
+
+
+def warn_of_few_nodes(settings: Settings, connected: int) -> None:
+    """Say what a run waits for, since in a simulation it would wait for ever."""
+    if connected < settings.strategy.min_nodes:
+        _log.warning(
+            "preset %s waits for %d nodes (strategy.min-nodes), %d are connected; "
+            'a simulation needs --federation-config "num-supernodes=%d"',
+            settings.preset,
+            settings.strategy.min_nodes,
+            connected,
+            settings.strategy.min_nodes,
+        )
+
+
+def call_seed(
+    settings: Settings, config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> int:
+    """Return the seed of one call: by run, round, exploration epoch and node."""
+    words = [
+        settings.seed,
+        int(config.get("server-round", 0)),
+        int(config.get(EPOCH, -1)) + 1,
+        int(node_config.get("partition-id", 0)),
+    ]
+    if "data-path" in node_config:  # which may be the same in all containers
+        name = node_config.get("client-id", node_config["data-path"])
+        words.append(zlib.crc32(str(name).encode()))
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def training_of_round(
+    settings: Settings, config: Mapping[str, Any]
+) -> TrainingSettings:
+    """Return the training settings of the message's round: the learning rate decays."""
+    training = settings.training
+    past = max(0, int(config.get("server-round", 1)) - 1)
+    rate = training.learning_rate * training.learning_rate_decay**past
+    return training.model_copy(update={"learning_rate": rate})
+
+
+def proximal_mu(config: Mapping[str, Any]) -> float:
+    """Return what FedProx put into the message's config; 0 without it."""
+    return float(config.get("proximal-mu", 0.0))

@@ -1,0 +1,86 @@
+"""What our ClientApp does: train, explore, evaluate, say who the node is."""
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+
+from autoflip_flwr.app import build, training
+from autoflip_flwr.client.masked import exploring, masked
+from autoflip_flwr.client.mod import AutoFlipMod
+from autoflip_flwr.method.privacy import GuidancePrivacy
+from autoflip_flwr.wire import records
+from autoflip_flwr.wire.records import CLIENT_ID
+
+
+def client_app() -> ClientApp:
+    """Return the app of every node: train, explore, evaluate, answer the roll call."""
+    app = ClientApp(mods=[AutoFlipMod(privacy=_privacy)])
+    app.train()(train)
+    app.evaluate()(evaluate)
+    app.query()(query)
+    return app
+
+
+def _privacy(context: Context) -> GuidancePrivacy | None:
+    return build.guidance_privacy(build.settings_of(context.run_config))
+
+
+def train(message: Message, context: Context) -> Message:
+    """Train on the node's samples; exploring, for one epoch."""
+    settings = build.settings_of(context.run_config)
+    samples, _ = build.node_samples(settings, context.node_config)
+    model = build.build_model(settings)
+    _, arrays = records.only_array_record(message.content)
+    _, config = records.only_config(message.content)
+    training.load_arrays(model, records.arrays_of(arrays))
+    with masked(model, message, build.example_inputs(settings)) as net:
+        loss = training.train(
+            net,
+            samples.x,
+            samples.y,
+            build.training_of_round(settings, config),
+            epochs=1 if exploring(message) else settings.training.epochs,
+            seed=build.call_seed(settings, config, context.node_config),
+            proximal_mu=build.proximal_mu(config),
+        )
+    metrics = MetricRecord({"num-examples": len(samples), "train-loss": loss})
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": metrics,
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the global model on the node's held-out samples."""
+    settings = build.settings_of(context.run_config)
+    _, samples = build.node_samples(settings, context.node_config)
+    model = build.build_model(settings)
+    _, arrays = records.only_array_record(message.content)
+    training.load_arrays(model, records.arrays_of(arrays))
+    with masked(model, message, build.example_inputs(settings)) as net:
+        found = training.evaluate(
+            net, samples.x, samples.y, device=settings.training.device
+        )
+    metrics = MetricRecord(
+        {
+            "num-examples": found.samples,
+            "loss": found.loss,
+            "accuracy": found.accuracy,
+        }
+    )
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def query(message: Message, context: Context) -> Message:
+    """Answer the roll call."""
+    config = ConfigRecord({CLIENT_ID: build.client_id(context.node_config)})
+    return Message(RecordDict({"config": config}), reply_to=message)

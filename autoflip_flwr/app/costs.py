@@ -1,0 +1,367 @@
+"""What a model costs: parameters, operations, and measured time and memory.
+
+thop counts multiply-accumulates (one multiplication and one addition are one
+operation). Layers it has no rule for, embeddings among them, count zero.
+"""
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from autoflip_flwr import units
+from autoflip_flwr.app import training
+from autoflip_flwr.errors import ModelError, needs_extra
+from autoflip_flwr.settings import TrainingSettings
+from autoflip_flwr.types import Masks
+from autoflip_flwr.units import enforce
+from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
+
+with needs_extra("app", "counting operations"), warnings.catch_warnings():
+    # thop compares versions with distutils, which is deprecated.
+    warnings.filterwarnings("ignore", message="(?s).*distutils")
+    import thop
+
+#: thop's description of a module: operations, parameters, children by name.
+_Info: TypeAlias = tuple[float, float, Mapping[str, Any]]
+
+#: thop's rule for normalization, for the layers that stand in for it.
+_RULES = dict.fromkeys(
+    (PartialLayerNorm, PartialGroupNorm), thop.vision.basic_hooks.count_normalization
+)
+
+
+def parameters(model: nn.Module) -> int:
+    """Count the parameters that are trained; shared ones count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flops(model: nn.Module, example: torch.Tensor) -> int:
+    """Count the multiply-accumulates of one forward pass of one sample.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It is left as it was: a copy is counted, in evaluation mode.
+    example : torch.Tensor
+        A batch, with the batch dimension first; only its first sample is used.
+
+    Returns
+    -------
+    int
+        thop's count. Zeros in the weights do not lower it, nor does a mask: only a
+        smaller model costs less.
+    """
+    operations, _, _ = _profile(model, example)
+    return int(operations)
+
+
+def theoretical_flops(
+    model: nn.Module, example: torch.Tensor, masks: Mapping[str, NDArray[np.bool_]]
+) -> int:
+    """Count what would be left if every masked weight saved its operations.
+
+    This is theory, not a saving on real hardware: dense kernels multiply zeros as
+    slowly as anything else. What a smaller model really saves is `flops` of it.
+
+    Each layer's count is multiplied with the density of its weights: kept / all over
+    the layer's weight parameters together, so over all matrices of an LSTM. A weight
+    without a mask is all kept; masks of biases change nothing, as thop does not count
+    the additions of a bias apart. Each layer is rounded to whole operations.
+
+    Parameters
+    ----------
+    model, example
+        As in `flops`.
+    masks : mapping of str to bool array
+        Parameter name -> True = keep. All True, or empty: the same as `flops`.
+
+    Returns
+    -------
+    int
+        At most `flops` of the same model.
+
+    Raises
+    ------
+    MaskError
+        A mask is not boolean, has another shape than its parameter, or its name is
+        that of no parameter.
+    """
+    kept = _kept(model, masks)
+    total = 0
+    for path, operations in _layers(_profile(model, example)):
+        layer = model.get_submodule(path)
+        weights = [
+            parameter
+            for name, parameter in layer.named_parameters(recurse=False)
+            if name.startswith("weight")
+        ]
+        size = sum(weight.numel() for weight in weights)
+        if size:
+            left = sum(kept.get(id(weight), weight.numel()) for weight in weights)
+            operations = round(operations * left / size)
+        total += operations
+    return total
+
+
+class Operations:
+    """What one sample costs clients, as the masks of the rounds come and go.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : torch.Tensor
+        One sample.
+
+    Attributes
+    ----------
+    dense : int
+        Multiply-accumulates of a forward pass through the whole model, see `flops`.
+    """
+
+    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+        self.dense = flops(model, example)
+        self._model, self._example = model, example
+        self._masks: Masks = {}
+        self._left = 1.0
+
+    def of(self, masks: Masks) -> int:
+        """Count those of the network that clients train under a mask."""
+        if masks is not self._masks:
+            self._left = units.operations_left(self._model, masks, self._example)
+            self._masks = masks
+        return round(self._left * self.dense)
+
+    def trained(self, masks: Masks, *, explore: float, train: float) -> int:
+        """Count those of training, of samples times epochs.
+
+        A step is three times the forward pass: the backward pass computes gradients
+        of the activations and of the weights. Explorers train the whole model.
+        """
+        return round(3 * (explore * self.dense + train * self.of(masks)))
+
+
+def _profile(model: nn.Module, example: torch.Tensor) -> _Info:
+    if example.ndim == 0 or len(example) == 0:
+        raise ModelError(
+            "counting needs a batch of one sample or more, "
+            f"got an example of shape {tuple(example.shape)}"
+        )
+    # thop leaves buffers behind in the modules it has no rule for: count a copy.
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # a copy's weights lie scattered on a GPU
+    info: _Info = thop.profile(
+        copied,
+        inputs=(example[:1],),
+        custom_ops=_RULES,
+        verbose=False,
+        ret_layer_info=True,
+    )
+    return info
+
+
+def _layers(info: _Info, path: str = "") -> Iterator[tuple[str, int]]:
+    operations, _, children = info
+    if not children:
+        yield path, int(operations)
+    for name, child in children.items():
+        yield from _layers(child, f"{path}.{name}" if path else name)
+
+
+def _kept(model: nn.Module, masks: Mapping[str, NDArray[np.bool_]]) -> dict[int, int]:
+    """Map the id of each masked parameter to the number of its kept entries.
+
+    By id, as a shared parameter has one mask and several places in the model.
+    """
+    return {
+        id(model.get_parameter(name)): int(np.count_nonzero(keep))
+        for name, keep in enforce.resolve(model, masks).items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What training and inference of a network take, measured on this machine."""
+
+    parameters: int
+    bytes: int  # of its parameters and buffers
+    peak_bytes: int  # of tensors while one batch is trained, see `footprint`
+    step_seconds: float  # forward, backward and optimizer step of a batch; median
+    inference_seconds: float  # forward pass of a batch in evaluation mode; median
+
+
+def footprint(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    settings: TrainingSettings,
+    masks: Masks | None = None,
+    *,
+    steps: int = 3,
+) -> Footprint:
+    """Train and evaluate a copy of a model for a few batches, and measure it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    x, y : tensors of shape (N, ...) and (N,)
+        One batch.
+    settings : TrainingSettings
+        Says the optimizer and the device.
+    masks : mapping of name -> bool array, optional
+        Kept at zero after every step, as clients do.
+    steps : int
+        Timed steps, after one that is not.
+
+    Notes
+    -----
+    On a GPU `peak_bytes` is what the allocator had given out at most. On the CPU it is
+    the sum of parameters, buffers, gradients, the optimizer's state, the masks in the
+    parameters' size, and what the forward pass keeps for the backward pass; workspaces
+    of kernels come on top.
+    """
+    device = training.device_of(settings.device)
+    net = copy.deepcopy(model).to(device).train()
+    x, y = x.to(device), y.to(device)
+    optimizer = training.optimizer_of(net, settings)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(net(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    held = _size(chain(net.parameters(), net.buffers()))
+    chosen = masks or {}
+    saved = _Saved(net)
+    with enforce.enforce(net, chosen):
+        with saved:
+            step()
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device) - before + held
+        else:
+            own = dict(net.named_parameters())
+            gradients = [p.grad for p in own.values() if p.grad is not None]
+            masked = [own[name] for name, keep in chosen.items() if not keep.all()]
+            state = [
+                value
+                for values in optimizer.state.values()
+                for value in values.values()
+                if isinstance(value, torch.Tensor)
+            ]
+            peak = held + saved.bytes + _size([*gradients, *masked, *state])
+        step_seconds = _median_seconds(step, steps, device)
+    net.eval()
+    with torch.inference_mode():
+        net(x)
+        inference_seconds = _median_seconds(lambda: net(x), steps, device)
+    return Footprint(
+        parameters=parameters(net),
+        bytes=held,
+        peak_bytes=peak,
+        step_seconds=step_seconds,
+        inference_seconds=inference_seconds,
+    )
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Sums the bytes that a forward pass keeps for the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
+        self._found = found
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all different storages kept so far."""
+        return sum(self._found.values())
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _median_seconds(
+    function: Callable[[], object], times: int, device: torch.device
+) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def summary(
+    model: nn.Module,
+    x: NDArray[Any],
+    y: NDArray[np.int64],
+    masks: Mapping[str, NDArray[np.bool_]],
+    settings: TrainingSettings,
+) -> dict[str, dict[str, Any]]:
+    """Return the costs that a run reports, of the dense model and of the clients'.
+
+    ``flops``: thop's counts of one sample: ``dense``, the whole model; ``pruned``, the
+    network that clients really train, smaller by the empty units of the mask;
+    ``unstructured_in_theory``, what a machine that skips every zero would do.
+
+    ``networks``: the `Footprint` of ``dense`` and ``pruned``, on this machine, with a
+    batch of `x` and `y`. A client that trains a smaller network holds the whole one's
+    parameters beside it: they are in the pruned ``peak_bytes``.
+
+    Parameters
+    ----------
+    model : nn.Module
+    x, y : arrays of shape (N, ...) and (N,)
+        Samples; as many as a batch are used.
+    masks : mapping of name -> bool array
+        Empty: nothing is pruned.
+    settings : TrainingSettings
+    """
+    model = copy.deepcopy(model).cpu()
+    inputs = torch.from_numpy(x[: settings.batch_size])
+    labels = torch.from_numpy(y[: settings.batch_size])
+    small = units.compact_if_it_pays(model, masks, inputs[:1])
+    dense = asdict(footprint(model, inputs, labels, settings))
+    if small is None:
+        pruned = asdict(footprint(model, inputs, labels, settings, masks))
+    else:
+        own = units.small_masks(small, masks)
+        pruned = asdict(footprint(small, inputs, labels, settings, own))
+        pruned["peak_bytes"] += dense["bytes"]
+    return {
+        "flops": {
+            "dense": flops(model, inputs),
+            "pruned": flops(model if small is None else small, inputs),
+            "unstructured_in_theory": theoretical_flops(model, inputs, masks),
+        },
+        "networks": {"dense": dense, "pruned": pruned},
+    }

@@ -1,0 +1,211 @@
+"""Write a run's final model compact, for use without this package."""
+
+import copy
+import importlib.util
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from torch import nn
+
+from autoflip_flwr import settings, units
+from autoflip_flwr.app import build, training
+from autoflip_flwr.errors import ModelError, SettingsError
+from autoflip_flwr.types import Array
+from autoflip_flwr.units import enforce
+
+_log = logging.getLogger("flwr")
+
+_TOLERANCE = 1e-4  # of the largest output, in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """The files of an export; `onnx` is None where onnx is not installed."""
+
+    weights: Path
+    program: Path
+    onnx: Path | None
+    parameters: int  # of the compact model
+    dense_parameters: int
+
+
+def export_run(run: Path, output: Path | None = None) -> Exported:
+    """Export the final model of a run's folder.
+
+    Parameters
+    ----------
+    run : Path
+        A run's ``output-dir``.
+    output : Path, optional
+        Folder for the files; ``run/export`` by default.
+
+    Raises
+    ------
+    SettingsError
+        If the folder is not that of a finished run.
+    ModelError
+        If the model cannot be exported, or answers otherwise than the masked one.
+    """
+    chosen = settings.read(run / "settings.yaml")
+    arrays = _weights(run / "model.safetensors")
+    masks = _masks(run / "mask.npz")
+    model = build.build_model(chosen)
+    training.load_arrays(model, arrays)
+    example = build.example_inputs(chosen)
+    if example.is_floating_point():
+        example = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+    return export_model(model, masks, example, output or run / "export")
+
+
+def export_model(
+    model: nn.Module,
+    masks: Mapping[str, NDArray[np.bool_]],
+    example: torch.Tensor,
+    output: Path,
+) -> Exported:
+    """Export a masked model as compact weights and programs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its masked entries are taken as zero.
+    masks : mapping of name -> bool array
+        Empty: the model is exported whole.
+    example : torch.Tensor
+        One sample; the programs take any number of samples.
+    output : Path
+        Folder for ``model.safetensors`` (the small tensors, and ``NAME.kept.DIM`` with
+        the kept indices of tensors that are smaller), ``model.pt2`` (`torch.export`)
+        and ``model.onnx``.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    with enforce.enforce(model, masks):
+        small = _smaller(model, masks, example)
+    inputs = torch.cat([example, example])
+    with torch.no_grad():
+        expected = model(inputs)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "model.pt2", "model.onnx"):
+        (output / name).unlink(missing_ok=True)  # of an export before
+    weights = output / "model.safetensors"
+    save_file(_tensors(small), weights, {"format": "pt"})
+    program = _export(small, inputs)
+    torch.export.save(program, output / "model.pt2")
+    loaded = torch.export.load(output / "model.pt2").module()
+    _compare("model.pt2", loaded(inputs), expected)
+    return Exported(
+        weights=weights,
+        program=output / "model.pt2",
+        onnx=_export_onnx(small, inputs, output / "model.onnx"),
+        parameters=sum(p.numel() for p in small.parameters()),
+        dense_parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _smaller(
+    model: nn.Module, masks: Mapping[str, NDArray[np.bool_]], example: torch.Tensor
+) -> nn.Module:
+    """Return the compact model, or the whole one where nothing can be taken out."""
+    if not units.loses_units(masks):
+        return model
+    try:
+        return units.compact(model, masks, example).eval()
+    except ModelError as error:
+        _log.warning("the model is exported whole: %s", error)
+        return model
+
+
+def _export(small: nn.Module, inputs: torch.Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, on torch's internals
+            return torch.export.export(small, (inputs,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # whatever the exporter raises
+        raise ModelError(
+            f"torch.export cannot export {type(small).__name__}: "
+            f"{str(error).splitlines()[0]}; model.safetensors has its weights"
+        ) from error
+
+
+def _export_onnx(small: nn.Module, inputs: torch.Tensor, path: Path) -> Path | None:
+    if not _has_onnx():
+        return None
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                small,
+                (inputs,),
+                path,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=({0: batch},),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"torch.onnx cannot export {type(small).__name__}: "
+            f"{str(error).splitlines()[0]}; model.pt2 and model.safetensors are there"
+        ) from error
+    return path
+
+
+def _has_onnx() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
+
+
+def _tensors(small: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the small tensors, and where they were in the whole ones."""
+    found = {name: value.clone() for name, value in small.state_dict().items()}
+    for name, indices in units.kept_indices(small, default={}).items():
+        for dim, index in enumerate(indices):
+            if index is not None:
+                found[f"{name}.kept.{dim}"] = torch.from_numpy(index)
+    return found
+
+
+def _compare(what: str, got: Any, expected: Any) -> None:
+    for one, other in zip(
+        units.tensors_of(got), units.tensors_of(expected), strict=True
+    ):
+        difference = (one.detach() - other).abs().max()
+        worst = float(difference / other.abs().max().clamp_min(1e-30))
+        if not worst <= _TOLERANCE:
+            raise ModelError(
+                f"{what} does not answer as the masked model does: expected a "
+                f"difference of at most {_TOLERANCE} of the largest output, "
+                f"got {worst:.2g}"
+            )
+
+
+def _weights(path: Path) -> dict[str, Array]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SettingsError(
+            f"expected the folder of a finished run, with {path.name} in it: {error}"
+        ) from error
+
+
+def _masks(path: Path) -> dict[str, NDArray[np.bool_]]:
+    if not path.exists():  # a dense strategy has none
+        return {}
+    try:
+        with np.load(path) as found:
+            return dict(found)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} is no mask of a run: {error}") from error

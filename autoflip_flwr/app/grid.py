@@ -1,0 +1,317 @@
+"""The grid our ServerApp hands to a strategy: repeatable, and with a meter."""
+
+import hashlib
+import json
+import logging
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from autoflip_flwr.pruners.store import write
+from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
+from autoflip_flwr.wire import records
+from autoflip_flwr.wire.flower import Run, set_message_id, set_source
+
+_log = logging.getLogger("flwr")
+
+Direction: TypeAlias = Literal["down", "up"]
+
+_ROLL_CALL_TIMEOUT = 120.0
+
+#: More samples or epochs than anybody has: a client that says so is not believed.
+_MOST = 1 << 40
+
+
+class RunGrid(Grid):
+    """A Grid that knows clients again, counts bytes, and makes a run repeatable.
+
+    Flower gives nodes random ids, a new one to a node that comes back, lists them in no
+    order and samples them with Python's unseeded global generator. This grid asks new
+    nodes once who they are, lists and addresses them by that, seeds the generator for
+    the round right before it hands out the list, and returns replies in the order of
+    the messages.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    seed : int
+        With the number of the round decides who is sampled.
+    dense_bytes : int
+        What the arrays of the dense model count.
+    meter : Path, optional
+        A file for what is counted, so that a run that goes on has not forgotten the
+        bytes of the round in which its server was killed.
+
+    Attributes
+    ----------
+    sent : Counter of (phase, direction) -> int
+        Bytes of the records that were really sent, as Flower counts them.
+    dense : Counter of (phase, direction) -> int
+        What plain FedAvg would have sent for the same train and evaluate messages.
+    samples : mapping of phase -> float
+        Samples that nodes say they have, times the epochs of an exploration.
+    seconds : mapping of phase -> float
+        Wall time from sending to the last reply.
+    missing : list of int or str
+        Clients that were asked since `begin` and did not answer, or with an error.
+
+    Notes
+    -----
+    Of two connected nodes that claim to be the same client the one that came first is
+    it, until it is gone.
+    """
+
+    def __init__(
+        self, grid: Grid, *, seed: int, dense_bytes: int, meter: Path | None = None
+    ) -> None:
+        self._grid = grid
+        self._seed = seed
+        self._dense_bytes = dense_bytes
+        self._meter = meter
+        self._stage = "train-1"
+        self._claims: dict[int, int] = {}  # node -> who it says it is, as they came
+        self._names: dict[int, int | str] = {}  # of clients, as they said them
+        self._listing = 0
+        self._again: dict[int, int] = {}  # who did not answer the roll -> next listing
+        self._nodes: dict[int, int] = {}  # client -> the node that is it now
+        self._doubles: set[int] = set()  # whose claim was another's, and has been told
+        self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
+        self._silent: set[int] = set()
+        self._last = 0.0
+        self.sent: Counter[tuple[str, Direction]] = Counter()
+        self.dense: Counter[tuple[str, Direction]] = Counter()
+        self.samples: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._recall()
+
+    @property
+    def missing(self) -> list[int | str]:
+        """Clients that were asked in this round and did not answer."""
+        silent = self._silent.union(client for client, _ in self._waiting.values())
+        return sorted((self._names.get(c, c) for c in silent), key=str)
+
+    def begin(self, server_round: int) -> None:
+        """Sample for the training of this round from now on."""
+        self._stage = f"train-{server_round}"
+        self._waiting.clear()
+        self._silent.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the sampling of the next round depends on."""
+        return {"stage": self._stage}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the next round."""
+        self._stage = state["stage"]
+
+    def _note(self) -> None:
+        """Write down what has been counted."""
+        if self._meter is None:
+            return
+        pairs = {"sent": self.sent, "dense": self.dense}
+        counted = {
+            **{k: [[*key, n] for key, n in v.items()] for k, v in pairs.items()},
+            "samples": self.samples,
+            "seconds": self.seconds,
+        }
+        write(self._meter, json.dumps(counted).encode())
+
+    def _recall(self) -> None:
+        """Go on with what an earlier process of the run has counted."""
+        if self._meter is None or not self._meter.exists():
+            return
+        try:
+            counted = json.loads(self._meter.read_text())
+            for phase, direction, count in counted["sent"]:
+                self.sent[phase, direction] = count
+            for phase, direction, count in counted["dense"]:
+                self.dense[phase, direction] = count
+            self.samples.update(counted["samples"])
+            self.seconds.update(counted["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            _log.error("%s is torn, bytes are counted anew: %s", self._meter, error)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the connected clients in a stable order, the generator seeded."""
+        connected = set(self._grid.get_node_ids())
+        self._listing += 1
+        self._roll_call(
+            [
+                node_id
+                for node_id in sorted(connected.difference(self._claims))
+                if self._listing >= self._again.get(node_id, 0)
+            ]
+        )
+        self._nodes = {}
+        strangers = {n: n for n in sorted(connected.difference(self._claims))}
+        for node_id, client in {**self._claims, **strangers}.items():
+            if node_id in connected:
+                first = self._nodes.setdefault(client, node_id)
+                if first != node_id and node_id not in self._doubles:
+                    self._doubles.add(node_id)
+                    _log.warning(
+                        "node %d says that it is client %d, as node %d does; it waits",
+                        node_id,
+                        client,
+                        first,
+                    )
+        random.seed(f"{self._seed}/{self._stage}")
+        named = self._names
+        return sorted(self._nodes, key=lambda client: (client not in named, client))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send, wait, count; replies come in the order of the messages."""
+        batch = list(messages)
+        order = {m.metadata.dst_node_id: place for place, m in enumerate(batch)}
+        replies = list(stream(self, batch, timeout=timeout))
+        return sorted(replies, key=lambda reply: order[reply.metadata.src_node_id])
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages to the nodes that are their clients now, and count them."""
+        batch = list(messages)
+        if not batch:
+            return []
+        real = [self._addressed(message) for message in batch]
+        self._last = time.monotonic()
+        message_ids = [n for n in self._grid.push_messages(real) if n is not None]
+        for message, sent in zip(batch, real, strict=True):
+            message_id, phase = sent.metadata.message_id, _phase(message)
+            set_message_id(message, message_id)
+            self._waiting[message_id] = message.metadata.dst_node_id, phase
+            self._count(phase, "down", message)
+            if phase == "train":
+                self._stage = self._stage.replace("train", "evaluate")
+        self._note()
+        return message_ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are there, from clients, and count them."""
+        asked = set(message_ids)
+        phases = {self._waiting[n][1] for n in asked if n in self._waiting}
+        replies = list(self._grid.pull_messages(asked))
+        now = time.monotonic()
+        for phase in phases:
+            self.seconds[phase] += now - self._last
+        self._last = now
+        for reply in replies:
+            message_id = reply.metadata.reply_to_message_id
+            if message_id not in self._waiting:
+                continue  # of an earlier round, pulled by somebody's own doing
+            client, phase = self._waiting.pop(message_id)
+            # Where a node is gone the SuperLink replies in its place.
+            set_source(reply, client)
+            if reply.has_content():
+                self._count(phase, "up", reply)
+                self.samples[phase] += _samples(reply)
+            else:
+                self._silent.add(client)
+        if replies:
+            self._note()
+        return replies
+
+    def _addressed(self, message: Message) -> Message:
+        """Return a message to a client as one to the node that it is now."""
+        metadata = message.metadata
+        client = metadata.dst_node_id
+        return Message(
+            message.content,
+            self._nodes.get(client, client),
+            metadata.message_type,
+            ttl=metadata.ttl,
+            group_id=metadata.group_id,
+        )
+
+    def _count(self, phase: str, direction: Direction, message: Message) -> None:
+        size = records.count_bytes(message.content)
+        self.sent[phase, direction] += size
+        if phase in ("train", "evaluate"):
+            arrays = min(1, len(message.content.array_records))  # as FedAvg's have
+            own = records.own_bytes(message.content)
+            self.dense[phase, direction] += size - own + arrays * self._dense_bytes
+
+    def _roll_call(self, node_ids: list[int]) -> None:
+        """Ask nodes who they are."""
+        if not node_ids:
+            return
+        for node_id in node_ids:  # asked again if there is no answer, ever more seldom
+            self._again[node_id] = 2 * self._listing
+        batch = [Message(RecordDict(), node_id, "query") for node_id in node_ids]
+        found: dict[int, int] = {}
+        nodes: dict[str, int] = {}
+        for reply in stream(self._grid, batch, timeout=_ROLL_CALL_TIMEOUT):
+            nodes = nodes or nodes_by_message(batch)  # sent by now
+            node_id = node_of(reply, nodes)
+            if reply.has_error():
+                _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
+                continue
+            self.sent["roll-call", "up"] += records.count_bytes(reply.content)
+            found[node_id] = node_id
+            for record in reply.content.config_records.values():
+                name = record.get(records.CLIENT_ID)
+                if isinstance(name, str) or (isinstance(name, int) and name >= 0):
+                    found[node_id] = client = _client_of(name)
+                    self._names[client] = name
+        for node_id in node_ids:  # in their order, not that of the answers
+            if node_id in found:
+                self._claims[node_id] = found[node_id]
+        self._note()
+
+    # --- everything else is Flower's own ---------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Set the run of the inner grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run of the inner grid."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message with the inner grid."""
+        return self._grid.create_message(
+            content, message_type, dst_node_id, group_id, ttl
+        )
+
+
+def _client_of(name: int | str) -> int:
+    """Return the number of a client: a partition's, or 62 bits for a name."""
+    if isinstance(name, int):
+        return name
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def _samples(reply: Message) -> float:
+    """Return how many samples an app says it has, times the epochs it explored."""
+    for metrics in reply.content.metric_records.values():
+        count, epochs = metrics.get("num-examples", 0), metrics.get(records.EPOCHS, 1)
+        if isinstance(count, int | float) and isinstance(epochs, int):
+            told = count * min(max(epochs, 0), _MOST)
+            return told if 0 <= told <= _MOST else 0
+    return 0
+
+
+def _phase(message: Message) -> str:
+    """Return explore, train or evaluate."""
+    for config in message.content.config_records.values():
+        phase = records.phase_of(config)
+        if phase is not None:
+            return phase
+    return message.metadata.message_type.partition(".")[0]

@@ -1,0 +1,323 @@
+"""What a run leaves behind: settings, a line a round, a summary, model and mask."""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from autoflip_flwr.app.costs import Operations
+from autoflip_flwr.app.grid import Direction, RunGrid
+from autoflip_flwr.app.training import Evaluation
+from autoflip_flwr.errors import SettingsError, needs_extra
+from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.settings import Settings
+from autoflip_flwr.types import Params
+
+_log = logging.getLogger("flwr")
+
+
+class RunLog:
+    """Writes a run's folder.
+
+    Parameters
+    ----------
+    directory : Path
+        What `run_directory` returns.
+    settings : Settings
+    grid : RunGrid
+        Where bytes and seconds are counted.
+    rounds : Rounds or None
+        The state of a pruning strategy; None for a dense one.
+    operations : Operations
+        What a sample costs clients.
+    resume : bool
+        The folder may hold a run that is not finished.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds another run, or a finished one: nothing is overwritten.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        grid: RunGrid,
+        rounds: Rounds | None,
+        operations: Operations,
+        *,
+        resume: bool = False,
+    ) -> None:
+        # Asked for in vain, nothing is written.
+        writer = _writer() if settings.log.tensorboard else None
+        self.directory = directory
+        self._metrics = directory / "metrics.jsonl"
+        directory.mkdir(parents=True, exist_ok=True)
+        if resume and (directory / "summary.json").exists():
+            shutil.rmtree(directory / "guidance", ignore_errors=True)
+            raise SettingsError(
+                f"the run in {directory} is finished; to run it again name a new folder"
+            )
+        try:
+            with (directory / "settings.yaml").open("a" if resume else "x"):
+                pass
+        except FileExistsError as error:
+            raise SettingsError(
+                f"output-dir {directory} holds another run; name a new folder, or go "
+                "on with it: resume=true"
+            ) from error
+        self._let_go = weakref.finalize(self, os.close, _held(directory))
+        self._settings = settings
+        self._grid = grid
+        self._rounds = rounds
+        self._operations = operations
+        self._samples: Counter[str] = Counter()
+        self._flops = 0
+        self._board = writer(str(self.directory)) if writer else None
+        self._started = self._last = time.monotonic()
+        self._counted: Counter[tuple[str, Direction]] = Counter()
+        self._row: dict[str, Any] = {}
+        self._lines = 0
+
+    def begin(self) -> None:
+        """Note the settings of a new run, over what a try without a round left."""
+        (self.directory / "settings.yaml").write_text(self._settings.as_yaml())
+        self._metrics.unlink(missing_ok=True)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a process that goes on has to know."""
+        return {
+            "lines": self._lines,
+            "row": self._row,
+            "counted": dict(self._counted),
+            "samples": dict(self._samples),
+            "flops": self._flops,
+            "seconds": time.monotonic() - self._started,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after the round of `state`; later lines are dropped."""
+        self._lines, self._row = state["lines"], state["row"]
+        self._counted = Counter(state["counted"])
+        self._samples = Counter(state["samples"])
+        self._flops = state["flops"]
+        self._started = time.monotonic() - state["seconds"]
+        if self._lines:
+            lines = self._metrics.read_text().splitlines(keepends=True)
+            partial = self._metrics.with_suffix(".partial")
+            partial.write_text("".join(lines[: self._lines]))
+            partial.replace(self._metrics)
+        else:
+            self._metrics.unlink(missing_ok=True)
+
+    def round(self, server_round: int, evaluation: Evaluation) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        now = time.monotonic()
+        sent = Counter(self._grid.sent)
+        sent.subtract(self._counted)
+        rounds = self._rounds
+        samples = Counter(self._trained_samples())
+        samples.subtract(self._samples)
+        masks = rounds.plan.masks if rounds and rounds.plan else {}
+        flops = self._operations.trained(
+            masks, explore=samples["explore"], train=samples["train"]
+        )
+        self._row = {
+            "round": server_round,
+            "accuracy": evaluation.accuracy,
+            "accuracy_top5": evaluation.accuracy_top5,
+            "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
+            "density": rounds.density if rounds else 1.0,
+            "bytes_down": sent["explore", "down"] + sent["train", "down"],
+            "bytes_up": sent["explore", "up"] + sent["train", "up"],
+            "bytes_evaluate": sent["evaluate", "down"] + sent["evaluate", "up"],
+            "mask_change": rounds.diagnostics.mask_change if rounds else 0.0,
+            "update_variance": rounds.diagnostics.update_variance if rounds else None,
+            "guidance_cosine": rounds.diagnostics.guidance_cosine if rounds else None,
+            "flops": flops,
+            "dropped": len(rounds.dropped) if rounds else None,
+            "missing": self._grid.missing,
+            "seconds": round(now - self._last, 3),
+        }
+        self._counted = Counter(self._grid.sent)
+        self._samples = Counter(self._trained_samples())
+        self._flops += flops
+        self._last = now
+        with self._metrics.open("a") as lines:
+            lines.write(json.dumps(self._row) + "\n")
+        self._lines += 1
+        if self._board is not None:
+            for key, value in self._row.items():
+                if isinstance(value, int | float) and key != "round":
+                    self._board.add_scalar(key, value, server_round)
+            self._board.flush()
+
+    def _trained_samples(self) -> dict[str, float]:
+        """Return samples times epochs so far, by phase."""
+        counted = self._grid.samples
+        epochs = self._settings.training.epochs
+        return {"explore": counted["explore"], "train": epochs * counted["train"]}
+
+    def finish(
+        self, arrays: Params, *, parameters: int, costs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write summary, model and mask; return the summary.
+
+        `costs` is what `costs.summary` returns.
+        """
+        sent, grid, rounds = self._grid.sent, self._grid, self._rounds
+        phases = ("explore", "train", "evaluate")
+        summary = {
+            "strategy": self._settings.strategy.name,
+            "preset": self._settings.preset,
+            "rounds": self._settings.rounds,
+            "accuracy": self._row.get("accuracy"),
+            "accuracy_top5": self._row.get("accuracy_top5"),
+            "loss": self._row.get("loss"),
+            "parameters": parameters,
+            "kept_parameters": parameters - (rounds.pruned if rounds else 0),
+            "density": rounds.density if rounds else 1.0,
+            "bytes": {
+                **{f"{p}_{d}": sent[p, d] for p in phases for d in ("down", "up")},
+                "roll_call": sent["roll-call", "up"],
+                "total": sum(sent.values()),
+                "dense_equivalent": sum(grid.dense.values()),
+            },
+            **costs,
+            "flops": {**costs["flops"], "trained": self._flops},
+            "samples": self._trained_samples(),
+            "seconds": {
+                "explore": round(grid.seconds["explore"], 3),
+                "train": round(grid.seconds["train"], 3),
+                "total": round(time.monotonic() - self._started, 3),
+            },
+        }
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in arrays.items()},
+            self.directory / "model.safetensors",
+        )
+        if self._rounds is not None and self._rounds.plan is not None:
+            np.savez_compressed(
+                self.directory / "mask.npz",
+                **cast(Any, dict(self._rounds.plan.masks)),
+            )
+        text = json.dumps(summary, indent=2) + "\n"
+        # Whoever finds it may take the run for finished, so it is there whole or not.
+        partial = self.directory / "summary.json.partial"
+        partial.write_text(text)
+        partial.replace(self.directory / "summary.json")
+        shutil.rmtree(self.directory / "guidance", ignore_errors=True)
+        (self.directory / ".lock").unlink()
+        self._let_go()
+        if self._board is not None:
+            self._board.close()
+        return summary
+
+
+def _held(directory: Path) -> int:
+    """Hold a run's folder until the descriptor is closed, or the process ends.
+
+    Raises
+    ------
+    SettingsError
+        If another process does.
+    """
+    lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise SettingsError(
+            f"another server is at work in {directory}; end it first, or name a new "
+            "folder"
+        ) from error
+    return lock
+
+
+def log_summary(summary: dict[str, Any], directory: Path) -> None:
+    """Log the last lines of a run."""
+    sent = summary["bytes"]
+    accuracy = summary["accuracy"]
+    _log.info("AutoFLIP run finished: %s", directory)
+    _log.info(
+        "  top-1 accuracy  %.4f on held-out data, after %d rounds of %s",
+        float("nan") if accuracy is None else accuracy,
+        summary["rounds"],
+        summary["strategy"],
+    )
+    _log.info(
+        "  kept            %d of %d parameters; density %.4f of the prunable ones",
+        summary["kept_parameters"],
+        summary["parameters"],
+        summary["density"],
+    )
+    _log.info(
+        "  bytes sent      %s (exploration %s); FedAvg would have sent %s: %.3f of it",
+        _megabytes(sent["total"]),
+        _megabytes(sent["explore_down"] + sent["explore_up"]),
+        _megabytes(sent["dense_equivalent"]),
+        sent["total"] / max(1, sent["dense_equivalent"]),
+    )
+    dense, pruned = summary["networks"]["dense"], summary["networks"]["pruned"]
+    flops = summary["flops"]
+    _log.info(
+        "  clients train   %d of %d parameters, %s of %s, %.3f of the FLOPs "
+        "(skipping every zero would be %.3f, in theory)",
+        pruned["parameters"],
+        dense["parameters"],
+        _megabytes(pruned["bytes"]),
+        _megabytes(dense["bytes"]),
+        flops["pruned"] / max(1, flops["dense"]),
+        flops["unstructured_in_theory"] / max(1, flops["dense"]),
+    )
+    _log.info(
+        "  measured here   training step %.2f ms, dense %.2f ms; inference %.2f ms, "
+        "dense %.2f ms; peak memory %s, dense %s",
+        1e3 * pruned["step_seconds"],
+        1e3 * dense["step_seconds"],
+        1e3 * pruned["inference_seconds"],
+        1e3 * dense["inference_seconds"],
+        _megabytes(pruned["peak_bytes"]),
+        _megabytes(dense["peak_bytes"]),
+    )
+    _log.info(
+        "  training took   %.3g multiply-accumulates, exploration included",
+        flops["trained"],
+    )
+    _log.info(
+        "  seconds         %.1f (exploration %.1f)",
+        summary["seconds"]["total"],
+        summary["seconds"]["explore"],
+    )
+
+
+def _writer() -> Any:
+    """Return what writes for TensorBoard."""
+    with needs_extra("tensorboard", "log.tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
+
+
+def run_directory(name: str, settings: Settings) -> Path:
+    """Return a run's folder; without a name `runs/<preset>-<strategy>-<time>`."""
+    if not name:
+        now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
+        name = f"runs/{settings.preset}-{settings.strategy.name}-{now}"
+    return Path(name).resolve()
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,95 @@
+"""What our ServerApp does: read settings, compose, run."""
+
+import errno
+import logging
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid
+
+from autoflip_flwr.app import build, costs, training
+from autoflip_flwr.app.grid import RunGrid
+from autoflip_flwr.app.runlog import RunLog, log_summary, run_directory
+from autoflip_flwr.app.strategies import build_strategy
+from autoflip_flwr.errors import CheckpointError
+from autoflip_flwr.server.checkpoint import Checkpointed
+from autoflip_flwr.server.strategy import AutoFLIP
+from autoflip_flwr.wire import records
+
+_log = logging.getLogger("flwr")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+#: At which a run tells its epsilon.
+_DELTA = 1e-5
+
+
+def serve(grid: Grid, context: Context) -> None:
+    """Run the experiment that the run config names."""
+    settings = build.settings_of(context.run_config)
+    model = build.build_model(settings)
+    example = build.example_inputs(settings)
+    test = build.held_out(settings)
+    initial = records.record_of(training.state_arrays(model))
+    directory = run_directory(str(context.run_config["output-dir"]), settings)
+    run_grid = RunGrid(
+        grid,
+        seed=settings.seed,
+        dense_bytes=initial.count_bytes(),
+        meter=directory / "checkpoints" / "meter.json",
+    )
+    strategy = build_strategy(settings, model, example, store=directory / "guidance")
+    rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
+    operations = costs.Operations(model, example)
+    resume = bool(context.run_config.get("resume", False))
+    log = RunLog(directory, settings, run_grid, rounds, operations, resume=resume)
+    run = Checkpointed(
+        strategy,
+        directory / "checkpoints",
+        settings=settings.identity(),
+        parts={"grid": run_grid, "log": log},
+    )
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round == 0:
+            log.begin()
+            return None
+        training.load_arrays(model, records.arrays_of(arrays))
+        found = training.evaluate(
+            model, test.x, test.y, device=settings.training.device
+        )
+        log.round(server_round, found)
+        run_grid.begin(server_round + 1)
+        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
+
+    build.warn_of_few_nodes(settings, len(list(grid.get_node_ids())))
+    privacy = build.guidance_privacy(settings)
+    if privacy is not None:
+        _log.info(
+            "guidance leaves a client (%.3g, %g)-differentially private, each time it "
+            "explores",
+            privacy.epsilon(_DELTA),
+            _DELTA,
+        )
+    try:
+        result = run.start(
+            run_grid,
+            initial,
+            num_rounds=settings.rounds,
+            timeout=settings.strategy.timeout,
+            evaluate_fn=evaluate,
+        )
+        training.load_arrays(model, records.arrays_of(result.arrays))
+        masks = rounds.plan.masks if rounds and rounds.plan else {}
+        summary = log.finish(
+            training.state_arrays(model),
+            parameters=costs.parameters(model),
+            costs=costs.summary(model, test.x, test.y, masks, settings.training),
+        )
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise CheckpointError(
+            f"cannot write to {directory}: {error.strerror}; make room, then go on "
+            "with resume=true"
+        ) from error
+    log_summary(summary, directory)

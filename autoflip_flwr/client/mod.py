@@ -1,0 +1,224 @@
+"""The client's half of the protocol: a Flower mod around any app."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
+
+from autoflip_flwr.errors import MaskError, WireError
+from autoflip_flwr.method import guidance
+from autoflip_flwr.method.privacy import GuidancePrivacy
+from autoflip_flwr.types import Array, Guidance, Params
+from autoflip_flwr.units import enforce
+from autoflip_flwr.wire import codec, records
+from autoflip_flwr.wire.flower import ClientAppCallable
+from autoflip_flwr.wire.manifest import Manifest
+
+
+class AutoFlipMod:
+    """Lets an existing ClientApp take part in AutoFLIP.
+
+    It unpacks a message, calls the app with the dense arrays the app knows, and
+    packs what the app returns. Asked to explore, it calls the app's own train
+    function several times, feeding the weights back, and replies with the local
+    guidance (arXiv:2405.10271, Eq. 2). It keeps no state. Messages that are not
+    AutoFLIP's pass through untouched.
+
+    While the app trains, pruned weights stay at zero if a `torch.optim` optimizer
+    holds the model's parameters in their own order; `masked` makes sure of it for
+    any other.
+
+    Parameters
+    ----------
+    loss_key : str, optional
+        Metric of the app's replies that early stopping of the exploration watches.
+        By default the first one with "loss" in its name; without any, exploration
+        goes on for all of its epochs.
+    privacy : GuidancePrivacy, or callable of Context that returns one or None, optional
+        Clips the guidance and adds noise before it leaves the client. Requests for
+        anything else (gradients, the signs of a warm start) are refused then.
+
+    Examples
+    --------
+    ::
+
+        app = ClientApp(mods=[AutoFlipMod()])
+
+    Put it before mods that work on dense arrays (clipping, local differential
+    privacy): ``mods=[AutoFlipMod(), LocalDpMod(...)]``.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_key: str | None = None,
+        privacy: GuidancePrivacy
+        | Callable[[Context], GuidancePrivacy | None]
+        | None = None,
+    ) -> None:
+        self.loss_key = loss_key
+        self.privacy = privacy
+
+    def __call__(
+        self, message: Message, context: Context, call_next: ClientAppCallable
+    ) -> Message:
+        """Handle one message."""
+        config = records.config_of(message)
+        phase = records.phase_of(config)
+        if phase is None:
+            return call_next(message, context)
+        if phase == "explore":
+            privacy = self.privacy(context) if callable(self.privacy) else self.privacy
+            return self._explore(message, context, call_next, privacy)
+        plan = records.Plan.of(config)
+        key, record = records.only_array_record(message.content)
+        arrays = plan.unpack(records.named(record, plan))
+        message.content[key] = records.record_of(arrays)
+        if phase == "evaluate":
+            return call_next(message, context)
+        with enforce.enforce_unseen(plan.keeps()):
+            reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        reply_key, trained = _arrays_of_reply(reply, plan.manifest)
+        reply.content[reply_key] = plan.pack(trained)
+        return reply
+
+    def _explore(
+        self,
+        message: Message,
+        context: Context,
+        call_next: ClientAppCallable,
+        privacy: GuidancePrivacy | None,
+    ) -> Message:
+        """Measure what is asked, by the app's own train function, and reply with it."""
+        asked = records.Exploration.of(records.config_of(message))
+        if privacy is not None and asked.measure != "deviation":
+            raise WireError(
+                "this client tells its guidance alone, with noise; the server asked "
+                f"for {asked.measure!r}: set exploration.warm-start=false, "
+                "pruning.refresh=0 and strategy.name=autoflip"
+            )
+        key, record = records.only_array_record(message.content)
+        initial = asked.unpack(record)
+        message.content[key] = records.record_of(initial)
+        signs: bytes | None = None
+        measured: Guidance = {}
+        if asked.measure in ("deviation", "update"):
+            reply, trained, done = self._train(
+                asked, initial, message, context, call_next
+            )
+            if not reply.has_error():
+                names = asked.manifest.shapes
+                start = {name: initial[name] for name in names}
+                measured = guidance.squared_deviation(
+                    start, {name: trained[name] for name in names}
+                )
+                if asked.measure == "update":
+                    rises = {n: trained[n] > value for n, value in start.items()}
+                    signs = codec.pack_mask(rises)
+        else:
+            reply, measured = _gradient(asked, initial, message, context, call_next)
+            done = 1
+        if reply.has_error():
+            return reply
+        reply_key, _ = records.only_array_record(reply.content)
+        if privacy is not None:
+            measured = privacy.protect(measured)
+        frame = codec.quantize(measured)
+        reply.content[reply_key] = records.guidance_record(frame, signs)
+        for metrics in reply.content.metric_records.values():
+            metrics[records.EPOCHS] = done
+        return reply
+
+    def _train(
+        self,
+        asked: records.Exploration,
+        initial: Params,
+        message: Message,
+        context: Context,
+        call_next: ClientAppCallable,
+    ) -> tuple[Message, Params, int]:
+        """Train for some epochs from W0; return reply, weights and epochs done."""
+        config_key, config = records.only_config(message.content)
+        key, _ = records.only_array_record(message.content)
+        best, stale, done = math.inf, 0, 0
+        trained: Params = initial
+        while True:
+            message.content[config_key] = ConfigRecord(
+                {**config, records.EPOCH: done, records.EPOCHS: asked.epochs}
+            )
+            reply = call_next(message, context)
+            if reply.has_error():
+                return reply, trained, done
+            _, trained = _arrays_of_reply(reply, asked.manifest)
+            done += 1
+            loss = self._loss(reply)
+            if loss < best:
+                best, stale = loss, 0
+            elif not math.isnan(loss):
+                stale += 1
+            if done >= asked.epochs or stale >= asked.patience:
+                break
+            message.content[key] = records.record_of(trained)
+        return reply, trained, done
+
+    def _loss(self, reply: Message) -> float:
+        """Return the loss the app reports; NaN if it reports none."""
+        records: list[MetricRecord | ConfigRecord] = [
+            *reply.content.metric_records.values(),
+            *reply.content.config_records.values(),  # the older API's metrics
+        ]
+        for record in records:
+            for name, value in record.items():
+                wanted = (
+                    name == self.loss_key if self.loss_key else "loss" in name.lower()
+                )
+                if wanted and isinstance(value, int | float):
+                    return float(value)
+        if self.loss_key:
+            raise WireError(
+                f"expected the app to report the metric {self.loss_key!r}, "
+                f"got {sorted({k for r in records for k in r})}"
+            )
+        return math.nan
+
+
+def _gradient(
+    asked: records.Exploration,
+    initial: Params,
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+) -> tuple[Message, Guidance]:
+    """Let the app pass over its data at fixed weights, and look at the gradients."""
+    trainable = [entry for entry in asked.manifest.entries if entry.trainable]
+    with enforce.gradients_of([entry.shape for entry in trainable]) as seen:
+        reply = call_next(message, context)
+    if reply.has_error():
+        return reply, {}
+    if not seen.steps:
+        raise MaskError(
+            f"expected an optimizer of torch.optim that holds the {len(trainable)} "
+            "trainable parameters in the model's order, to see their gradients; the "
+            "app made no step with such a one"
+        )
+    squared = asked.measure == "squared-gradient"
+    gradients = seen.mean_square() if squared else seen.mean()
+    found = {}
+    for entry, gradient in zip(trainable, gradients, strict=True):
+        if entry.masked:
+            size = np.abs(gradient)
+            if asked.measure == "saliency":
+                size = size * np.abs(initial[entry.name]).astype(np.float32)
+            found[entry.name] = size
+    return reply, found
+
+
+def _arrays_of_reply(
+    reply: Message, manifest: Manifest
+) -> tuple[str, dict[str, Array]]:
+    """Return the key and the named arrays the app replied with."""
+    key, record = records.only_array_record(reply.content)
+    return key, records.named_arrays(record, manifest, exact=False)

@@ -1,6 +1,0 @@
-"""Federated datasets by name: read, normalise, divide among the clients."""
-
-from autoflip_flwr.data.base import Dataset, Samples
-from autoflip_flwr.data.federated import Federated, load, load_node, names, spec
-
-__all__ = ["Dataset", "Federated", "Samples", "load", "load_node", "names", "spec"]

@@ -1,0 +1,284 @@
+"""Local guidance and guidance: Eq. 2 and Eq. 3 of AutoFLIP (arXiv:2405.10271)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.errors import GuidanceError, SettingsError
+from autoflip_flwr.types import Combination, Guidance, Normalization, Params
+
+NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
+
+#: A mean or spread this small counts as zero: its inverse would not be a float32.
+_LEAST = 1e-30
+
+#: Entries that are summed at a time: in the cache, and long enough for threads.
+_BLOCK = 1 << 17
+
+#: (entries, buffer of their number) -> the buffer, filled with their scaled values.
+Values: TypeAlias = Callable[[slice, NDArray[Any]], NDArray[Any]]
+
+
+def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.float32]]:
+    """Local guidance of one explorer (Eq. 2): ``G_i,m = (W0_m - W_i,m)^2``.
+
+    Parameters
+    ----------
+    initial, final : mapping of name -> array
+        The weights before and after exploration; same names and shapes.
+
+    Returns
+    -------
+    dict of name -> float32 array
+        In the order of `initial`, finite and >= 0.
+
+    Raises
+    ------
+    GuidanceError
+        If names or shapes differ, or a deviation is not finite in float32.
+    """
+    if set(initial) != set(final):
+        raise GuidanceError(
+            f"expected the parameters {sorted(initial)}, got {sorted(final)}"
+        )
+    guidance: dict[str, NDArray[np.float32]] = {}
+    for name, start in initial.items():
+        end = np.asarray(final[name])
+        if np.shape(start) != end.shape:
+            raise GuidanceError(
+                f"{name}: expected shape {np.shape(start)}, got {end.shape}"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            moved = np.asarray(np.subtract(start, end, dtype=np.float32))
+            np.square(moved, out=moved)
+        if not np.isfinite(moved).all():
+            raise GuidanceError(
+                f"{name}: expected finite weights after exploration, got NaN, Inf or a "
+                "deviation whose square overflows float32; the exploration has "
+                "diverged (lower the learning rate)"
+            )
+        guidance[name] = moved
+    return guidance
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What normalization needs to know of one explorer's matrix.
+
+    Attributes
+    ----------
+    mean : float
+        Mean over all parameters.
+    low, high : mapping of name -> float
+        Least and largest value of each tensor.
+    """
+
+    mean: float
+    low: dict[str, float]
+    high: dict[str, float]
+
+
+def statistics(matrix: Guidance) -> Statistics:
+    """Return mean and extremes of one local matrix."""
+    count = sum(values.size for values in matrix.values())
+    if count == 0:
+        raise GuidanceError("expected guidance for at least one parameter, got none")
+    total = sum(float(values.sum(dtype=np.float64)) for values in matrix.values())
+    return Statistics(
+        mean=total / count,
+        low={n: float(v.min()) if v.size else 0.0 for n, v in matrix.items()},
+        high={n: float(v.max()) if v.size else 0.0 for n, v in matrix.items()},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rescaling:
+    """Normalization as one affine map: ``sum_k scale_k * G_k + offset``."""
+
+    scales: Sequence[float]
+    offset: float
+
+
+def rescaling(
+    explorers: Sequence[Statistics], name: str, *, normalization: Normalization
+) -> Rescaling:
+    """How the tensor `name` of the explorers' matrices is normalized and averaged.
+
+    All three normalizations are affine in the matrices, so a round's guidance is
+    one weighted sum per tensor and never holds more than one dense matrix.
+
+    A matrix (client), a tensor (layer) or all matrices (global) without any
+    spread state no preference: they map to ones, not to 0/0.
+    """
+    count = len(explorers)
+    if count == 0:
+        raise GuidanceError(
+            "expected local guidance of at least one explorer, got none"
+        )
+    if normalization == "client":
+        means = [explorer.mean for explorer in explorers]
+        silent = sum(mean <= _LEAST for mean in means)
+        return Rescaling(
+            [1.0 / (count * mean) if mean > _LEAST else 0.0 for mean in means],
+            silent / count,
+        )
+    if normalization == "layer":
+        low = min(explorer.low[name] for explorer in explorers)
+        high = max(explorer.high[name] for explorer in explorers)
+    elif normalization == "global":
+        low = min(min(explorer.low.values()) for explorer in explorers)
+        high = max(max(explorer.high.values()) for explorer in explorers)
+    else:
+        raise SettingsError(
+            f"unknown normalization {normalization!r}; known: {list(NORMALIZATIONS)}"
+        )
+    if high - low <= _LEAST:
+        return Rescaling([0.0] * count, 1.0)
+    return Rescaling([1.0 / (count * (high - low))] * count, -low / (high - low))
+
+
+class LocalMatrix(Protocol):
+    """One explorer's local guidance, dense or in one byte per parameter."""
+
+    def scaled(self, name: str, factor: float) -> Values:
+        """Return a reader of one tensor's flat values, times `factor`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Local guidance as arrays."""
+
+    arrays: Guidance
+
+    def scaled(self, name: str, factor: float) -> Values:
+        """Return a reader of one tensor's flat values, times `factor`."""
+        flat = np.asarray(self.arrays[name]).reshape(-1)
+        return lambda part, out: np.multiply(flat[part], factor, out=out)
+
+
+def add_normalized(
+    total: NDArray[Any],
+    name: str,
+    matrices: Sequence[LocalMatrix],
+    rescale: Rescaling,
+    *,
+    weight: float = 1.0,
+) -> None:
+    """Add ``weight * (sum_k scale_k * G_k + offset)``, the sum of Eq. 3, in place.
+
+    Parameters
+    ----------
+    total : floating array of shape (size,)
+        Of the tensor `name`; its type is that of the sum.
+    name : str
+    matrices : sequence of LocalMatrix
+        One per scale of `rescale`.
+    rescale : Rescaling
+    weight : float
+    """
+    readers = [
+        matrix.scaled(name, scale * weight)
+        for scale, matrix in zip(rescale.scales, matrices, strict=True)
+    ]
+    buffer = np.empty(min(_BLOCK, total.size), total.dtype)
+    for start in range(0, total.size, _BLOCK):
+        block = total[start : start + _BLOCK]
+        block += total.dtype.type(rescale.offset * weight)
+        for values in readers:
+            block += values(slice(start, start + block.size), buffer[: block.size])
+
+
+def middle(
+    stack: NDArray[np.float32], *, combination: Combination, trim: float = 0.2
+) -> NDArray[np.float32]:
+    """Combine explorers' values entry by entry so that few of them cannot move it far.
+
+    Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
+    (arXiv:1803.01498, Definitions 1 and 2).
+
+    Parameters
+    ----------
+    stack : float32 array
+        One row per explorer, normalized.
+    combination : {"mean", "median", "trimmed-mean"}
+    trim : float
+        In [0, 0.5): share of the rows that is left out at either end.
+    """
+    if combination == "median":
+        return np.asarray(np.median(stack, axis=0), np.float32)
+    cut = int(trim * len(stack)) if combination == "trimmed-mean" else 0
+    if cut:
+        kept = [cut, len(stack) - cut - 1]
+        stack = np.partition(stack, kept, axis=0)[cut : len(stack) - cut]
+    return np.asarray(stack.mean(axis=0, dtype=np.float64), np.float32)
+
+
+def combine(
+    matrices: Iterable[Guidance],
+    *,
+    normalization: Normalization = "client",
+    combination: Combination = "mean",
+    trim: float = 0.2,
+) -> dict[str, NDArray[np.float32]]:
+    """Guidance of a round (Eq. 3): the mean of the normalized local matrices.
+
+    Parameters
+    ----------
+    matrices : iterable of mapping of name -> array
+        Local guidance, one per explorer; same names and shapes.
+    normalization : {"client", "global", "layer"}
+        ``global`` is Eq. 3 as written: ``mean_k (G_k - min) / (max - min)`` with min
+        and max over all matrices and all parameters. ``layer`` takes them per
+        tensor. ``client`` divides each matrix by its own mean, so that no client
+        outweighs another.
+    combination : {"mean", "median", "trimmed-mean"}
+        The paper's is the mean. The others, see `middle`, need ``client``.
+    trim : float
+        In [0, 0.5), for ``trimmed-mean``.
+
+    Returns
+    -------
+    dict of name -> float32 array
+        >= 0; in [0, 1] for ``global`` and ``layer``.
+    """
+    if combination != "mean" and normalization != "client":
+        raise SettingsError(
+            f"{combination} needs the normalization client: with {normalization} one "
+            "explorer sets the scale of all"
+        )
+    explorers = list(matrices)
+    if not explorers:
+        raise GuidanceError(
+            "expected local guidance of at least one explorer, got none"
+        )
+    first = explorers[0]
+    for matrix in explorers[1:]:
+        if set(matrix) != set(first):
+            raise GuidanceError(
+                f"expected the parameters {sorted(first)}, got {sorted(matrix)}"
+            )
+        for name, values in first.items():
+            if matrix[name].shape != values.shape:
+                raise GuidanceError(
+                    f"{name}: expected shape {values.shape}, got {matrix[name].shape}"
+                )
+    every = [statistics(matrix) for matrix in explorers]
+    dense = [Dense(matrix) for matrix in explorers]
+    combined: dict[str, NDArray[np.float32]] = {}
+    for name, values in first.items():
+        if combination == "mean":
+            total: NDArray[Any] = np.zeros(values.size, np.float64)
+            rescale = rescaling(every, name, normalization=normalization)
+            add_normalized(total, name, dense, rescale)
+        else:
+            rows = np.zeros((len(dense), values.size), np.float32)
+            for row, one, local in zip(rows, every, dense, strict=True):
+                alone = rescaling([one], name, normalization="client")
+                add_normalized(row, name, [local], alone)
+            total = middle(rows, combination=combination, trim=trim)
+        # Rounding may leave a least value a hair below zero.
+        combined[name] = np.maximum(total, 0).astype(np.float32).reshape(values.shape)
+    return combined

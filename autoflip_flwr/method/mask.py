@@ -1,0 +1,311 @@
+"""From scores to a mask (Eq. 4 of AutoFLIP, arXiv:2405.10271), and what it does.
+
+A mask is bool, True = keep.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.errors import MaskError, SettingsError
+from autoflip_flwr.method.parallel import parallel_map
+from autoflip_flwr.types import Array, Masks, Mode, Params, Scores
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+_SAMPLE = 1 << 16  # entries that bracket the cut
+
+
+def from_scores(
+    scores: Scores,
+    *,
+    threshold: float,
+    mode: Mode = "quantile",
+    floor: float = 0.0,
+    units: Masks | None = None,
+    overwrite: bool = False,
+) -> dict[str, NDArray[np.bool_]]:
+    """Keep the parameters with the largest scores (Eq. 4).
+
+    Parameters
+    ----------
+    scores : mapping of name -> array
+        No NaN. Compared as float32 across all tensors (``value``: as they are).
+    threshold : float
+        ``quantile``: the share to prune, in [0, 1]; exactly ``round(threshold * n)``
+        of the `n` entries are pruned. ``value``: keep where ``score >= threshold``
+        (Eq. 4 as written). ``compression``: the ratio all/kept, >= 1; exactly
+        ``round(n / threshold)`` entries are kept.
+    mode : {"quantile", "value", "compression"}
+    floor : float
+        In [0, 1]. Of every tensor at least ``ceil(floor * size)`` entries are kept,
+        its best ones; where the number of pruned entries is fixed, the other
+        tensors give up as many.
+    units : mapping of name -> bool array, optional
+        A mask that prunes whole units (`groups.Units`): what it prunes goes first,
+        then single weights until as many are pruned as without it. Of a tensor that
+        it leaves less than the floor of, that is kept.
+    overwrite : bool
+        The scores of what `units` prunes may be lost: saves a copy of all scores.
+
+    Returns
+    -------
+    dict of name -> bool array
+        In the order and of the shapes of `scores`.
+
+    Raises
+    ------
+    SettingsError
+        If mode, threshold or floor is impossible.
+    MaskError
+        If a score is NaN, the floor does not leave enough to prune, or ``value``
+        empties a tensor.
+
+    Notes
+    -----
+    Ties at the cut are broken by position: of `t` equal entries in a row (tensors in
+    order, C order within) of which `p` are pruned, the `p` go at even distances, so
+    that no tensor pays for its place in the model.
+    """
+    _check(threshold, mode, floor)
+    if not scores:
+        return {}
+    flats = [np.asarray(score).reshape(-1) for score in scores.values()]
+    for name, flat in zip(scores, flats, strict=True):
+        if np.isnan(flat).any():
+            raise MaskError(f"{name}: expected scores without NaN, got some")
+    sizes = [flat.size for flat in flats]
+    check_floor(sizes, threshold=threshold, mode=mode, floor=floor)
+    least = [math.ceil(floor * size) for size in sizes]
+    if mode == "value":
+        keeps = [flat >= threshold for flat in flats]
+        _raise_if_emptied(list(scores), keeps, threshold, least)
+        for index, flat in enumerate(flats):
+            if int(keeps[index].sum()) < least[index]:
+                keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
+        kept = sum(int(np.count_nonzero(keep)) for keep in keeps)
+    else:
+        kept = _kept(sum(sizes), threshold, mode)
+    if units is not None:
+        flats = flats if overwrite else [flat.copy() for flat in flats]
+        for index, name in enumerate(scores):
+            alive = units[name].reshape(-1)
+            np.copyto(flats[index], -np.inf, where=~alive)
+            least[index] = min(least[index], int(np.count_nonzero(alive)))
+    if units is not None or mode != "value":
+        keeps = _keep_highest(flats, kept, least)
+    return {
+        name: keep.reshape(np.shape(score))
+        for (name, score), keep in zip(scores.items(), keeps, strict=True)
+    }
+
+
+def pruned_count(scores: Scores, *, threshold: float, mode: Mode) -> int:
+    """Count the entries that a threshold prunes, before any floor."""
+    if mode == "value":
+        return sum(int((np.asarray(s) < threshold).sum()) for s in scores.values())
+    total = sum(np.size(score) for score in scores.values())
+    return total - _kept(total, threshold, mode)
+
+
+def apply(params: Params, masks: Masks) -> dict[str, Array]:
+    """Return new arrays with pruned entries zero; names without a mask are copied."""
+    unknown = sorted(set(masks) - set(params))
+    if unknown:
+        raise MaskError(f"the mask names unknown parameters {unknown}")
+    applied: dict[str, Array] = {}
+    for name, values in params.items():
+        if name in masks and masks[name].shape != np.shape(values):
+            raise MaskError(
+                f"{name}: expected a mask of shape {np.shape(values)}, "
+                f"got {masks[name].shape}"
+            )
+        applied[name] = np.array(values)
+        if name in masks:
+            applied[name][~masks[name]] = 0
+    return applied
+
+
+def density(masks: Masks) -> float:
+    """Share of kept entries, in [0, 1]; 1.0 for an empty mask."""
+    total = sum(keep.size for keep in masks.values())
+    if total == 0:
+        return 1.0
+    return sum(int(np.count_nonzero(keep)) for keep in masks.values()) / total
+
+
+def change(before: Masks, after: Masks) -> float:
+    """Share of entries that differ between two masks of one model, in [0, 1]."""
+    total = sum(keep.size for keep in after.values())
+    if total == 0:
+        return 0.0
+    differing = sum(
+        int(np.count_nonzero(keep != before[name])) for name, keep in after.items()
+    )
+    return differing / total
+
+
+def check_layers(masks: Masks) -> None:
+    """Refuse a mask that cuts a layer off, whatever made it.
+
+    A layer is a tensor of two or more dimensions; a bias may lose all its entries.
+
+    Raises
+    ------
+    MaskError
+        Names the layer, its share and the remedy.
+    """
+    for name, keep in masks.items():
+        if keep.ndim >= 2 and keep.size and not keep.any():
+            share = keep.size / sum(other.size for other in masks.values())
+            raise MaskError(
+                f"the mask prunes all {keep.size} parameters of {name} "
+                f"({share:.2%} of the model) and cuts the layer off; "
+                "set a floor above 0 or lower the threshold"
+            )
+
+
+def check_floor(
+    sizes: Sequence[int], *, threshold: float, mode: Mode, floor: float
+) -> None:
+    """Refuse a floor that leaves too little to prune, before there are scores.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Number of entries of each tensor; the rest as in `from_scores`.
+
+    Raises
+    ------
+    MaskError
+        With the arithmetic.
+    """
+    if mode == "value":
+        return
+    total = sum(sizes)
+    kept = _kept(total, threshold, mode)
+    least = sum(math.ceil(floor * size) for size in sizes)
+    if least > kept:
+        raise MaskError(
+            f"the floor keeps at least {least} of {total} parameters, but only "
+            f"{kept} are to be kept; lower the floor or prune less"
+        )
+
+
+def _kept(total: int, threshold: float, mode: Mode) -> int:
+    if mode == "compression":
+        return round(total / threshold)
+    return total - round(threshold * total)
+
+
+def _check(threshold: float, mode: str, floor: float) -> None:
+    if mode not in MODES:
+        raise SettingsError(f"unknown mode {mode!r}; known: {list(MODES)}")
+    if not 0 <= floor <= 1:
+        raise SettingsError(f"expected a floor in [0, 1], got {floor}")
+    if mode == "quantile" and not 0 <= threshold <= 1:
+        raise SettingsError(
+            f"quantile: expected the share to prune in [0, 1], got {threshold}"
+        )
+    if mode == "compression" and not 1 <= threshold < math.inf:
+        raise SettingsError(
+            f"compression: expected a ratio all/kept >= 1, got {threshold}"
+        )
+    if mode == "value" and math.isnan(threshold):
+        raise SettingsError("value: expected a threshold, got NaN")
+
+
+def _raise_if_emptied(
+    names: Sequence[str],
+    keeps: Sequence[NDArray[np.bool_]],
+    threshold: float,
+    least: Sequence[int],
+) -> None:
+    pruned = sum(int(keep.size - np.count_nonzero(keep)) for keep in keeps)
+    total = sum(keep.size for keep in keeps)
+    for name, keep, minimum in zip(names, keeps, least, strict=True):
+        if keep.size and not keep.any() and minimum == 0:
+            raise MaskError(
+                f"value threshold {threshold} prunes all {keep.size} parameters of "
+                f"{name} ({pruned / total:.1%} of the model is below it); lower the "
+                "threshold, set a floor above 0, or use mode 'quantile', where the "
+                "threshold is the share to prune"
+            )
+
+
+def _keep_highest(
+    flats: Sequence[Array], kept: int, least: Sequence[int]
+) -> list[NDArray[np.bool_]]:
+    """Keep exactly `kept` entries, and of each tensor at least its share of `least`.
+
+    A tensor that a common cut would leave below its minimum keeps its own best
+    instead and leaves the contest; the others compete for what remains.
+    """
+    keeps: dict[int, NDArray[np.bool_]] = {}
+    contest = list(range(len(flats)))
+    while True:
+        remaining = kept - sum(least[index] for index in keeps)
+        entries = [flats[index] for index in contest]
+        size = sum(flat.size for flat in entries)
+        pruned = _lowest(entries, size - remaining)
+        short = [
+            index
+            for index, lost in zip(contest, pruned, strict=True)
+            if lost.size - int(np.count_nonzero(lost)) < least[index]
+        ]
+        if not short:
+            for index, lost in zip(contest, pruned, strict=True):
+                keeps[index] = np.logical_not(lost, out=lost)
+            return [keeps[index] for index in range(len(flats))]
+        for index in short:
+            flat = flats[index]
+            keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
+            contest.remove(index)
+
+
+def _lowest(flats: Sequence[Array], count: int) -> list[NDArray[np.bool_]]:
+    """Mark exactly `count` lowest entries of all arrays together."""
+    if count <= 0:
+        return [np.zeros(flat.size, np.bool_) for flat in flats]
+    values = [flat.astype(np.float32, copy=False) for flat in flats]
+    cut = _smallest(values, count)
+    marks = parallel_map(lambda flat: flat < cut, values)
+    missing = count - sum(int(np.count_nonzero(mark)) for mark in marks)
+    ties = parallel_map(lambda flat: np.flatnonzero(flat == cut), values)
+    equal = sum(tie.size for tie in ties)
+    position = 0
+    for mark, tie in zip(marks, ties, strict=True):
+        ranks = np.arange(position, position + tie.size + 1, dtype=np.int64)
+        mark[tie[np.diff(ranks * missing // equal) > 0]] = True
+        position += tie.size
+    return marks
+
+
+def _smallest(values: Sequence[NDArray[np.float32]], rank: int) -> np.float32:
+    """Return the `rank`-th smallest entry (from 1), as a rule without copying all.
+
+    An even sample brackets the entry; only what lies in the bracket is sorted out.
+    """
+    total = sum(flat.size for flat in values)
+    stride = max(1, total // _SAMPLE)
+    sample = np.sort(np.concatenate([flat[::stride] for flat in values]))
+    place, margin = rank * sample.size // total, 8 * math.isqrt(sample.size)
+    if stride > 1 and margin <= place < sample.size - margin:
+        low, high = sample[place - margin], sample[place + margin]
+        below = sum(
+            parallel_map(lambda flat: int(np.count_nonzero(flat < low)), values)
+        )
+        inside = np.concatenate(
+            parallel_map(lambda flat: flat[(flat >= low) & (flat <= high)], values)
+        )
+        if below < rank <= below + inside.size:
+            return _partitioned(inside, rank - below)
+    return _partitioned(np.concatenate(values), rank)
+
+
+def _partitioned(values: NDArray[np.float32], rank: int) -> np.float32:
+    values.partition(rank - 1)
+    return np.float32(values[rank - 1])

@@ -1,0 +1,212 @@
+"""Who measures what before a round, and what is made of the answers."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from flwr.app import ArrayRecord
+
+from autoflip_flwr.errors import WireError
+from autoflip_flwr.method.mean import WeightedMean
+from autoflip_flwr.method.outliers import far_off
+from autoflip_flwr.pruners import Ask
+from autoflip_flwr.pruners.store import Answer, Answers, Measured
+from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.types import Measure, Params
+from autoflip_flwr.wire.records import Exploration, Plan
+
+_log = logging.getLogger("flwr")
+
+#: Bytes of answers that may wait at the SuperLink, and in this process.
+_BATCH_BYTES, _PULL_BYTES = 1 << 30, 1 << 25
+_LEAST_BATCH = 8
+
+#: (arrays, entries of the config, nodes) -> what each node answered, as it comes; a
+#: text is the reason why there is nothing.
+Send: TypeAlias = Callable[
+    [ArrayRecord, dict[str, Any], Sequence[int]], Iterable[tuple[int, Answer | str]]
+]
+
+
+class Intake:
+    """Lets nodes explore, or measure gradients, and hands the pruner what they found.
+
+    Parameters
+    ----------
+    rounds : Rounds
+    outlier : float or None
+        Answers so many times as large as their median are left out.
+    """
+
+    def __init__(self, rounds: Rounds, *, outlier: float | None = None) -> None:
+        self._rounds = rounds
+        self._outlier = outlier
+        self._kept: Answers | None = None
+        self._warmth = WeightedMean()
+        self._warm = False  # whether the weights have been moved
+
+    def state(self) -> dict[str, Any]:
+        """Return what a process that goes on has to know."""
+        return {"warm": self._warm}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._warm = state["warm"]
+
+    def explore(
+        self,
+        server_round: int,
+        *,
+        connected: Sequence[int],
+        sampled: Sequence[int],
+        send: Send,
+    ) -> bool:
+        """Ask whom the pruner wants to ask; tell whether the weights changed.
+
+        Answers are taken in the order of asking. Whose answer an interrupted run has
+        already is not asked again. With a warm start the weights are then where the
+        explorers on average ended, weighted by their examples.
+
+        Raises
+        ------
+        ExplorationError
+            If no mask can be made.
+        """
+        rounds = self._rounds
+        ask = rounds.pruner.asks(server_round, connected=connected, sampled=sampled)
+        answers = self._answers()
+        answers.begin(server_round)
+        if ask is None:
+            return False
+        if ask.renew:
+            rounds.initial = dict(rounds.arrays)
+        record, entries = self._request(ask)
+        waiting = [node_id for node_id in ask.nodes if node_id not in answers]
+        size = max(_LEAST_BATCH, _BATCH_BYTES // self._answer_bytes())
+        for start in range(0, len(waiting), size):
+            batch = waiting[start : start + size]
+            _log.info("exploration: %d nodes explore", len(batch))
+            for node_id, answer in send(record, entries, batch):
+                if isinstance(answer, str):
+                    answers.fail(node_id, answer)
+                else:
+                    answers.put(node_id, answer)
+        for node_id in ask.nodes:
+            if node_id not in answers:  # so that nobody is asked after a restart
+                answers.fail(node_id, "no reply in time")
+        self._take(ask, answers)
+        return self._move()
+
+    def at_once(self) -> int:
+        """Return how many answers to hold before they are on disk."""
+        return max(1, _PULL_BYTES // self._answer_bytes())
+
+    def _answer_bytes(self) -> int:
+        shapes = self._rounds.manifest.shapes.values()
+        return max(1, sum(math.prod(shape) for shape in shapes))
+
+    def _answers(self) -> Answers:
+        if self._kept is None:
+            rounds = self._rounds
+            folder = rounds.directory / "answers"
+            self._kept = Answers(folder, rounds.manifest.shapes)
+            if rounds.fresh:
+                self._kept.clear()
+        return self._kept
+
+    def _request(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Return what nodes need to measure: arrays, and entries of the config."""
+        rounds, settings = self._rounds, self._rounds.exploration
+        trains = ask.measure == "deviation"
+        measure: Measure = "update" if self._warms(ask) else ask.measure
+        exploration = Exploration(
+            manifest=rounds.manifest,
+            plan=rounds.plan if ask.current else self._dense_plan(),
+            epochs=settings.epochs if trains else 1,
+            patience=settings.patience if trains else 1,
+            measure=measure,
+        )
+        return exploration.pack(self._start_of(ask)), exploration.entries()
+
+    def _dense_plan(self) -> Plan | None:
+        """Return how dense weights are packed; None: as they are."""
+        rounds = self._rounds
+        if rounds.values == "float32":
+            return None  # a mask of ones would only add to them
+        whole = {n: np.ones(s, np.bool_) for n, s in rounds.manifest.shapes.items()}
+        return Plan(rounds.manifest, whole, rounds.values)
+
+    def _warms(self, ask: Ask) -> bool:
+        """Tell whether these explorers' weights are to be the start of the training."""
+        wanted = self._rounds.exploration.warm_start and ask.measure == "deviation"
+        return wanted and not self._warm
+
+    def _start_of(self, ask: Ask) -> Params:
+        return self._rounds.arrays if ask.current else self._rounds.initial
+
+    def _take(self, ask: Ask, answers: Answers) -> None:
+        """Hand the pruner what can be used; name the rest."""
+        rounds = self._rounds
+        start = rounds.weights(self._start_of(ask))
+        odd = self._odd(ask, answers)
+        reasons: dict[int, str] = {}
+        for node_id in ask.nodes:
+            measured = answers.get(node_id)
+            try:
+                if measured is None:
+                    raise WireError(answers.failure(node_id) or "no reply in time")
+                if node_id in odd:
+                    raise WireError(odd[node_id])
+                warm = _movement(measured) if self._warms(ask) else None
+                rounds.pruner.add(node_id, measured, start)
+                if warm is not None:
+                    self._warmth.add(warm, measured.examples)
+            except ValueError as error:
+                reasons[node_id] = str(error)
+                _log.warning("exploration: node %d is left out: %s", node_id, error)
+        asked = len(ask.nodes)
+        explored = asked - len(reasons)
+        _log.info("exploration: %d of %d nodes explored", explored, asked)
+        answers.forget()
+        rounds.pruner.check(reasons)
+
+    def _odd(self, ask: Ask, answers: Answers) -> dict[int, str]:
+        """Return the reasons to leave out answers that are far from the others."""
+        squared = ask.measure in ("deviation", "squared-gradient")
+        moved: dict[int, float] = {}
+        examples: dict[int, float] = {}
+        for node_id in ask.nodes:
+            measured = answers.get(node_id)
+            if measured is not None:
+                mean = measured.statistics.mean
+                moved[node_id] = math.sqrt(mean) if squared else mean
+                examples[node_id] = measured.examples
+        pruner, limit = self._rounds.pruner, self._outlier
+        earlier = pruner.explored() if ask.measure == "deviation" else []
+        others = [math.sqrt(mean) for mean in earlier]
+        return {
+            **far_off("moved", moved, limit=limit, others=others),
+            **far_off("has examples", examples, limit=limit),
+        }
+
+    def _move(self) -> bool:
+        """Begin where the explorers on average ended, if it was asked for."""
+        rounds, moved = self._rounds, self._warmth.take()
+        self._warm = self._warm or bool(moved)
+        for name, value in moved.items():
+            weights = rounds.arrays[name]
+            there = (weights + value).astype(weights.dtype)
+            rounds.arrays = {**rounds.arrays, name: there}
+        return bool(moved)
+
+
+def _movement(measured: Measured) -> Params:
+    """Return how far an explorer's weights moved, with their signs."""
+    rises = measured.signs()
+    moved = measured.guidance().dense()
+    for name, value in moved.items():
+        np.sqrt(value, out=value)
+        np.negative(value, out=value, where=~rises[name])
+    return moved

@@ -1,0 +1,264 @@
+"""AutoFLIP for projects on Flower's older API (`flwr.server.strategy`).
+
+The same state, guidance, mask and handling of replies as `autoflip_flwr.AutoFLIP`,
+behind ``configure_fit`` / ``aggregate_fit``; clients use the same `AutoFlipMod`::
+
+    from autoflip_flwr.legacy import AutoFLIP
+
+    strategy = AutoFLIP(FedAvg(...), model=Net())
+
+There are no checkpoints on this API.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
+
+from autoflip_flwr.errors import SettingsError, WireError
+from autoflip_flwr.pruners.store import Answer
+from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
+from autoflip_flwr.server.wrapper import Wrapper
+from autoflip_flwr.types import Array, Params
+
+_log = logging.getLogger("flwr")
+
+_TENSOR_TYPE = "numpy.ndarray"
+
+_Fit = tuple[ClientProxy, FitRes]
+_Evaluation = tuple[ClientProxy, EvaluateRes]
+
+
+class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
+    __doc__ = Wrapper.__doc__
+
+    _api = Strategy
+    _default = FedAvg
+    _other_api = "strategies of flwr.serverapp.strategy go into autoflip_flwr.AutoFLIP"
+
+    def _begin(self) -> None:
+        # Without a model arrays have numbers, and buffers cannot be told from weights.
+        self._names = None if self.model is None else list(self.model.state_dict())
+        self._returned: list[bytes] | None = None
+        self._sent = b""
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        """Return the inner strategy's initial parameters."""
+        return self.strategy.initialize_parameters(client_manager)
+
+    def evaluate(
+        self, server_round: int, parameters: Parameters
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        """Evaluate the masked global model with the inner strategy."""
+        return self.strategy.evaluate(server_round, parameters)
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Let new clients explore, make the mask, pack the inner instructions."""
+        if parameters.tensors != self._returned:
+            self.rounds.adopt(self._named(parameters))
+            self._returned = parameters.tensors
+        current = _parameters_of(self.rounds.arrays)
+        instructions = self.strategy.configure_fit(
+            server_round, current, client_manager
+        )
+        if not instructions:
+            return []
+        sampled = [_id(client) for client, _ in instructions]
+        if self._explore(server_round, sampled, instructions[0][1], client_manager):
+            self._hand_over(list(self.rounds.arrays.values()))
+        plan = self.rounds.begin(server_round, sampled)
+        packed = self._pack(self.rounds.arrays)
+        self._sent = packed.tensors[0]
+        return [
+            (client, FitIns(packed, {**ins.config, **plan.entries("train")}))
+            for client, ins in instructions
+        ]
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[_Fit],
+        failures: list[_Fit | BaseException],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Unpack the valid results and let the inner strategy aggregate them."""
+        received = [(_id(pair[0]), pair) for pair in _by_id(results)]
+        valid = self._replies.trained(server_round, received, _read, sent=self._sent)
+        if not valid:
+            return None, {}
+        dense = [
+            (
+                client,
+                FitRes(
+                    status=result.status,
+                    parameters=_parameters_of(reply.arrays),
+                    num_examples=result.num_examples,
+                    metrics=result.metrics,
+                ),
+            )
+            for reply in valid
+            for client, result in [reply.origin]
+        ]
+        taken = {reply.node_id for reply in valid}
+        dropped = [pair for pair in results if _id(pair[0]) not in taken]
+        aggregated, metrics = self._replies.aggregated(
+            server_round,
+            self.strategy,
+            lambda: self.strategy.aggregate_fit(
+                server_round, dense, [*failures, *dropped]
+            ),
+            self._named,
+        )
+        if aggregated is None:
+            return None, metrics
+        self._hand_over(list(self.rounds.arrays.values()))
+        masked = _parameters_of(self.rounds.masked_arrays())
+        self._returned = masked.tensors
+        return masked, metrics
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Pack the inner strategy's instructions with the round's mask."""
+        instructions = self.strategy.configure_evaluate(
+            server_round, parameters, client_manager
+        )
+        plan = self.rounds.plan
+        if plan is None or not instructions:
+            return instructions
+        packed = self._pack(self._named(parameters))
+        return [
+            (client, EvaluateIns(packed, {**ins.config, **plan.entries("evaluate")}))
+            for client, ins in instructions
+        ]
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[_Evaluation],
+        failures: list[_Evaluation | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Let the inner strategy aggregate the valid results."""
+        received = [(_id(pair[0]), pair) for pair in _by_id(results)]
+        valid = self._replies.readable(server_round, received, _read_evaluation)
+        pairs = [reply.origin for reply in valid]
+        return self.strategy.aggregate_evaluate(server_round, pairs, failures)
+
+    def _explore(
+        self,
+        server_round: int,
+        sampled: Sequence[int],
+        like: FitIns,
+        client_manager: ClientManager,
+    ) -> bool:
+        proxies = {_id(client): client for client in client_manager.all().values()}
+        timeout = self.rounds.exploration.timeout
+
+        def send(
+            record: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
+        ) -> Iterator[tuple[int, Answer | str]]:
+            start = Parameters([array.data for array in record.values()], _TENSOR_TYPE)
+            ins = FitIns(start, {**like.config, **entries})
+
+            def one(node_id: int) -> tuple[int, Answer | str]:
+                try:
+                    result = proxies[node_id].fit(ins, timeout, server_round)
+                    return node_id, _answer_of(result)
+                except Exception as error:  # whatever a client's proxy raises
+                    return node_id, str(error)
+
+            with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
+                tasks = [pool.submit(one, node_id) for node_id in nodes]
+                for task in as_completed(tasks):
+                    yield task.result()
+
+        return self._intake.explore(
+            server_round, connected=sorted(proxies), sampled=sampled, send=send
+        )
+
+    def _hand_over(self, arrays: list[Array]) -> None:
+        """Set what the strategies with a server optimizer take for the global model."""
+        if isinstance(self.strategy, FedAvgM):
+            self.strategy.initial_parameters = ndarrays_to_parameters(arrays)
+        if isinstance(self.strategy, FedOpt):
+            self.strategy.current_weights = arrays
+
+    def _pack(self, arrays: Params) -> Parameters:
+        assert self.rounds.plan is not None
+        record = self.rounds.plan.pack(arrays)
+        return Parameters([array.data for array in record.values()], _TENSOR_TYPE)
+
+    def _named(self, parameters: Parameters) -> dict[str, Array]:
+        arrays = parameters_to_ndarrays(parameters)
+        names = self._names or [str(index) for index in range(len(arrays))]
+        if len(names) != len(arrays):
+            raise SettingsError(
+                f"expected {len(names)} arrays ({names}), the model has {len(arrays)}"
+            )
+        return dict(zip(names, arrays, strict=True))
+
+
+def _read(node_id: int, pair: _Fit) -> Reply[_Fit]:
+    _, result = pair
+    check_metrics({**_numbers(result.metrics), EXAMPLES: result.num_examples})
+    record = ArrayRecord(
+        {
+            str(index): FlowerArray(dtype="", shape=(), stype=_TENSOR_TYPE, data=tensor)
+            for index, tensor in enumerate(result.parameters.tensors)
+        }
+    )
+    return Reply(node_id, pair, record, result.num_examples)
+
+
+def _read_evaluation(node_id: int, pair: _Evaluation) -> Reply[_Evaluation]:
+    _, result = pair
+    numbers = {**_numbers(result.metrics), "loss": result.loss}
+    check_metrics({**numbers, EXAMPLES: result.num_examples})
+    return Reply(node_id, pair, ArrayRecord(), result.num_examples)
+
+
+def _numbers(metrics: Mapping[str, Scalar] | None) -> dict[str, float]:
+    """Return the metrics that could go into an average."""
+    found = metrics or {}
+    return {k: v for k, v in found.items() if isinstance(v, int | float)}
+
+
+def _answer_of(result: FitRes) -> Answer:
+    """Return an explorer's guidance frame, and the signs' if it sent them."""
+    tensors = result.parameters.tensors
+    if len(tensors) not in (1, 2):
+        raise WireError(f"expected 1 guidance frame, got {len(tensors)}")
+    check_metrics({EXAMPLES: result.num_examples})
+    frame, *signs = tensors
+    return Answer(frame, signs[0] if signs else None, result.num_examples)
+
+
+def _by_id(results: list[Any]) -> list[Any]:
+    return sorted(results, key=lambda pair: _id(pair[0]))
+
+
+def _parameters_of(arrays: Params) -> Parameters:
+    return ndarrays_to_parameters(list(arrays.values()))
+
+
+def _id(client: ClientProxy) -> int:
+    if not client.cid.isdecimal():
+        raise SettingsError(f"expected a client id of digits, got {client.cid!r}")
+    return int(client.cid)

@@ -1,0 +1,264 @@
+"""AutoFLIP as a strategy of Flower's Message API: messages in, messages out."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from autoflip_flwr.errors import WireError
+from autoflip_flwr.pruners.store import Answer
+from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
+from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
+from autoflip_flwr.server.wrapper import Wrapper
+from autoflip_flwr.wire import records
+
+_log = logging.getLogger("flwr")
+
+
+class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
+    __doc__ = Wrapper.__doc__
+
+    _api = Strategy
+    _default = FedAvg
+    _other_api = (
+        "strategies of flwr.server.strategy go into autoflip_flwr.legacy.AutoFLIP"
+    )
+
+    def _begin(self) -> None:
+        self._current: ArrayRecord | None = None  # the inner strategy's global model
+        self._returned: ArrayRecord | None = None  # what `start` knows of it
+        # By id of the inner strategy's record, which is held so that no other gets it.
+        self._packed: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
+        self._sent: list[Message] = []
+
+    def summary(self) -> None:
+        """Log the settings, then the inner strategy's."""
+        _log.info("\t├──> %s", repr(self))  # a record would hold on to the strategy
+        self.strategy.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let new nodes explore, make the mask, pack the inner strategy's messages."""
+        current = self._adopt(arrays)
+
+        def inner_messages() -> list[Message]:
+            own = ConfigRecord(dict(config))
+            return list(self.strategy.configure_train(server_round, current, own, grid))
+
+        messages = inner_messages()
+        if not messages:
+            return []
+        sampled = [message.metadata.dst_node_id for message in messages]
+        if self._explore(server_round, sampled, messages[0], grid):
+            # A warm start: FedAvgM holds on to the very record it was given, FedAdam
+            # has copied it, so both are told again.
+            for name, value in self.rounds.arrays.items():
+                current[name] = FlowerArray(value)
+            messages = inner_messages()
+            sampled = [message.metadata.dst_node_id for message in messages]
+        plan = self.rounds.begin(server_round, sampled)
+        self._sent, self._packed = messages, {}
+        return [self._pack(message, plan, "train") for message in messages]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Unpack the valid replies and let the inner strategy aggregate them."""
+        packed = [record for _, record in self._packed.values()]
+        sent = packed[0][records.VALUES].data if packed else b""
+        valid = self._replies.trained(
+            server_round, self._in_order(replies), _read, sent=sent
+        )
+        if not valid:
+            return None, None
+        for reply in valid:
+            key, _ = records.only_array_record(reply.origin.content)
+            reply.origin.content[key] = records.record_of(reply.arrays)
+        messages = [reply.origin for reply in valid]
+        aggregated, metrics = self._replies.aggregated(
+            server_round,
+            self.strategy,
+            lambda: self.strategy.aggregate_train(server_round, messages),
+            lambda record: {name: value.numpy() for name, value in record.items()},
+        )
+        if aggregated is None:
+            return None, metrics
+        # FedAvgM holds on to the very record it returned: settle it in place.
+        for name, value in self.rounds.arrays.items():
+            aggregated[name] = FlowerArray(value)
+        self._current = self._returned = aggregated
+        if self.rounds.restores:
+            self._returned = records.record_of(self.rounds.masked_arrays())
+        return self._returned, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pack the inner strategy's messages with the round's mask."""
+        own = ConfigRecord(dict(config))
+        messages = list(
+            self.strategy.configure_evaluate(server_round, arrays, own, grid)
+        )
+        self._sent, self._packed = messages, {}
+        plan = self.rounds.plan
+        if plan is None:
+            return messages
+        return [self._pack(message, plan, "evaluate") for message in messages]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Let the inner strategy aggregate the valid replies."""
+        received = self._in_order(replies)
+        valid = self._replies.readable(server_round, received, _read_metrics)
+        if not valid:
+            return None
+        messages = [reply.origin for reply in valid]
+        return self.strategy.aggregate_evaluate(server_round, messages)
+
+    def state(self, arrays: ArrayRecord) -> dict[str, Any]:
+        """Return what goes into a checkpoint, besides the global model `arrays`.
+
+        The inner strategy's own state is not in it.
+        """
+        current = self._adopt(arrays)
+        return {
+            "current": None if current is arrays else current,
+            "rounds": self.rounds.state(),
+            "intake": self._intake.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any], arrays: ArrayRecord) -> None:
+        """Go on where `state` was taken; `arrays` is what `start` will be given.
+
+        Raises
+        ------
+        CheckpointError
+            If local guidance that it stands on is not there any more.
+        """
+        kept = state["current"]
+        self._current, self._returned = (arrays if kept is None else kept), arrays
+        self.rounds.restore(state["rounds"], records.arrays_of(self._current))
+        self._intake.restore(state["intake"])
+
+    def _adopt(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return the record the inner strategy works on."""
+        if arrays is not self._returned or self._current is None:
+            # From outside (the start): never write to the caller's record.
+            self._current = ArrayRecord(dict(arrays))
+            self._returned = arrays
+            self.rounds.adopt(records.arrays_of(self._current))
+        return self._current
+
+    def _explore(
+        self, server_round: int, sampled: Sequence[int], like: Message, grid: Grid
+    ) -> bool:
+        """Let those who are to explore do so; tell whether the weights changed."""
+        config_key, config = records.only_config(like.content)
+        array_key, _ = records.only_array_record(like.content)
+
+        def send(
+            arrays: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
+        ) -> Iterator[tuple[int, Answer | str]]:
+            content = RecordDict(dict(like.content))
+            content[array_key] = arrays
+            content[config_key] = ConfigRecord({**config, **entries})
+            kind = like.metadata.message_type
+            messages = [Message(content, node_id, kind) for node_id in nodes]
+            known: dict[str, int] = {}
+            for reply in stream(
+                grid,
+                messages,
+                timeout=self.rounds.exploration.timeout,
+                at_once=self._intake.at_once(),
+            ):
+                known = known or nodes_by_message(messages)  # sent by now
+                yield node_of(reply, known), _answer_of(reply)
+
+        return self._intake.explore(
+            server_round,
+            connected=list(grid.get_node_ids()),
+            sampled=sampled,
+            send=send,
+        )
+
+    def _pack(
+        self, message: Message, plan: records.Plan, phase: records.Phase
+    ) -> Message:
+        """Replace a message's arrays by what travels; equal ones are packed once."""
+        array_key, record = records.only_array_record(message.content)
+        config_key, config = records.only_config(message.content)
+        if id(record) not in self._packed:
+            packed = plan.pack(records.named_arrays(record, plan.manifest))
+            self._packed[id(record)] = (record, packed)
+        _, packed = self._packed[id(record)]
+        content = RecordDict(dict(message.content))
+        content[array_key] = packed
+        content[config_key] = ConfigRecord({**config, **plan.entries(phase)})
+        message.content = content
+        return message
+
+    def _in_order(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
+        """Return replies with their nodes, in the order of asking."""
+        nodes = nodes_by_message(self._sent)
+        order = {m.metadata.dst_node_id: i for i, m in enumerate(self._sent)}
+        pairs = [(node_of(reply, nodes), reply) for reply in replies]
+        return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
+
+
+def _read(node_id: int, message: Message) -> Reply[Message]:
+    reply = _read_metrics(node_id, message)
+    _, reply.record = records.only_array_record(message.content)
+    return reply
+
+
+def _read_metrics(node_id: int, message: Message) -> Reply[Message]:
+    if message.has_error():
+        raise WireError(f"it carries the error: {message.error.reason}")
+    metrics = _metrics_of(message)
+    check_metrics(metrics)
+    examples = _examples_of(metrics)
+    return Reply(node_id, message, ArrayRecord(), examples, _form_of(message))
+
+
+def _answer_of(reply: Message) -> Answer | str:
+    """Return what an explorer found, or the reason why there is nothing."""
+    try:
+        if reply.has_error():
+            return f"it carries the error: {reply.error.reason}"
+        _, record = records.only_array_record(reply.content)
+        frame, signs = records.guidance_frames(record)
+        metrics = _metrics_of(reply)
+        check_metrics(metrics)
+        return Answer(frame, signs, _examples_of(metrics))
+    except WireError as error:
+        return str(error)
+
+
+def _metrics_of(reply: Message) -> MetricRecord:
+    metrics = list(reply.content.metric_records.values())
+    if len(metrics) != 1:
+        raise WireError(f"expected exactly one MetricRecord, got {len(metrics)}")
+    return metrics[0]
+
+
+def _examples_of(metrics: MetricRecord) -> float:
+    """Return how many examples a reply stands for; 1 if it does not say."""
+    value = metrics.get(EXAMPLES, 1)
+    assert not isinstance(value, list), "checked"
+    return value
+
+
+def _form_of(reply: Message) -> str:
+    """Return record keys and metrics, with the length of those that are lists."""
+    metrics = {
+        name: len(value) if isinstance(value, list) else "number"
+        for name, value in sorted(_metrics_of(reply).items())
+    }
+    arrays = sorted(reply.content.array_records)
+    return f"arrays {arrays}, {next(iter(reply.content.metric_records))!r} {metrics}"

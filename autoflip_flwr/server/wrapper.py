@@ -1,0 +1,261 @@
+"""What AutoFLIP is on either of Flower's APIs: a checked strategy around another."""
+
+import logging
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from torch import nn
+
+from autoflip_flwr.errors import ModelError, SettingsError
+from autoflip_flwr.method.structured import Units
+from autoflip_flwr.pruners import AutoFlipPruner, Pruner
+from autoflip_flwr.server.intake import Intake
+from autoflip_flwr.server.replies import Replies
+from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
+from autoflip_flwr.units import ExampleInputs, trace
+from autoflip_flwr.units.enforce import trainable_names
+
+_log = logging.getLogger("flwr")
+
+#: Strategies of either API that do not take the mean of the replies.
+_ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
+
+
+S = TypeVar("S")
+
+
+class Wrapper(Generic[S]):
+    """Federated pruning from the clients' exploration, around any strategy.
+
+    The inner strategy samples nodes, writes its messages and aggregates dense replies
+    as ever; this one lets the nodes explore first, makes the mask of each round, and
+    replaces what travels by the kept values (Internò et al., arXiv:2405.10271, Alg. 1).
+
+    Parameters
+    ----------
+    strategy : Strategy, optional
+        Any strategy of the same API; ``FedAvg()`` by default.
+    threshold : float, optional
+        With the default mode, the share of the parameters to prune, in [0, 1]. At 0
+        nothing is pruned and the result is the inner strategy's. Short for the one of
+        `pruning`, and before it; 0.8 by default.
+    units : float, optional
+        In [0, 1]: share of the pruned parameters that falls on whole units (filters,
+        neurons, hidden units), so that clients can train a smaller network; the rest
+        falls on single weights. Above 0 it needs `model` and `example_inputs`. Short
+        for the one of `pruning`, and before it; 0 by default.
+    model : nn.Module, optional
+        Says what is trainable and, with `example_inputs`, what its units are. On the
+        older API, which numbers arrays, it says their names, too.
+    example_inputs : torch.Tensor or tuple, optional
+        One sample that the model runs on.
+    pruner : Pruner, optional
+        What makes the masks; AutoFLIP's own by default. A baseline
+        (``pruner=Magnitude()``, see `autoflip_flwr.pruners`) or one of yours.
+    pruning : PruningSettings, optional
+        How guidance becomes a mask.
+    exploration : ExplorationSettings, optional
+        Who explores, when, and for how long.
+    wire : WireSettings, optional
+        What travels, and which replies are taken.
+    store : Path or str, optional
+        A folder of this run's own for the local guidance, emptied at the start; a
+        temporary one by default.
+    seed : int, optional
+        Decides all that is drawn: who explores where not all do, random masks.
+
+    Attributes
+    ----------
+    strategy : Strategy
+        The inner one.
+    rounds : Rounds
+        The state: global arrays, current mask, diagnostics.
+
+    Raises
+    ------
+    SettingsError
+        If a value is impossible, or of another type.
+    """
+
+    _api: ClassVar[type[Any]]
+    _default: ClassVar[type[Any]]
+    _other_api: ClassVar[str]  # what to say to a strategy of the other API
+
+    def __init__(
+        self,
+        strategy: S | None = None,
+        *,
+        threshold: float | None = None,
+        units: float | None = None,
+        model: nn.Module | None = None,
+        example_inputs: ExampleInputs | None = None,
+        pruner: Pruner | None = None,
+        pruning: PruningSettings | None = None,
+        exploration: ExplorationSettings | None = None,
+        wire: WireSettings | None = None,
+        store: Path | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        chosen = self._default() if strategy is None else strategy
+        self.strategy = cast(S, chosen)
+        self._check_inner(self.strategy)
+        _check("model", model, nn.Module, "an nn.Module such as Net()")
+        _check(
+            "example_inputs",
+            example_inputs,
+            torch.Tensor | tuple,
+            "one sample that the model runs on, a tensor or tuple of arguments",
+        )
+        _check("pruner", pruner, Pruner, "a Pruner such as Magnitude()")
+        _check("pruning", pruning, PruningSettings, "PruningSettings(...)")
+        _check("exploration", exploration, ExplorationSettings, "ExplorationSettings()")
+        _check("wire", wire, WireSettings, "WireSettings(...)")
+        _check("store", store, Path | str, "a Path")
+        _check("seed", seed, int, "a whole number")
+        given = {"threshold": threshold, "units": units}
+        pruning = _with(
+            pruning or PruningSettings(),
+            {key: value for key, value in given.items() if value is not None},
+        )
+        if model is not None and pruning.prunable is None:
+            pruning = _with(pruning, {"prunable": tuple(trainable_names(model))})
+        exploration = exploration or ExplorationSettings()
+        if exploration.warm_start:
+            check_warm_start(self.strategy)
+        wire = wire or WireSettings()
+        if store is None:
+            store = Path(tempfile.mkdtemp("-autoflip"))
+            weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
+        self.model = model
+        self.pruner = AutoFlipPruner() if pruner is None else pruner
+        self.rounds = Rounds(
+            self.pruner,
+            pruning,
+            exploration,
+            directory=Path(store),
+            values=wire.values,
+            units=_units_of(self.pruner, pruning.units, model, example_inputs),
+            seed=seed,
+        )
+        self._wire = wire
+        self._intake = Intake(self.rounds, outlier=wire.outlier)
+        self._replies = Replies(self.rounds, wire)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Prepare what only one API needs."""
+
+    def __repr__(self) -> str:
+        """Show what was chosen: all that is not the default."""
+        rounds = self.rounds
+        parts = [f"{type(self.strategy).__name__}()"]
+        parts.append(f"threshold={rounds.pruning.threshold:g}")
+        if rounds.pruning.units:
+            parts.append(f"units={rounds.pruning.units:g}")
+        if self.model is not None:
+            parts.append(f"model={type(self.model).__name__}()")
+        if not isinstance(self.pruner, AutoFlipPruner):
+            parts.append(f"pruner={type(self.pruner).__name__}()")
+        for name, chosen in (
+            ("pruning", rounds.pruning),
+            ("exploration", rounds.exploration),
+            ("wire", self._wire),
+        ):
+            usual = type(chosen)()
+            own = {
+                key: value
+                for key, value in chosen.model_dump().items()
+                if value != getattr(usual, key)
+                and key not in ("threshold", "units", "prunable")
+            }
+            if own:
+                values = ", ".join(f"{key}={value!r}" for key, value in own.items())
+                parts.append(f"{name}={type(chosen).__name__}({values})")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _check_inner(self, strategy: object) -> None:
+        """Refuse what cannot sit inside, with the cure."""
+        name = type(strategy).__name__
+        if isinstance(strategy, type):
+            raise SettingsError(
+                f"strategy: expected a strategy, got the class {strategy.__name__}; "
+                f"make one: AutoFLIP({strategy.__name__}())"
+            )
+        if isinstance(strategy, Wrapper):
+            raise SettingsError("strategy: AutoFLIP is around one already")
+        if name == "Checkpointed":
+            raise SettingsError(
+                "strategy: Checkpointed goes around AutoFLIP, not inside it: "
+                "Checkpointed(AutoFLIP(FedAvg()), directory)"
+            )
+        if not isinstance(strategy, self._api):
+            older = hasattr(strategy, "aggregate_fit")
+            newer = hasattr(strategy, "aggregate_train")
+            hint = f"; {self._other_api}" if older or newer else ""
+            raise SettingsError(
+                "strategy: expected a strategy such as FedAvg(), got "
+                f"{strategy!r}{hint}"
+            )
+
+
+def check_warm_start(inner: object) -> None:
+    """Refuse a warm start that would go around what an inner strategy guards."""
+    name = type(inner).__name__
+    if name.startswith("DifferentialPrivacy"):
+        raise SettingsError(
+            "warm_start would move the model by the explorers' updates, unclipped "
+            f"and without the noise of {name}; use one or the other"
+        )
+    if name in _ROBUST:
+        raise SettingsError(
+            "warm_start would move the model by the mean of all explorers' updates, "
+            f"which one of them can ruin before {name} sees a reply; use one or the "
+            "other"
+        )
+
+
+def _check(name: str, value: object, kind: Any, expected: str) -> None:
+    fits = value is None or (isinstance(value, kind) and not isinstance(value, bool))
+    if not fits:
+        raise SettingsError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _with(settings: PruningSettings, changed: dict[str, Any]) -> PruningSettings:
+    """Return settings with other values, checked."""
+    return PruningSettings(**{**settings.model_dump(), **changed})
+
+
+def _units_of(
+    pruner: Pruner,
+    share: float,
+    model: nn.Module | None,
+    example_inputs: ExampleInputs | None,
+) -> Units | None:
+    """Trace a model whose units are to be pruned, or looked at."""
+    needed = pruner.needs_units or (share > 0 and isinstance(pruner, AutoFlipPruner))
+    if not needed and not pruner.takes_units:
+        return None
+    if model is None or example_inputs is None:
+        if not needed:
+            return None
+        missing = "model=Net(), " if model is None else ""
+        raise SettingsError(
+            f"{'units' if share else type(pruner).__name__}: pruning whole units needs "
+            f"the model and one sample that it runs on: AutoFLIP(..., {missing}"
+            "example_inputs=next(iter(loader))[0][:1])"
+        )
+    try:
+        return trace(model, example_inputs)
+    except ModelError as error:
+        if needed:
+            raise
+        _log.warning(
+            "%s: all weights count as equally slow: %s", type(pruner).__name__, error
+        )
+        return None

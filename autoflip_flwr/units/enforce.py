@@ -1,0 +1,312 @@
+"""Masks in somebody's training: pruned weights stay zero, gradients are looked at.
+
+All of it by the hooks of `torch.optim`: the training itself is not ours.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from autoflip_flwr.errors import MaskError
+from autoflip_flwr.types import Array, Masks
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that require gradients."""
+    return [name for name, value in model.named_parameters() if value.requires_grad]
+
+
+@contextmanager
+def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
+    """Keep pruned weights at exactly zero while the model trains.
+
+    Pruned entries are zeroed on entry, after every step of any `torch.optim`
+    optimizer that holds them, and on exit: whatever momentum, weight decay or
+    second moments an optimizer carries, no step leaves a pruned weight behind.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : mapping of name -> bool array
+        True = keep. Names as in ``model.named_parameters()``, or the positions in
+        ``model.state_dict()`` as text, as Flower's older API numbers arrays.
+
+    Raises
+    ------
+    MaskError
+        If a name is not a parameter of the model, or a shape differs.
+
+    Notes
+    -----
+    The cost is one pass over the parameters per step, and a copy of the mask in the
+    parameters' size. Gradients stay those of the dense model: where a norm over all
+    gradients matters (clipping), pruned entries still count in it.
+    """
+    targets = _targets(model, masks)
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        for parameter in _parameters_of(optimizer):
+            if id(parameter) in targets:
+                targets[id(parameter)].zero()
+
+    def zero() -> None:
+        for target in targets.values():
+            target.zero()
+
+    zero()
+    handle = register_optimizer_step_post_hook(after_step)
+    token = _enforced.set(_enforced.get() | targets.keys())
+    try:
+        yield model
+    finally:
+        _enforced.reset(token)
+        handle.remove()
+        zero()
+
+
+@contextmanager
+def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
+    """Do what `enforce` does for a model that only its optimizer has shown.
+
+    Parameters
+    ----------
+    keeps : sequence of bool arrays
+        One per trainable parameter, in the model's order. An optimizer that holds
+        exactly parameters of these shapes in this order is taken to train the
+        model; any other is left alone, as are parameters under `enforce`.
+    """
+    shapes = [keep.shape for keep in keeps]
+    known: WeakKeyDictionary[Optimizer, list[_Pruned]] = WeakKeyDictionary()
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        if optimizer not in known:
+            held = _parameters_of(optimizer)
+            fits = [tuple(parameter.shape) for parameter in held] == shapes
+            known[optimizer] = [
+                _Pruned(parameter, keep)
+                for parameter, keep in zip(held, keeps, strict=fits)
+                if fits and id(parameter) not in _enforced.get() and not keep.all()
+            ]
+        for target in known[optimizer]:
+            target.zero()
+
+    handle = register_optimizer_step_post_hook(after_step)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Refuse changes to a model while a smaller one stands in for it.
+
+    Raises
+    ------
+    MaskError
+        In an optimizer's step, or at the end: what it learned would be lost.
+    """
+    advice = (
+        "whole model, but a smaller one is trained in its place; inside the block, "
+        "train the model that masked() hands out, and make the optimizer of its "
+        "parameters: with masked(model, message, example_inputs) as net: ..."
+    )
+    own = {id(parameter) for parameter in model.parameters()}
+    before = [parameter._version for parameter in model.parameters()]
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        if any(id(parameter) in own for parameter in _parameters_of(optimizer)):
+            raise MaskError(f"the optimizer holds the parameters of the {advice}")
+
+    handle = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield
+        if [parameter._version for parameter in model.parameters()] != before:
+            raise MaskError(f"the block has changed the {advice}")
+    finally:
+        handle.remove()
+
+
+class Gradients:
+    """What `gradients_of` saw, one float32 array per parameter, in the model's order.
+
+    Attributes
+    ----------
+    steps : int
+        Steps an optimizer would have taken.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Take the gradients of one batch."""
+        if not self._sums:
+            self._sums = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
+            self._squares = [torch.zeros_like(total) for total in self._sums]
+        self.steps += 1
+        for total, square, gradient in zip(
+            self._sums, self._squares, gradients, strict=True
+        ):
+            total.add_(gradient)
+            square.addcmul_(gradient, gradient)
+
+    def mean(self) -> list[Array]:
+        """Return the mean gradient over the batches."""
+        return [(total / self.steps).cpu().numpy() for total in self._sums]
+
+    def mean_square(self) -> list[Array]:
+        """Return the mean of the batches' squared gradients."""
+        return [(square / self.steps).cpu().numpy() for square in self._squares]
+
+
+@contextmanager
+def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
+    """Collect the gradients of a model that only its optimizer shows; train nothing.
+
+    Inside the block a step of an optimizer that holds exactly parameters of these
+    shapes in this order changes nothing: whatever trains the model passes over the
+    data at fixed weights. Any other optimizer is left alone.
+
+    Parameters
+    ----------
+    shapes : sequence of tuple of int
+        Of the trainable parameters, in the model's order.
+    """
+    found = Gradients()
+
+    def collect(held: Sequence[nn.Parameter]) -> None:
+        found.add(
+            [
+                torch.zeros_like(p) if p.grad is None else p.grad.detach().to_dense()
+                for p in held
+            ]
+        )
+        for parameter in held:
+            parameter.grad = None  # an optimizer passes over what has no gradient
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        held = _parameters_of(optimizer)
+        if [tuple(parameter.shape) for parameter in held] != list(shapes):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            collect(held)
+            return None
+
+        def still() -> Any:  # the gradients are there once the closure has run
+            loss = closure()
+            collect(held)
+            return loss
+
+        return args[:1], {**kwargs, "closure": still}
+
+    handle = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+#: Parameters whose masks an open `enforce` looks after.
+_enforced: ContextVar[frozenset[int]] = ContextVar("enforced", default=frozenset())
+
+
+class _Pruned:
+    """A parameter, and which of its entries stay zero."""
+
+    def __init__(self, parameter: nn.Parameter, keep: NDArray[np.bool_]) -> None:
+        self.parameter = parameter
+        self.keep = keep
+        self._bits: torch.Tensor | None = None
+
+    def zero(self) -> None:
+        """Clear the bits of pruned entries: unlike a product, that clears NaN too."""
+        data = self.parameter.data
+        kind = _INTEGERS[data.element_size()]
+        bits = self._bits
+        if bits is None or bits.dtype != kind or bits.device != data.device:
+            # Made where the parameter is now: a model may move inside the block.
+            bits = torch.from_numpy(np.array(self.keep)).to(data.device, kind).neg_()
+            self._bits = bits
+        data.view(kind).bitwise_and_(bits)
+
+
+#: Integer types by their size in bytes.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
+    """Return masks under the names of ``model.named_parameters()``.
+
+    Numbers stand for positions in ``model.state_dict()``, and a tied weight keeps what
+    all its names keep.
+
+    Raises
+    ------
+    MaskError
+        If a name is not a parameter of the model, or a shape or type differs.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = list(model.state_dict())
+    resolved: dict[str, NDArray[np.bool_]] = {}
+    for name, keep in masks.items():
+        known = name
+        if name not in parameters and name.isdecimal() and int(name) < len(names):
+            known = names[int(name)]
+        if known not in parameters:
+            hint = (
+                "; give the strategy names=list(model.state_dict()), so that it can "
+                "tell buffers from parameters"
+                if name.isdecimal()
+                else ""
+            )
+            raise MaskError(
+                f"the mask names {name!r}, which is no parameter of the model; "
+                f"known: {list(parameters)}{hint}"
+            )
+        parameter = parameters[known]
+        shape = tuple(parameter.shape)
+        if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_:
+            raise MaskError(
+                f"{name}: expected a NumPy array of bool (True = keep), got "
+                f"{type(keep).__name__} of {getattr(keep, 'dtype', 'no type')}"
+            )
+        if shape != keep.shape:
+            raise MaskError(
+                f"{name}: expected a mask of shape {shape}, got {keep.shape}"
+            )
+        known = first[id(parameter)]
+        resolved[known] = keep & resolved[known] if known in resolved else keep
+    return resolved
+
+
+def _targets(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
+    return {
+        id(parameter): _Pruned(parameter, keep)
+        for name, keep in resolve(model, masks).items()
+        if not keep.all()
+        for parameter in [model.get_parameter(name)]
+    }

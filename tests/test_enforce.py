@@ -1,0 +1,288 @@
+"""Pruned weights stay at zero in anybody's training, and only they."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+from torch import nn
+
+from autoflip_flwr.errors import MaskError
+from autoflip_flwr.units.enforce import enforce, trainable_names
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "momentum and decay": lambda p: torch.optim.SGD(
+        p, 0.1, momentum=0.9, weight_decay=0.01
+    ),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+}
+optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These networks are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)
+        )
+
+
+def masks_of(model, share=0.5, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.random(tuple(parameter.shape)) < share
+        for name, parameter in model.named_parameters()
+    }
+
+
+def samples(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, 6)).astype(np.float32)
+    return x, rng.integers(0, 3, count)
+
+
+def weights(model):
+    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
+
+
+def assert_zero_where_pruned(model, masks):
+    for name, values in weights(model).items():
+        assert not values[~masks[name]].any(), name
+
+
+def step(model, optimizer, number, masks=None):
+    """One step on a batch of its own; with `masks`, on masked gradients."""
+    x, y = samples(8, seed=number)
+    optimizer.zero_grad()
+    output = model(torch.from_numpy(x))
+    nn.functional.cross_entropy(output, torch.from_numpy(y)).backward()
+    for name, parameter in model.named_parameters():
+        if masks is not None:
+            parameter.grad.mul_(torch.from_numpy(masks[name]))
+    optimizer.step()
+
+
+# --- the mask ---------------------------------------------------------------------
+
+
+@optimizers
+def test_pruned_weights_are_zero_after_every_step_and_the_rest_train_on(make):
+    model, reference = network(), network()
+    masks = masks_of(model)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter[torch.from_numpy(~masks[name])] = 0
+    expected_optimizer = make(reference.parameters())
+    with enforce(model, masks) as entered:
+        assert entered is model
+        assert_zero_where_pruned(model, masks)
+        optimizer = make(model.parameters())
+        for number in range(6):
+            step(model, optimizer, number)
+            assert_zero_where_pruned(model, masks)
+            # a pruned weight without a gradient cannot move: the kept ones must follow
+            step(reference, expected_optimizer, number, masks)
+            for name, values in weights(reference).items():
+                assert_array_equal(weights(model)[name], values)
+    assert_zero_where_pruned(model, masks)
+
+
+@optimizers
+def test_an_optimizer_with_a_past_moves_no_pruned_weight(make):
+    model = network()
+    optimizer = make(model.parameters())
+    for number in range(4):
+        step(model, optimizer, number)
+    masks = masks_of(model)
+    reference = copy.deepcopy(model)
+    expected_optimizer = make(reference.parameters())
+    expected_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():  # the reference has never seen the pruned weights
+        for name, parameter in reference.named_parameters():
+            pruned = torch.from_numpy(~masks[name])
+            parameter[pruned] = 0
+            for value in expected_optimizer.state[parameter].values():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    value[pruned] = 0
+    with enforce(model, masks):
+        for number in range(4, 8):
+            step(model, optimizer, number)
+            assert_zero_where_pruned(model, masks)
+            step(reference, expected_optimizer, number, masks)
+    for name, values in weights(reference).items():
+        assert_array_equal(weights(model)[name], values)
+
+
+def test_a_pruned_weight_that_overflowed_is_zero_again():
+    model = nn.Linear(2, 1, bias=False)
+    keep = np.array([[True, False]])
+    with torch.no_grad():
+        model.weight[0, 1] = math.inf
+    with enforce(model, {"weight": keep}):
+        assert model.weight[0, 1] == 0
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        model.weight.grad = torch.tensor([[1.0, math.inf]])
+        optimizer.step()
+        assert model.weight[0, 1] == 0
+
+
+def test_weights_written_inside_the_block_are_zero_after_it():
+    model = network()
+    masks = masks_of(model)
+    with enforce(model, masks), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    assert_zero_where_pruned(model, masks)
+    for name, values in weights(model).items():
+        assert_array_equal(values, masks[name].astype(np.float32))
+
+
+def pruned_share_that_moves(model, masks):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for number in range(3):
+        step(model, optimizer, number)
+    pruned = np.concatenate([v[~masks[n]] for n, v in weights(model).items()])
+    return (pruned != 0).mean()
+
+
+def test_after_the_block_the_mask_is_forgotten():
+    model = network()
+    masks = masks_of(model)
+    with enforce(model, masks):
+        assert pruned_share_that_moves(model, masks) == 0
+    assert pruned_share_that_moves(model, masks) > 0.5
+
+
+def test_after_an_error_inside_the_block_too():
+    model = network()
+    masks = masks_of(model)
+
+    def diverge():
+        with enforce(model, masks), torch.no_grad():
+            model[0].weight.fill_(1.0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        diverge()
+    assert_zero_where_pruned(model, masks)
+    assert pruned_share_that_moves(model, masks) > 0.5
+
+
+def test_a_refused_mask_leaves_the_model_alone():
+    model = network()
+    before = weights(model)
+    masks = {**masks_of(model), "9.weight": np.zeros(3, bool)}
+    with pytest.raises(MaskError, match=r"'9\.weight'"), enforce(model, masks):
+        pass
+    for name, values in weights(model).items():
+        assert_array_equal(values, before[name])
+
+
+@optimizers
+def test_another_model_in_the_same_process_trains_as_if_alone(make):
+    model, other, alone = network(0), network(1), network(1)
+    masks = masks_of(model)
+    alone_optimizer = make(alone.parameters())
+    with enforce(model, masks):
+        optimizer, other_optimizer = make(model.parameters()), make(other.parameters())
+        for number in range(3):
+            step(model, optimizer, number)
+            step(other, other_optimizer, number)
+            assert_zero_where_pruned(model, masks)
+    for number in range(3):
+        step(alone, alone_optimizer, number)
+    for name, values in weights(alone).items():
+        assert_array_equal(weights(other)[name], values)
+
+
+def test_two_models_keep_their_own_masks():
+    one, two = network(0), network(1)
+    masks, others = masks_of(one, seed=1), masks_of(two, seed=2)
+    with enforce(one, masks), enforce(two, others):
+        both = torch.optim.SGD([*one.parameters(), *two.parameters()], 0.1)
+        for number in range(3):
+            step(one, both, number)
+            step(two, both, number)
+            assert_zero_where_pruned(one, masks)
+            assert_zero_where_pruned(two, others)
+
+
+def test_positions_in_the_state_stand_for_names():
+    model = network()
+    names = list(model.state_dict())
+    masks = masks_of(model)
+    numbered = {str(names.index(name)): keep for name, keep in masks.items()}
+    assert list(numbered) == ["0", "1", "2", "3", "7", "8"]  # 4 to 6: the buffers
+    with enforce(model, numbered):
+        assert pruned_share_that_moves(model, masks) == 0
+
+
+def test_a_mask_may_name_some_of_the_parameters():
+    model = network()
+    before = weights(model)
+    with enforce(model, {"3.bias": np.array([True, False, True])}):
+        pass
+    assert model[3].bias[1] == 0
+    before["3.bias"][1] = 0
+    for name, values in weights(model).items():
+        assert_array_equal(values, before[name])
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"fc": np.zeros(3, bool)}, r"'fc', which is no parameter.*known: \['0\.wei"),
+        ({"99": np.zeros(3, bool)}, "'99', which is no parameter"),
+        ({"4": np.zeros(8, bool)}, "'4', which is no parameter"),  # running_mean
+        (
+            {"3.bias": np.zeros(4, bool)},
+            r"3\.bias: expected a mask of shape \(3,\), got \(4,\)",
+        ),
+        ({"8": np.zeros(4, bool)}, r"8: expected a mask of shape \(3,\)"),
+    ],
+)
+def test_masks_of_another_model_are_refused(masks, message):
+    with pytest.raises(MaskError, match=message), enforce(network(), masks):
+        pass
+
+
+def test_trainable_names_are_the_parameters_with_gradients():
+    model = network()
+    model[0].bias.requires_grad_(False)
+    assert trainable_names(model) == [
+        "0.weight",
+        "1.weight",
+        "1.bias",
+        "3.weight",
+        "3.bias",
+    ]
+
+
+def test_a_model_that_moves_inside_the_block_stays_masked():
+    """`train` may move the model after `enforce` has begun (to a GPU, to float64)."""
+    model = nn.Linear(4, 3)
+    keep = np.zeros((3, 4), np.bool_)
+    keep[0] = True
+    with enforce(model, {"weight": keep}):
+        model.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        weight = model.weight.detach().numpy()
+        assert not weight[~keep].any()
+        assert weight[keep].all()

@@ -1,0 +1,547 @@
+"""Who explores, and what becomes of it: late nodes, warm start, refresh."""
+
+import itertools
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from flat import flat
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    Error,
+    Message,
+)
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    Krum,
+)
+from inprocess import (
+    LocalGrid,
+    arrays_of,
+    assert_same_arrays,
+    call_seed,
+    fit,
+    masks_by_round,
+    masks_in,
+    net,
+    nudging_app,
+    only_in,
+    plain_net,
+    run,
+    state_of,
+    toy_app,
+    values_in,
+)
+from numpy.testing import assert_allclose, assert_array_equal
+from preparing import added, prepared
+
+from autoflip_flwr import AutoFLIP
+from autoflip_flwr.errors import (
+    ExplorationError,
+    SettingsError,
+)
+from autoflip_flwr.method.mask import change
+from autoflip_flwr.pruners import AutoFlipPruner
+from autoflip_flwr.settings import PruningSettings
+from autoflip_flwr.wire import codec
+from autoflip_flwr.wire import records as wire
+
+NODES = [11, 12, 13, 14, 15]
+
+
+def some_of(fraction=0.4):
+    """Options of a strategy that samples two of five nodes."""
+    return {"fraction_train": fraction, "fraction_evaluate": 0.0}
+
+
+# --- exploration ----------------------------------------------------------------------
+
+
+def test_all_connected_nodes_explore_once_before_the_first_round():
+    grid = LocalGrid(toy_app(), NODES)
+    run(AutoFLIP(FedAvg(**some_of())), grid, net(), 3)
+    assert grid.nodes("explore") == NODES
+    assert [sent.phase for sent in grid.down[:5]] == ["explore"] * 5
+    assert len(grid.nodes("train")) == 6
+
+
+def test_every_explorer_starts_from_the_same_initial_weights_even_a_late_one():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES[:3])
+
+    def join(server_round, arrays):
+        if server_round == 1:
+            grid.join(99, {"partition-id": 7})
+
+    run(AutoFLIP(FedAvg(fraction_evaluate=0)), grid, model, 3, after_round=join)
+    assert grid.nodes("explore") == [11, 12, 13, 99]
+    late = next(
+        i for i, s in enumerate(grid.down) if (s.phase, s.node_id) == ("explore", 99)
+    )
+    assert [s.phase for s in grid.down[:late]].count("train") == 3
+    for sent in grid.down:
+        if sent.phase == "explore":
+            assert_same_arrays(arrays_of(sent.arrays), state_of(model))
+
+
+def test_a_node_that_joins_later_explores_only_when_it_is_sampled():
+    grid = LocalGrid(toy_app(), NODES[:2])
+
+    def join(server_round, arrays):
+        if server_round == 1:
+            for i in range(8):
+                grid.join(100 + i, {"partition-id": i})
+
+    run(AutoFLIP(FedAvg(**some_of(0.2))), grid, net(), 3, after_round=join)
+    trained = set(grid.nodes("train"))
+    explored = grid.nodes("explore")
+    assert sorted(explored) == sorted(set(explored)), "nobody explores twice"
+    assert set(explored) == trained | {11, 12}
+    assert len(trained - {11, 12}) > 0
+    assert len(trained) < 10, "else the test shows nothing"
+
+
+def test_a_share_of_the_nodes_explores_and_the_rest_takes_part():
+    grid = LocalGrid(toy_app(), range(1, 11))
+    run(AutoFLIP(**flat(exploration_fraction=0.3, seed=4)), grid, net(), 2)
+    assert len(grid.nodes("explore")) == 3
+    assert sorted(grid.nodes("train")[:10]) == list(range(1, 11))
+
+
+def test_the_seed_decides_who_explores():
+    def explorers(seed):
+        grid = LocalGrid(nudging_app(), range(1, 31))
+        strategy = AutoFLIP(
+            FedAvg(fraction_evaluate=0), **flat(exploration_fraction=0.2, seed=seed)
+        )
+        run(strategy, grid, net(), 1)
+        return grid.nodes("explore")
+
+    assert explorers(1) == explorers(1) != explorers(2)
+
+
+def test_a_node_without_guidance_counts_as_the_mean_of_those_who_explored():
+    """Whoever is sampled: only one node explored, so its guidance decides alone."""
+    model = net()
+    alone = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+    grid = LocalGrid(toy_app(), NODES[:1])
+    run(
+        AutoFLIP(FedAvg(**alone), **flat(population_weight=1, threshold=0.5)),
+        grid,
+        model,
+        1,
+    )
+    expected = masks_in(next(s for s in grid.down if s.phase == "train"), model)
+    lost = only_in("explore", NODES[1:], lambda reply: "lost")
+    grid = LocalGrid(toy_app(), NODES, tamper=lost)
+    strategy = AutoFLIP(FedAvg(**some_of()), **flat(population_weight=0, threshold=0.5))
+    run(strategy, grid, model, 5)
+    with_it = [11 in grid.nodes("train")[2 * i : 2 * i + 2] for i in range(5)]
+    assert set(with_it) == {True, False}, "else the test shows nothing"
+    for masks in masks_by_round(grid, model):
+        assert_same_arrays(masks, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: Message(Error(7, "no disk"), reply_to=r), "no disk"),
+        (lambda r: "lost", "no reply in time"),
+        (lambda r: r.content.clear(), "ArrayRecord"),
+        (
+            lambda r: r.content.update({"extra": ArrayRecord()}),
+            "exactly one ArrayRecord",
+        ),
+        (
+            lambda r: r.content["arrays"].update({"more": Array(np.zeros(1))}),
+            "autoflip.guidance",
+        ),
+        (
+            lambda r: r.content.update({"arrays": raw("autoflip.guidance", b"123")}),
+            "got 3 B",
+        ),
+    ],
+    ids=["error", "no reply", "empty", "two records", "more arrays", "too short"],
+)
+def test_an_explorer_that_fails_is_named_and_left_out(change, reason, caplog):
+    def tamper(message, reply):
+        if message.metadata.dst_node_id == 13 and "autoflip.patience" in next(
+            iter(message.content.config_records.values())
+        ):
+            answer = change(reply)
+            if answer == "lost":
+                return None
+            if isinstance(answer, Message) and answer.has_error():
+                return Message(answer.error, reply_to=message)
+        return reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        strategy = AutoFLIP(FedAvg(fraction_evaluate=0))
+        run(strategy, grid, net(), 2)
+    lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert len(lines) == 1
+    assert "node 13" in lines[0]
+    assert reason in lines[0]
+    assert grid.nodes("train").count(13) == 2, "it takes part all the same"
+    assert grid.nodes("explore").count(13) == 1
+
+
+def raw(key, data, *, dtype="uint8", stype="autoflip.raw"):
+    size = len(data) // np.dtype(dtype).itemsize
+    return ArrayRecord({key: Array(dtype=dtype, shape=(size,), stype=stype, data=data)})
+
+
+def test_without_any_explorer_the_error_names_every_reason():
+    def tamper(message, reply):
+        if message.metadata.dst_node_id == 12:
+            return None
+        return Message(
+            Error(1, f"oops {message.metadata.dst_node_id}"), reply_to=message
+        )
+
+    grid = LocalGrid(toy_app(), [11, 12], tamper=tamper)
+    with pytest.raises(ExplorationError) as raised:
+        run(AutoFLIP(), grid, net(), 1)
+    text = str(raised.value)
+    assert "none of 2 nodes" in text
+    assert "oops 0" in text or "oops 11" in text
+    assert "12: 'no reply in time'" in text
+    assert not grid.nodes("train")
+
+
+def test_exploration_waits_as_long_as_it_is_told(clock):
+    tamper = only_in("explore", [NODES[0]], lambda reply: "lost")
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    run(AutoFLIP(**flat(exploration_timeout=17.5)), grid, net(), 1)
+    assert clock.slept == pytest.approx(17.5, abs=1)
+
+
+def test_everyone_explores_again_from_the_current_global_model():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    seen, _ = run(
+        AutoFLIP(FedAvg(fraction_evaluate=0), **flat(exploration_every=2)),
+        grid,
+        model,
+        5,
+    )
+    assert grid.nodes("explore") == NODES * 3
+    order = [(s.phase, s) for s in grid.down]
+    begun = [i for i, (phase, _) in enumerate(order) if phase == "explore"][::5]
+    rounds_before = [[p for p, _ in order[:i]].count("train") // 5 for i in begun]
+    assert rounds_before == [0, 2, 4]
+    for position, server_round in zip(begun, rounds_before, strict=True):
+        assert_same_arrays(arrays_of(order[position][1].arrays), seen[server_round])
+
+
+def test_the_guidance_is_how_far_the_clients_own_training_moved_each_weight():
+    """Eq. 2, computed from the app's training alone, up to one byte's precision."""
+    model, epochs = net(), 3
+    grid = LocalGrid(toy_app(), NODES)
+    run(AutoFLIP(**flat(exploration_epochs=epochs)), grid, model, 1)
+    initial = state_of(model)
+    names = [name for name, _ in model.named_parameters()]
+    shapes = {name: initial[name].shape for name in names}
+    for partition_id, node_id in enumerate(NODES):
+        alone = net()
+        for epoch in range(epochs):
+            config = {"server-round": 1, "autoflip.epoch": epoch}
+            fit(alone, partition_id, seed=call_seed(config, partition_id))
+        final = state_of(alone)
+        reply = next(s for s in grid.up if (s.phase, s.node_id) == ("explore", node_id))
+        frame = reply.arrays["autoflip.guidance"].data
+        received = codec.dequantize(frame, shapes).dense()
+        for name in names:
+            exact = (initial[name].astype(float) - final[name]) ** 2
+            # 255 logarithmic steps over at most 40 octaves: half a step is 5.6 %.
+            assert_allclose(
+                received[name], exact, rtol=0.06, atol=exact.max() * 2.0**-39
+            )
+
+
+# --- warm start -----------------------------------------------------------------------
+
+
+def warm(inner=None, **settings):
+    inner = inner or FedAvg(fraction_evaluate=0)
+    return AutoFLIP(inner, **flat(warm_start=True, seed=0, **settings))
+
+
+def start_of_training(grid, model):
+    """The weights of the first training messages, as the kept values have them."""
+    first = next(sent for sent in grid.down if sent.phase == "train")
+    masks = masks_in(first, model)
+    return masks, values_in(first, masks)
+
+
+def test_training_begins_where_the_explorers_on_average_ended():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    run(warm(threshold=0.0), grid, model, 1)
+    _, found = start_of_training(grid, model)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    total, weight = {n: np.zeros(s) for n, s in shapes.items()}, 0.0
+    for reply in grid.up:
+        if reply.phase != "explore":
+            continue
+        frame, signs = wire.guidance_frames(reply.arrays)
+        size = codec.dequantize(frame, shapes).dense()
+        rises = codec.unpack_mask(signs, shapes)
+        for name in shapes:
+            moved = np.where(rises[name], 1, -1) * np.sqrt(size[name])
+            total[name] += reply.metrics["num-examples"] * moved
+        weight += reply.metrics["num-examples"]
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach().numpy() + total[name] / weight
+        assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+        assert not np.array_equal(found[name], parameter.detach().numpy())
+
+
+def test_explorers_get_half_the_bytes_where_values_have_half(caplog):
+    model = net()
+    grids = [LocalGrid(toy_app(), NODES) for _ in range(2)]
+    for grid, values in zip(grids, ("float32", "float16"), strict=True):
+        run(
+            AutoFLIP(FedAvg(fraction_evaluate=0), **flat(values=values)), grid, model, 1
+        )
+    full, half = (next(s for s in grid.down if s.phase == "explore") for grid in grids)
+    size = sum(p.numel() for p in model.parameters())
+    assert len(half.arrays["autoflip.values"].data) == 2 * size
+    assert "autoflip.values" not in full.arrays
+    assert len(half.config["autoflip.mask"]) == math.ceil(size / 8)
+    assert {s.phase for s in grids[1].up} == {"explore", "train"}
+    assert "left out" not in caplog.text
+
+
+def test_a_warm_start_costs_an_eighth_of_a_byte_per_parameter():
+    model = net()
+    grids = [LocalGrid(toy_app(), NODES) for _ in range(2)]
+    run(AutoFLIP(FedAvg(fraction_evaluate=0)), grids[0], model, 1)
+    run(warm(), grids[1], model, 1)
+    size = sum(p.numel() for p in model.parameters())
+    cold, hot = (
+        next(s for s in grid.up if s.phase == "explore").arrays for grid in grids
+    )
+    extra = len(hot["autoflip.signs"].data)
+    assert extra == math.ceil(size / 8)
+    assert len(hot["autoflip.guidance"].data) == len(cold["autoflip.guidance"].data)
+
+
+def test_the_callers_record_is_left_as_it_is_by_a_warm_start():
+    model = net()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    record = ArrayRecord(model.state_dict())
+    data = {name: array.data for name, array in record.items()}
+    warm().start(LocalGrid(toy_app(), NODES), record, num_rounds=1)
+    assert {name: array.data for name, array in record.items()} == data
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        FedAvg(fraction_evaluate=0),
+        FedAvgM(fraction_evaluate=0, server_momentum=0.9),
+        FedAdam(fraction_evaluate=0, eta=0.1),
+    ],
+    ids=lambda inner: type(inner).__name__,
+)
+def test_the_server_optimizer_starts_from_the_warm_weights(inner):
+    """A pseudo-gradient that held the way from W0 would leap."""
+    model = net()
+    app, still = toy_app(), nudging_app(scale=0.0)
+
+    def only_explores(message, context):
+        configs = message.content.config_records.values()
+        explores = any(c.get("autoflip.phase") == "explore" for c in configs)
+        return (app if explores else still)(message, context)
+
+    grid = LocalGrid(only_explores, NODES)
+    seen, _ = run(warm(inner, threshold=0.0), grid, model, 3)
+    _, start = start_of_training(grid, model)
+    for arrays in seen[1:]:
+        for name, value in start.items():
+            assert_allclose(arrays[name], value, atol=1e-5)  # FedAdam's root of zero
+
+
+def test_an_explorer_without_signs_is_left_out_of_a_warm_start(caplog):
+    def unsigned(reply):
+        (key,) = reply.content.array_records
+        record = reply.content[key]
+        reply.content[key] = ArrayRecord(
+            {"autoflip.guidance": record["autoflip.guidance"]}
+        )
+
+    tamper = only_in("explore", [NODES[0]], unsigned)
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    run(warm(), grid, net(), 1)
+    assert f"node {NODES[0]} is left out: expected signs" in caplog.text
+
+
+def test_a_warm_start_happens_once_even_if_the_first_round_is_lost():
+    lost = only_in("train", NODES, lambda reply: "lost")
+    first = [True]
+
+    def tamper(message, reply):
+        return lost(message, reply) if first[0] else reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+
+    def join(server_round, arrays):
+        if server_round == 1:
+            first[0] = False
+            grid.join(99, {"partition-id": 0, "num-partitions": 5})
+
+    model = net()
+    strategy = warm(threshold=0.0)
+    run(strategy, grid, model, 2, after_round=join)
+    explored = [s for s in grid.down if s.phase == "explore"]
+    assert explored[-1].node_id == 99
+    assert explored[-1].config["autoflip.measure"] == "deviation"
+    sent = [s for s in grid.down if s.phase == "train"]
+    one, two = (values_in(s, masks_in(s, model)) for s in (sent[0], sent[-1]))
+    for name in one:
+        assert_array_equal(one[name], two[name])
+
+
+@pytest.mark.parametrize("inner", [Krum(num_malicious_nodes=1), FedMedian()])
+def test_a_warm_start_is_refused_beside_robust_aggregation(inner):
+    with pytest.raises(SettingsError, match=rf"warm_start.*{type(inner).__name__}"):
+        warm(inner)
+
+
+def test_a_warm_start_is_refused_with_privacy_at_the_server():
+    private = DifferentialPrivacyServerSideFixedClipping(
+        FedAvg(fraction_evaluate=0),
+        noise_multiplier=1.0,
+        clipping_norm=1.0,
+        num_sampled_clients=5,
+    )
+    with pytest.raises(SettingsError, match=r"warm_start.*DifferentialPrivacyServer"):
+        warm(private)
+
+
+def test_exploring_again_does_not_move_the_weights():
+    grid = LocalGrid(toy_app(), NODES)
+    run(warm(exploration_every=1), grid, net(), 2)
+    first, second = [
+        [s for s in grid.down if s.phase == "explore"][i] for i in (0, len(NODES))
+    ]
+    assert first.config["autoflip.measure"] == "update"
+    assert second.config["autoflip.measure"] == "deviation"
+
+
+# --- refresh --------------------------------------------------------------------------
+
+
+def refreshing(**settings):
+    chosen = {"population_weight": 1.0, "threshold": 0.6, "refresh": 0.5} | settings
+    return AutoFLIP(
+        FedAvg(fraction_evaluate=0, fraction_train=0.6),
+        **flat(refresh_every=2, refresh_until=5, seed=0, **chosen),
+    )
+
+
+def test_a_refresh_asks_the_sampled_for_gradients_of_the_masked_model():
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = refreshing()
+    masks = []
+    run(
+        strategy,
+        grid,
+        model,
+        8,
+        after_round=lambda *_: masks.append(
+            dict(strategy.rounds.plan.masks) if strategy.rounds.plan else None
+        ),
+    )
+    explored = [s for s in grid.down if s.phase == "explore"]
+    asked = [s for s in explored if s.config["autoflip.measure"] == "gradient"]
+    assert len(explored) - len(asked) == len(NODES)
+    assert {s.config["server-round"] for s in asked} == {3, 5}
+    for sent in asked:
+        trained = [
+            s.node_id
+            for s in grid.down
+            if s.phase == "train"
+            and s.config["server-round"] == sent.config["server-round"]
+        ]
+        assert sent.node_id in trained
+        assert "autoflip.values" in sent.arrays, "kept values travel"
+        assert "0.weight" not in sent.arrays
+    sizes = {sum(int(k.sum()) for k in m.values()) for m in masks[1:]}
+    assert len(sizes) == 1, "the density stays"
+    changed = [change(a, b) > 0 for a, b in itertools.pairwise(masks[1:])]
+    assert changed == [False, True, False, True, False, False, False]
+
+
+def test_a_refresh_drops_the_smallest_and_grows_the_steepest_by_hand(tmp_path):
+    initial = {"w": np.float32([[1, 2, 3, 4, 5, 6]]), "b": np.float32([1, 1])}
+    pruner = prepared(
+        AutoFlipPruner(),
+        initial,
+        PruningSettings(
+            threshold=0.25, population_weight=1.0, refresh=0.5, refresh_every=1
+        ),
+        tmp_path,
+    )
+    assert pruner.asks(1, connected=[7], sampled=[7]).measure == "deviation"
+    far = {"w": np.float32([[9, 9, 9, 9, 1, 1]]), "b": np.float32([9, 9])}
+    added(pruner, 7, codec.quantize(far), 1.0, initial)
+    first = pruner.masks([7], initial, 1)
+    assert_array_equal(first["w"], [[1, 1, 1, 1, 0, 0]])
+    ask = pruner.asks(2, connected=[7], sampled=[7])
+    assert (ask.measure, ask.current) == ("gradient", True)
+    steep = {"w": np.float32([[9, 9, 9, 9, 2, 3]]), "b": np.float32([0, 0])}
+    added(pruner, 7, codec.quantize(steep), 1.0, initial)
+    now = {"w": np.float32([[-3, 0.5, 2, -1, 0, 0]]), "b": np.float32([0, 0])}
+    # half of four go, |0.5| and |-1|; both that were pruned come
+    second = pruner.masks([7], now, 2)
+    assert_array_equal(second["w"], [[1, 0, 1, 0, 1, 1]])
+    assert_array_equal(second["b"], first["b"])
+    assert pruner.asks(3, connected=[7], sampled=[]) is not None
+    assert pruner.masks([7], now, 3) is second, "nobody answered: the mask stays"
+    # a newcomer explores: its guidance is kept, the exchange is not undone
+    assert pruner.asks(4, connected=[7, 8], sampled=[8]).measure == "deviation"
+    added(pruner, 8, codec.quantize(far), 1.0, initial)
+    assert pruner.masks([8], now, 4) is second
+    assert pruner.explorers == 2
+
+
+def test_a_refresh_leaves_dead_units_dead():
+    strategy = refreshing(
+        units=0.8, model=plain_net(), example_inputs=torch.zeros(1, 6), threshold=0.7
+    )
+    masks = []
+    run(
+        strategy,
+        LocalGrid(toy_app(plain_net), NODES),
+        plain_net(),
+        6,
+        after_round=lambda *_: masks.append(
+            dict(strategy.rounds.plan.masks) if strategy.rounds.plan else None
+        ),
+    )
+    units = strategy.rounds._units
+    used = [units.used(each) for each in masks[1:]]
+    assert not used[0].all()
+    assert change(masks[1], masks[-1]) > 0
+    for each in used[1:]:
+        assert not (each & ~used[0]).any()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"population_weight": 0.8}, {"agreement": "sign"}]
+)
+def test_a_refresh_needs_one_mask_for_all_rounds(settings):
+    with pytest.raises(SettingsError, match=r"refresh exchanges"):
+        refreshing(**settings)

@@ -1,0 +1,377 @@
+"""Replies that cannot be used are dropped and named; the round goes on."""
+
+import logging
+import math
+import re
+
+import numpy as np
+import pytest
+from flat import flat
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp.strategy import (
+    FedAvg,
+)
+from inprocess import (
+    CHANGING,
+    LocalGrid,
+    arrays_of,
+    assert_same_arrays,
+    net,
+    npy,
+    only_in,
+    plain_net,
+    poison,
+    run,
+    toy_app,
+    with_values,
+)
+from numpy.testing import assert_allclose
+
+from autoflip_flwr import AutoFLIP
+from autoflip_flwr.app.grid import RunGrid
+from autoflip_flwr.errors import (
+    GuidanceError,
+    MaskError,
+    SettingsError,
+)
+
+NODES = [11, 12, 13, 14, 15]
+
+
+def some_of(fraction=0.4):
+    """Options of a strategy that samples two of five nodes."""
+    return {"fraction_train": fraction, "fraction_evaluate": 0.0}
+
+
+# --- replies that cannot be used ------------------------------------------------------
+
+
+def put(key, array):
+    return lambda reply: reply.content["arrays"].update({key: array})
+
+
+def values_as(**how):
+    def change(reply):
+        data = reply.content["arrays"]["autoflip.values"].data
+        data = data[: how.get("length", len(data))] + how.get("more", b"")
+        kind = {k: v for k, v in how.items() if k in ("dtype", "stype", "shape")}
+        reply.content["arrays"] = with_values(reply, data, **kind)
+
+    return change
+
+
+def renamed(old, new):
+    def change(reply):
+        reply.content[new] = reply.content.pop(old)
+
+    return change
+
+
+def metric(**values):
+    return lambda reply: reply.content["metrics"].update(
+        {name.replace("_", "-"): value for name, value in values.items()}
+    )
+
+
+BAD_REPLIES = {
+    "error": lambda r: Message(Error(9, "broken"), reply_to=request_of(r)),
+    "NaN": poison(np.nan),
+    "Inf": poison(np.inf),
+    "too short": values_as(length=40),
+    "odd length": values_as(length=41),
+    "too long": values_as(more=b"\0\0\0\0"),
+    "empty": values_as(length=0),
+    "dtype": values_as(dtype="float16"),
+    "stype": values_as(stype="numpy.ndarray"),
+    "no values": lambda r: r.content["arrays"].pop("autoflip.values"),
+    "no buffer": lambda r: r.content["arrays"].pop("1.running_mean"),
+    "another array": put("2.weight", Array(np.zeros(3, np.float32))),
+    "buffer NaN": put("1.running_var", Array(np.full(16, np.nan, np.float32))),
+    "buffer shape": put("1.running_var", Array(np.ones(15, np.float32))),
+    "buffer type": put("1.running_var", Array(np.ones(16, np.float64))),
+    "buffer objects": put(
+        "1.running_var",
+        Array("float32", (16,), "numpy.ndarray", b"\x93NUMPY\x01\x00 garbage"),
+    ),
+    "buffer header cut": put(
+        "1.running_var",
+        Array(
+            "float32",
+            (16,),
+            "numpy.ndarray",
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (16,"),
+        ),
+    ),
+    "buffer header of Python 2": put(
+        "1.running_var",
+        Array(
+            "float32",
+            (16,),
+            "numpy.ndarray",
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (16L,), }"),
+        ),
+    ),
+    "two array records": lambda r: r.content.update({"more": ArrayRecord()}),
+    "no array record": lambda r: r.content.pop("arrays"),
+    "key of the arrays": renamed("arrays", "weights"),
+    "no metrics": lambda r: r.content.pop("metrics"),
+    "two metric records": lambda r: r.content.update(
+        {"more": MetricRecord({"num-examples": 3})}
+    ),
+    "key of the metrics": renamed("metrics", "results"),
+    "metric NaN": metric(train_loss=math.nan),
+    "metric Inf": metric(train_loss=-math.inf),
+    "metric NaN in a list": metric(train_loss=[1.0, math.nan]),
+    "metric a list": metric(train_loss=[1.0, 2.0]),
+    "negative examples": metric(num_examples=-1),
+    "examples NaN": metric(num_examples=math.nan),
+    "a list of examples": metric(num_examples=[3, 4]),
+    "another metric": metric(train_time=1.0),
+    "a missing metric": lambda r: r.content["metrics"].pop("train-loss"),
+    "no examples": lambda r: r.content["metrics"].pop("num-examples"),
+    "nothing": lambda r: r.content.clear(),
+}
+
+
+def request_of(reply):
+    return Message(RecordDict(), reply.metadata.src_node_id, "train")
+
+
+@pytest.mark.parametrize("position", [0, 2], ids=["first", "third"])
+@pytest.mark.parametrize("kind", BAD_REPLIES)
+def test_a_bad_reply_is_named_and_the_round_goes_on_without_it(kind, position, caplog):
+    """The result is the one of a round that node did not answer in."""
+    bad = NODES[position]
+
+    def rounds(change):
+        grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [bad], change))
+        strategy = AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.5)
+        seen, _ = run(strategy, grid, net(), 2)
+        return seen, strategy
+
+    without, _ = rounds(lambda reply: "lost")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        seen, strategy = rounds(BAD_REPLIES[kind])
+    lines = [r.getMessage() for r in caplog.records if "dropped" in r.getMessage()]
+    assert len(lines) == 2, "one a round"
+    assert all(f"node {bad}" in line for line in lines)
+    assert list(strategy.rounds.dropped) == [bad]
+    for ours, expected in zip(seen, without, strict=True):
+        assert_same_arrays(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "kind", ["error", "metric NaN", "another metric", "key of the metrics", "nothing"]
+)
+def test_a_bad_evaluation_is_left_out(kind, caplog):
+    def metrics(change):
+        grid = LocalGrid(toy_app(), NODES, tamper=only_in("evaluate", [12], change))
+        _, result = run(AutoFLIP(threshold=0.5), grid, net(), 1)
+        return dict(result.evaluate_metrics_clientapp[1])
+
+    def change(reply):
+        if kind == "metric NaN":
+            reply.content["metrics"]["eval-loss"] = math.nan
+            return None
+        return BAD_REPLIES[kind](reply)
+
+    expected = metrics(lambda reply: "lost")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert metrics(change) == expected
+    assert any("node 12 is dropped" in r.getMessage() for r in caplog.records)
+
+
+def test_an_honest_explanation_says_what_was_expected_and_what_came(caplog):
+    tamper = only_in("train", [13], values_as(length=40))
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        run(AutoFLIP(threshold=0.5), grid, net(), 1)
+    assert any(
+        "expected 356 B (4 x 89 kept), got 40 B" in r.getMessage()
+        for r in caplog.records
+    )
+
+
+def test_when_every_reply_is_bad_the_model_stays_as_it_was(caplog):
+    broken = []
+
+    def tamper(message, reply):
+        train = message.metadata.message_type == "train"
+        config = next(iter(message.content.config_records.values()))
+        if train and config["server-round"] == 2:
+            broken.append(message.metadata.dst_node_id)
+            return Message(Error(1, "out"), reply_to=message)
+        return reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        seen, result = run(AutoFLIP(threshold=0.5), grid, net(), 3)
+    assert sorted(broken) == NODES
+    assert_same_arrays(seen[2], seen[1])
+    assert not np.array_equal(seen[3]["0.weight"], seen[2]["0.weight"])
+    assert list(result.train_metrics_clientapp) == [1, 3]
+    assert any(
+        "round 2: 0 valid replies" in r.getMessage()
+        and "stays as it was" in r.getMessage()
+        for r in caplog.records
+    )
+
+
+def test_without_valid_replies_a_round_aggregates_to_nothing():
+    strategy = AutoFLIP()
+    grid = LocalGrid(toy_app(), NODES)
+    record = ArrayRecord(net().state_dict())
+    messages = list(strategy.configure_train(1, record, ConfigRecord(), grid))
+    assert strategy.aggregate_train(1, []) == (None, None)
+    replies = [Message(Error(1, "out"), reply_to=m) for m in messages]
+    assert strategy.aggregate_train(1, replies) == (None, None)
+
+
+@pytest.mark.parametrize(("good", "changes"), [(3, True), (2, False)])
+def test_a_round_needs_as_many_valid_replies_as_it_is_told(good, changes):
+    tamper = only_in("train", NODES[good:], poison(np.nan))
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    model = net()
+    seen, _ = run(AutoFLIP(**flat(threshold=0.5, min_replies=3)), grid, model, 1)
+    moved = not np.array_equal(seen[1]["1.running_mean"], seen[0]["1.running_mean"])
+    assert moved is changes
+
+
+@pytest.mark.parametrize("server_round", [1, 3], ids=["first", "last"])
+def test_after_a_round_without_replies_the_model_still_fits_the_mask(server_round):
+    """The model that is evaluated and saved is zero wherever the mask says so."""
+
+    def tamper(message, reply):
+        config = next(iter(message.content.config_records.values()))
+        lost = config["autoflip.phase"] == "train"
+        return None if lost and config["server-round"] == server_round else reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    strategy = AutoFLIP(FedAvg(**some_of()), **flat(**CHANGING))
+    seen, _ = run(strategy, grid, net(), server_round)
+    if server_round == 1:
+        assert strategy.rounds.plan is None
+        assert strategy.rounds.density == 1.0
+    else:
+        for name, keep in strategy.rounds.plan.masks.items():
+            assert not seen[-1][name][~keep].any(), name
+
+
+# --- what the SuperLink says in a node's place ---------------------------------------
+
+
+def test_a_node_that_is_gone_is_named_though_the_superlink_answers_for_it(caplog):
+    """Such a reply carries the SuperLink's id; the message it answers tells."""
+    gone = NODES[1]
+
+    def tamper(message, reply):
+        if (
+            message.metadata.dst_node_id != gone
+            or reply.metadata.message_type != "train"
+        ):
+            return reply
+        answer = Message(Error(14, "Node unavailable"), reply_to=message)
+        answer.metadata.__dict__["_src_node_id"] = 1
+        return answer
+
+    grid = RunGrid(LocalGrid(toy_app(), NODES, tamper=tamper), seed=0, dense_bytes=0)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        run(AutoFLIP(), grid, net(), 1)
+    client = NODES.index(gone)
+    assert f"exploration: node {client} is left out" in caplog.text
+    assert f"the reply of node {client} is dropped" in caplog.text
+    assert caplog.text.count(" is left out") == 1
+
+
+def test_frozen_parameters_are_refused_before_they_are_pruned():
+    def frozen():
+        model = net()
+        next(model.parameters()).requires_grad_(False)
+        return model
+
+    name = next(iter(dict(net().named_parameters())))
+    with pytest.raises(GuidanceError, match=rf"{re.escape(name)}.*exclude.*prunable"):
+        run(AutoFLIP(), LocalGrid(toy_app(frozen), NODES), frozen(), 1)
+    run(
+        AutoFLIP(**flat(exclude=[name])), LocalGrid(toy_app(frozen), NODES), frozen(), 1
+    )
+
+
+def test_a_floor_that_leaves_too_little_is_refused_before_anyone_explores():
+    grid = LocalGrid(toy_app(), NODES)
+    with pytest.raises(MaskError, match="lower the floor or prune less"):
+        run(AutoFLIP(**flat(threshold=0.9, floor=0.5)), grid, net(), 1)
+    assert not grid.down
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"threshold": "x"}, r"threshold: expected a number"),
+        ({"exploration_epochs": 1.5}, r"epochs: expected a whole number"),
+        ({"score": "magnitude"}, r"score: expected one of"),
+        ({"min_replies": 0}, r"min_replies: expected a whole number >= 1"),
+    ],
+)
+def test_an_impossible_argument_is_refused_when_the_strategy_is_made(bad, message):
+    with pytest.raises(SettingsError, match=message):
+        AutoFLIP(**flat(**bad))
+
+
+class Idle(FedAvg):
+    """Samples nobody in round 3."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        if server_round == 3:
+            return []
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+def test_a_round_without_messages_leaves_model_and_mask_together():
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = AutoFLIP(Idle(**some_of()), **flat(**CHANGING))
+    seen, _ = run(strategy, grid, net(), 3)
+    for name, keep in strategy.rounds.plan.masks.items():
+        assert not seen[-1][name][~keep].any(), name
+
+
+class Personal(FedAvg):
+    """Sends every node a model of its own, in a record that only its message holds."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        for position, message in enumerate(messages):
+            shifted = {
+                name: value + position if value.dtype.kind == "f" else value
+                for name, value in arrays_of(message.content["arrays"]).items()
+            }
+            record = ArrayRecord({name: Array(v) for name, v in shifted.items()})
+            message.content = RecordDict(
+                {"arrays": record, "config": message.content["config"]}
+            )
+            del record, shifted
+        return messages
+
+
+def test_a_model_of_ones_own_reaches_each_node():
+    grid = LocalGrid(toy_app(plain_net), NODES)
+    strategy = AutoFLIP(Personal(fraction_evaluate=0.0), threshold=0.5)
+    run(strategy, grid, plain_net(), 1)
+    sent = [
+        np.frombuffer(s.arrays["autoflip.values"].data, "<f4")
+        for s in grid.down
+        if s.phase == "train"
+    ]
+    assert len(sent) == len(NODES)
+    for position, values in enumerate(sent):
+        assert_allclose(values, sent[0] + position, rtol=1e-4, atol=1e-5)
