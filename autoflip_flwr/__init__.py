@@ -31,28 +31,13 @@ if TYPE_CHECKING:
     from autoflip_flwr.errors import AutoFlipError
     from autoflip_flwr.method import guidance, mask
     from autoflip_flwr.method.privacy import GuidancePrivacy
-    from autoflip_flwr.pruners import (
-        L1,
-        L2,
-        SSFL,
-        BatchNormScale,
-        EFLPrune,
-        FedDST,
-        Magnitude,
-        PruneFL,
-        Pruner,
-        Random,
-        Similarity,
-    )
+    from autoflip_flwr.pruners import L1, L2, SSFL, BatchNormScale, EFLPrune, FedDST
+    from autoflip_flwr.pruners import Magnitude, PruneFL, Pruner, Random, Similarity
     from autoflip_flwr.server.checkpoint import Checkpointed
     from autoflip_flwr.server.strategy import AutoFLIP
-    from autoflip_flwr.settings import (
-        ExplorationSettings,
-        PruningSettings,
-        WireSettings,
-    )
-    from autoflip_flwr.units.compaction import compact
-    from autoflip_flwr.units.surgery import expand
+    from autoflip_flwr.settings import ExplorationSettings, PruningSettings
+    from autoflip_flwr.settings import WireSettings
+    from autoflip_flwr.units import compact, expand
     from autoflip_flwr.wire import codec
 
 try:
@@ -60,38 +45,22 @@ try:
 except PackageNotFoundError:  # a source tree on the path
     __version__ = "unknown"
 
-#: Public name -> module it is in.
-_NAMES = {
-    "AutoFLIP": "server.strategy",
-    "AutoFlipError": "errors",
-    "AutoFlipMod": "client.mod",
-    "Checkpointed": "server.checkpoint",
-    "ExplorationSettings": "settings",
-    "GuidancePrivacy": "method.privacy",
-    "PruningSettings": "settings",
-    "WireSettings": "settings",
-    "compact": "units.compaction",
-    "expand": "units.surgery",
-    "exploring": "client.masked",
-    "masked": "client.masked",
-    "masks_from": "client.masked",
-    **dict.fromkeys(
-        (
-            "L1",
-            "L2",
-            "SSFL",
-            "BatchNormScale",
-            "EFLPrune",
-            "FedDST",
-            "Magnitude",
-            "PruneFL",
-            "Pruner",
-            "Random",
-            "Similarity",
-        ),
-        "pruners",
+#: Module -> the public names in it.
+_PUBLIC = {
+    "client.masked": ("exploring", "masked", "masks_from"),
+    "client.mod": ("AutoFlipMod",),
+    "errors": ("AutoFlipError",),
+    "method.privacy": ("GuidancePrivacy",),
+    "pruners": (
+        *("Pruner", "Random", "Magnitude", "L1", "L2", "Similarity"),
+        *("BatchNormScale", "EFLPrune", "SSFL", "PruneFL", "FedDST"),
     ),
+    "server.checkpoint": ("Checkpointed",),
+    "server.strategy": ("AutoFLIP",),
+    "settings": ("ExplorationSettings", "PruningSettings", "WireSettings"),
+    "units": ("compact", "expand"),
 }
+_NAMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 #: Short name of a module -> where it is: `autoflip_flwr.guidance` and so on.
 _MODULES = {

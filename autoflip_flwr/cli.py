@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,7 @@ from autoflip_flwr.errors import AutoFlipError, SettingsError, needs_extra
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="autoflip", description="AutoFLIP: federated pruning for Flower."
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"autoflip-flwr {__version__}"
-    )
-    commands = parser.add_subparsers(required=True)
-    presets = commands.add_parser("presets", help="list the presets, or show one whole")
-    presets.add_argument("name", nargs="?", help="show all of this preset's values")
-    presets.add_argument(
-        "overrides", nargs="*", help="dotted key=value, applied as in a run"
-    )
-    presets.set_defaults(run=_presets)
-    export = commands.add_parser(
-        "export", help="write a run's final model compact, for use without this package"
-    )
-    export.add_argument("folder", type=Path, help="a run's output-dir")
-    export.add_argument(
-        "--output", type=Path, help="folder to write to (default: export/ in the run's)"
-    )
-    export.set_defaults(run=_export)
-    _add_compare(commands)
-    _add_report(commands)
-    chosen = parser.parse_args(arguments)
+    chosen = _parser().parse_args(arguments)
     try:
         print(chosen.run(chosen))
     except AutoFlipError as error:
@@ -44,62 +21,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "autoflip: interrupted; the same command goes on with what is left",
+            "autoflip: interrupted; repeat the command to go on",
             file=sys.stderr,
         )
         return 130
     return 0
 
 
-def _add_compare(commands: Any) -> None:
-    compare = commands.add_parser(
-        "compare", help="run strategies side by side, over seeds, in simulation"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autoflip", description="AutoFLIP: federated pruning for Flower."
     )
-    compare.add_argument("preset", help="see `autoflip presets`")
-    compare.add_argument(
-        "--strategies", default="fedavg,autoflip", help="values of strategy.name: a,b,c"
+    parser.add_argument(
+        "--version", action="version", version=f"autoflip-flwr {__version__}"
     )
-    compare.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    compare.add_argument(
+    commands = parser.add_subparsers(required=True)
+
+    def command(run: Callable[[argparse.Namespace], str], text: str) -> Any:
+        added = commands.add_parser(run.__name__.lstrip("_"), help=text)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command(_presets, "list the presets, or show all values of one")
+    add("name", nargs="?", help="show all values of this preset")
+    add("overrides", nargs="*", help="dotted key=value, applied as in a run")
+
+    add = command(_export, "write a run's final model for use without this package")
+    add("folder", type=Path, help="a run's output-dir")
+    add("--output", type=Path, help="default: export/ in the run's folder")
+
+    target = (
+        "top-1 accuracy, in [0, 1], up to which rounds and bytes are counted "
+        "(default: 0.99 times the final accuracy of the median arm)"
+    )
+    add = command(_compare, "compare strategies over seeds, in simulation")
+    add("preset", help="see `autoflip presets`")
+    add("--strategies", default="fedavg,autoflip", help="values of strategy.name: a,b")
+    add("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    add(
         "--vary",
         action="append",
         default=[],
         metavar="KEY=A,B,...",
-        help="a setting to run with several values; may be given more than once",
+        help="a setting and its values; may be given more than once",
     )
-    compare.add_argument(
-        "--overrides", default="", help='dotted "key=value key=value" for all runs'
-    )
-    compare.add_argument(
-        "--output", type=Path, default=Path("runs/compare"), help="folder of the runs"
-    )
-    _add_target(compare)
-    compare.set_defaults(run=_compare)
+    add("--overrides", default="", help='dotted "key=value key=value" for all runs')
+    add("--output", type=Path, default=Path("runs/compare"), help="folder of the runs")
+    add("--target", type=float, help=target)
 
-
-def _add_report(commands: Any) -> None:
-    report = commands.add_parser(
-        "report", help="make one HTML page and pictures of finished runs"
-    )
-    report.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="runs, or folders of them"
-    )
-    report.add_argument(
-        "--output",
-        type=Path,
-        help="folder to write to (default: report/ in the first DIR)",
-    )
-    _add_target(report)
-    report.set_defaults(run=_report)
-
-
-def _add_target(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--target",
-        type=float,
-        help="top-1 accuracy up to which rounds and bytes are counted, in [0, 1] "
-        "(default: 0.99 of what the median arm ends with)",
-    )
+    add = command(_report, "make one HTML page and figures of finished runs")
+    add("folders", nargs="+", type=Path, metavar="DIR", help="runs or folders of runs")
+    add("--output", type=Path, help="default: report/ in the first DIR")
+    add("--target", type=float, help=target)
+    return parser
 
 
 def _presets(chosen: argparse.Namespace) -> str:
@@ -112,11 +86,11 @@ def _export(chosen: argparse.Namespace) -> str:
     with needs_extra("app", "autoflip export"):
         from autoflip_flwr.app.export import export_run  # seconds to import
 
-    found = export_run(chosen.folder, chosen.output)
-    onnx = found.onnx or "no ONNX: pip install 'autoflip-flwr[onnx]', and export again"
+    made = export_run(chosen.folder, chosen.output)
+    onnx = made.onnx or "no ONNX: pip install 'autoflip-flwr[onnx]', then export again"
     return (
-        f"{found.parameters} of {found.dense_parameters} parameters\n"
-        f"{found.weights}\n{found.program}\n{onnx}"
+        f"{made.parameters} of {made.dense_parameters} parameters\n"
+        f"{made.weights}\n{made.program}\n{onnx}"
     )
 
 

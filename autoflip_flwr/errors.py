@@ -1,6 +1,6 @@
-"""Every error this package raises on purpose.
+"""The errors of this package.
 
-A message says what was expected, what came, and what to do about it.
+A message gives the expected value, the actual value and the remedy.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ class AutoFlipError(Exception):
 
 
 class SettingsError(AutoFlipError, ValueError):
-    """A preset, override or argument is unknown, of the wrong type or impossible."""
+    """A preset, override or argument is unknown, invalid or of the wrong type."""
 
 
 class DataError(AutoFlipError, ValueError):
-    """A data file is missing, broken or not what its name promises."""
+    """A data file is missing, broken or in another format than expected."""
 
 
 class ModelError(AutoFlipError, ValueError):
@@ -28,11 +28,11 @@ class GuidanceError(AutoFlipError, ValueError):
 
 
 class MaskError(AutoFlipError, ValueError):
-    """A mask cannot be made as asked, or does not fit what it is applied to."""
+    """A mask cannot be made, or does not fit the arrays it is applied to."""
 
 
 class WireError(AutoFlipError, ValueError):
-    """Bytes or records from a peer do not have the form the protocol gives them."""
+    """Bytes or records from a peer violate the protocol."""
 
 
 class CheckpointError(AutoFlipError, RuntimeError):
@@ -40,11 +40,11 @@ class CheckpointError(AutoFlipError, RuntimeError):
 
 
 class FlowerVersionError(AutoFlipError, ImportError):
-    """The installed Flower is older than what this package works with."""
+    """The installed Flower is too old for this package."""
 
 
 class MissingExtraError(AutoFlipError, ImportError):
-    """Something was called that an extra of this package installs."""
+    """A function needs a package of an extra that is not installed."""
 
 
 class ExplorationError(AutoFlipError, RuntimeError):
@@ -53,7 +53,7 @@ class ExplorationError(AutoFlipError, RuntimeError):
 
 @contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
-    """Turn a failed import inside the block into the command that cures it.
+    """Replace a failed import in the block by an error that names the extra.
 
     Raises
     ------

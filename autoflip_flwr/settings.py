@@ -8,9 +8,9 @@ that say what was expected, what came and what is known.
 import difflib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -21,7 +21,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.types import (
@@ -511,107 +510,79 @@ def _explained(
     group: type[Group], error: ValidationError, *, code: bool
 ) -> SettingsError:
     """Say what was wrong: with Python's names in code, else with a preset's keys."""
-    unknown: dict[tuple[str, ...], list[str]] = {}
+    whole = group.model_json_schema()
+
+    def written(prefix: str, name: str) -> str:
+        return name.replace("-", "_") if code else f"{prefix}{_kebab(name)}"
+
+    unknown: dict[str, list[str]] = {}
     texts = []
-    for found in error.errors():
-        path = [str(part) for part in found["loc"] if not isinstance(part, int)]
-        owners, field = [], None
-        owner = group
-        while path and (field := _fields(owner).get(_kebab(path[0]))) is not None:
-            kind = field.annotation
-            if not (isinstance(kind, type) and issubclass(kind, Group)):
-                break
-            owners.append(path.pop(0))
-            owner, field = kind, None
-        if found["type"] == "extra_forbidden":
-            unknown.setdefault(tuple(owners), []).append(path[0])
-        elif found["type"] == "value_error":  # a check of ours
-            prefix = "" if code or not owners else f"{owners[0]}."
-            text = str(found.get("ctx", {}).get("error", found["msg"]))
+    for each in error.errors():
+        path = [_kebab(part) for part in each["loc"] if isinstance(part, str)]
+        schema, prefix = whole, ""
+        while path and "$ref" in (inner := schema["properties"].get(path[0], {})):
+            schema = whole["$defs"][inner["$ref"].rpartition("/")[2]]
+            prefix += f"{path.pop(0)}."
+        if each["type"] == "value_error":  # a check of ours, with names in backticks
+            text = str(each["ctx"]["error"])
             for name in re.findall(r"`(\w+)`", text):
-                written = _written(prefix, name, code=code)
-                text = text.replace(f"`{name}`", written)
+                text = text.replace(f"`{name}`", written(prefix, name))
             texts.append(text)
-        elif field is None:
-            texts.append(
-                f"{'.'.join(owners)}: expected a group of keys, got {found['input']!r}"
-            )
+        elif not path:
+            group_name = prefix.rstrip(".")
+            texts.append(f"{group_name}: expected a group of keys, got {each['input']}")
+        elif each["type"] == "extra_forbidden":
+            known = sorted({written("", key) for key in schema["properties"]} - _OWN)
+            key = str(each["loc"][-1])
+            told = f"; known: {known}{_meant(key, known)}"
+            place = "" if code else f"{prefix.rstrip('.') or 'top-level'} "
+            unknown.setdefault(f"unknown {place}keys {{}}{told}", []).append(key)
         else:
-            prefix = "".join(f"{key}." for key in owners)
-            key = _written(prefix, path[0].replace("-", "_"), code=code)
-            texts.append(_text(key, field, found["input"]))
-    for where, keys in unknown.items():
-        owner = group
-        for key in where:
-            owner = _fields(owner)[key].annotation  # type: ignore[assignment]
-        known = sorted(set(owner.model_fields if code else _fields(owner)) - {"preset"})
-        hint = "".join(_meant(key, known) for key in keys)
-        name = "" if code else f"{'.'.join(where) or 'top-level'} "
-        texts.append(f"unknown {name}keys {sorted(keys)}; known: {known}{hint}")
+            asked, got = schema["properties"][path[0]], each["input"]
+            kind = f" ({type(got).__name__})" if isinstance(got, str | list) else ""
+            texts.append(
+                f"{written(prefix, path[0])}: expected {_expected(asked)}, "
+                f"got {got!r}{kind}{_meant(got, asked.get('enum', ()))}"
+            )
+    texts += [text.format(keys) for text, keys in unknown.items()]
     return SettingsError((f"{group.__name__}: " if code else "") + "; ".join(texts))
 
 
-def _text(key: str, field: FieldInfo, got: Any) -> str:
-    hint = _meant(got, _choices(field.annotation)) if isinstance(got, str) else ""
-    kind = "" if isinstance(got, int | float | None) else f" ({type(got).__name__})"
-    expected = _expected(field.annotation, field.metadata)
-    return f"{key}: expected {expected}, got {got!r}{kind}{hint}"
-
-
-def _written(prefix: str, name: str, *, code: bool) -> str:
-    return name if code else f"{prefix}{_kebab(name)}"
-
-
-def _fields(group: type[Group]) -> dict[str, FieldInfo]:
-    return {_kebab(name): field for name, field in group.model_fields.items()}
-
-
-def _choices(kind: Any) -> tuple[Any, ...]:
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return tuple(c for part in get_args(kind) for c in _choices(part))
-
+#: What stands in the settings of a run and in no preset.
+_OWN = {"preset"}
 
 _WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "null": "null",
 }
 
 
-def _expected(kind: Any, metadata: Any = ()) -> str:
-    """Describe the values of a type: ``a number in [0, 1], or null``."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _expected(parts[0], [*parts[1:], *metadata])
-    if type(None) in parts:
-        (some,) = (part for part in parts if part is not type(None))
-        return f"{_expected(some, metadata)}, or null"
-    if origin is Literal:
-        return f"one of {list(parts)}"
-    if origin is tuple:
-        return f"a list, each {_expected(parts[0])}"
-    text = _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
-    limits: dict[str, float] = {}
-    for entry in metadata:
-        for inner in getattr(entry, "metadata", [entry]):
-            limits |= {
-                key: value
-                for key in ("ge", "gt", "le", "lt")
-                if (value := getattr(inner, key, None)) is not None
-            }
-    low = limits.get("ge", limits.get("gt"))
-    high = limits.get("le", limits.get("lt"))
-    if low is None:
-        return text
-    if high is None:
-        return f"{text} {'>=' if 'ge' in limits else '>'} {low:g}"
-    left, right = "[" if "ge" in limits else "(", "]" if "le" in limits else ")"
-    return f"{text} in {left}{low:g}, {high:g}{right}"
+def _expected(schema: dict[str, Any]) -> str:
+    """Describe a JSON schema's values: ``a number in [0, 1], or null``."""
+    if "anyOf" in schema:
+        return ", or ".join(map(_expected, schema["anyOf"]))
+    if "enum" in schema:
+        return f"one of {schema['enum']}"
+    if schema["type"] == "array":
+        return f"a list, each {_expected(schema['items'])}"
+    text = _WORDS[schema["type"]]
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if high is not None:
+        left, right = (
+            "[" if "minimum" in schema else "(",
+            "]" if "maximum" in schema else ")",
+        )
+        return f"{text} in {left}{low:g}, {high:g}{right}"
+    if low is not None:
+        return f"{text} {'>=' if 'minimum' in schema else '>'} {low:g}"
+    return text
 
 
-def _meant(word: Any, known: Any) -> str:
+def _meant(word: Any, known: Iterable[str]) -> str:
     """Return a hint at the most similar of the known words."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,6 @@
-"""The shapes of the data that moves between the layers."""
+"""Types of the data that the layers exchange."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -8,35 +8,42 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
+Float32: TypeAlias = NDArray[np.float32]
+
+#: Node ids.
+Nodes: TypeAlias = Sequence[int]
 
 #: Parameter name -> values, in the model's own order.
 Params: TypeAlias = Mapping[str, Array]
 
-#: Parameter name -> squared deviation from the start, float, >= 0 (Eq. 2).
+#: Parameter name -> squared deviation from the initial weights, float, >= 0 (Eq. 2).
 Guidance: TypeAlias = Mapping[str, FloatArray]
 
-#: Parameter name -> importance, float; a larger score is kept first.
+#: Parameter name -> importance, float; the largest scores are kept.
 Scores: TypeAlias = Mapping[str, FloatArray]
 
-#: Parameter name -> bool, same shape as the parameter; True = keep.
-Masks: TypeAlias = Mapping[str, NDArray[np.bool_]]
+#: Bool array of a parameter's shape; True = keep.
+Mask: TypeAlias = NDArray[np.bool_]
+
+#: Parameter name -> mask.
+Masks: TypeAlias = Mapping[str, Mask]
 
 #: Type of the kept values on the wire.
 ValueType: TypeAlias = Literal["float32", "float16"]
 
-#: How local matrices are made comparable (Eq. 3).
+#: How explorers' matrices are normalized (Eq. 3).
 Normalization: TypeAlias = Literal["client", "global", "layer"]
 
-#: How explorers' matrices become one: their mean, or what a few cannot move.
+#: How explorers' matrices are combined: the mean, or a robust estimate.
 Combination: TypeAlias = Literal["mean", "median", "trimmed-mean"]
 
-#: What makes a parameter worth keeping.
+#: The score by which parameters are kept.
 ScoreName: TypeAlias = Literal["guidance", "saliency"]
 
-#: What the pruning threshold means (Eq. 4).
+#: The meaning of the pruning threshold (Eq. 4).
 Mode: TypeAlias = Literal["quantile", "value", "compression"]
 
-#: What makes the masks: the method, or one of its rivals.
+#: The method that makes the masks: AutoFLIP or a baseline.
 MethodName: TypeAlias = Literal[
     "autoflip",
     "random",
@@ -51,9 +58,10 @@ MethodName: TypeAlias = Literal[
     "feddst",
 ]
 
-#: What a node measures of each parameter: how far training moves it (squared); the
-#: same and whether upwards; or from the gradients of one epoch at fixed weights:
-#: |weight x mean gradient|, |mean gradient|, mean squared gradient.
+#: What a node measures per parameter. ``deviation``: the squared change in training.
+#: ``update``: the same, with the sign of the change. From the gradients of one epoch at
+#: fixed weights: ``saliency`` is |weight x mean gradient|, ``gradient`` is |mean
+#: gradient|, ``squared-gradient`` is the mean squared gradient.
 Measure: TypeAlias = Literal[
     "deviation", "update", "saliency", "gradient", "squared-gradient"
 ]

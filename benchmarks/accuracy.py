@@ -1,13 +1,13 @@
-"""Accuracy and bytes of a preset beside dense FedAvg, over seeds, by `flwr run`.
+"""Accuracy and bytes of a preset and of dense FedAvg, over seeds, by `flwr run`.
 
     python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 3
     python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 5
         "saliency-90=pruning.threshold=0.9 pruning.units=0.8 pruning.score=saliency"
 
-A variant is a name and overrides; without any, those of the README's table are run.
-Every run is a simulation of its own; results stay in --output and finished runs are
-not repeated. Accuracy is top-1 of the global model on held-out data after the last
-round.
+A variant is a name and overrides. Without variants, the script runs those of the
+README's table. Every run is its own simulation. Results stay in --output, and finished
+runs are not repeated. Accuracy is top-1 of the global model on held-out data after the
+last round.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VARIANTS = (
 
 
 def run(output: Path, preset: str, clients: int, overrides: str) -> dict:
-    """Run a simulation unless its summary is there; return the summary."""
+    """Run a simulation unless its summary exists; return the summary."""
     path = output / "summary.json"
     if not path.exists():
         config = f'preset="{preset}" overrides="{overrides}" output-dir="{output}"'

@@ -1,11 +1,11 @@
-"""A checkpoint beside a round: the six-layer CNN with momentum at the server.
+"""Time of a checkpoint / time of a round: the six-layer CNN, momentum at the server.
 
     python benchmarks/checkpoint.py
 
 7.6 M parameters, AutoFLIP around FedAvgM, 20 explorers, 80 % pruned. The round is the
-least there is: one client, one local epoch of 2,000 images in batches of 350, on all
-cores; `paper-cifar10` has five clients and five epochs. A checkpoint is written to the
-disk and synced; the limit is that disk: `write_and_sync` is the same number of bytes.
+smallest one: one client, one local epoch of 2,000 images in batches of 350, on all
+cores. `paper-cifar10` has five clients and five epochs. A checkpoint is written to disk
+and synced, so the disk limits it: `write_and_sync` writes the same number of bytes.
 """
 
 import os
@@ -55,7 +55,7 @@ def explored(folder: Path) -> tuple[AutoFLIP, ArrayRecord]:
         pruning=PruningSettings(population_weight=1.0),
         store=folder / "guidance",
     )
-    strategy.state(arrays)  # takes the arrays for its global model
+    strategy.state(arrays)  # adopts the arrays as its global model
     rng = np.random.default_rng(0)
     pruner = strategy.rounds.pruner
     start = dict(strategy.rounds.arrays)
@@ -81,7 +81,7 @@ def epoch() -> float:
 
 
 def main() -> None:
-    """Print the times, and the share of the least round."""
+    """Print the times, and the share of the smallest round."""
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

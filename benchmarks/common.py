@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: a model's arrays, a mask, paired timings."""
+"""Shared by the benchmark scripts: a model's arrays, a mask, paired timings."""
 
 import json
 import statistics

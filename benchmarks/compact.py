@@ -1,15 +1,15 @@
-"""A compact network beside the dense one, at half the FLOPs and at other shares.
+"""Compact and dense networks, at half the FLOPs and at other shares.
 
     python benchmarks/compact.py                 # all models and shares
     python benchmarks/compact.py resnet50 0.5    # one of them
-    python benchmarks/compact.py --multiple 1    # widths as they come
+    python benchmarks/compact.py --multiple 1    # widths of any size
 
-Units are taken out by random scores, in multiples of 16 (the floats of an AVX-512
-register) unless told otherwise, until thop counts the share of the FLOPs. Then, in
-pairs of dense and compact within one process: a training step (forward, backward, SGD
-with momentum) and inference of a batch; what compacting plus scattering back costs, in
-training steps of the dense model; and the peak memory of training, each in a process
-of its own. Ratios are dense / compact: larger is better.
+The script removes units by random scores, in multiples of 16 (the floats of an AVX-512
+register) by default, until thop's FLOPs reach the share. Then it measures, in pairs of
+dense and compact within one process: a training step (forward, backward, SGD with
+momentum), inference of a batch, and the cost of `compact` plus `expand` in training
+steps of the dense model. It measures the peak memory of training in a process for each.
+Ratios are dense / compact: larger is better.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from autoflip_flwr import units
 from autoflip_flwr.app import costs, models
 from autoflip_flwr.method.structured import Keep, Limits, Units
 
-#: Model, input shape, batch.
+#: Model -> input shape and batch size.
 CASES: dict[str, tuple[tuple[int, int, int], int]] = {
     "cnn6": ((3, 32, 32), 32),
     "resnet50": ((3, 64, 64), 32),
@@ -93,7 +93,7 @@ def keep_at(
     while high - low > total // 1000:
         middle = (low + high) // 2
         keep = found.choose(scores, budget=middle, limits=limits)
-        # The count of the units agrees with thop's up to normalization.
+        # The units' count agrees with thop's except for normalization.
         if found.operations(keep) > share * found.operations():
             low = middle
         else:
@@ -141,7 +141,7 @@ def measure(name: str, share: float, multiple: int, pairs: int) -> dict[str, Any
 def peak_of(
     name: str, share: float, multiple: int, compact: bool, results: Any
 ) -> None:
-    """Train one model for three steps and note the most memory it took, in MB."""
+    """Train one model for three steps; put its peak memory in MB into `results`."""
     base = _resident("VmRSS")
     model, shape, batch = build(name)
     net = model
@@ -149,10 +149,10 @@ def peak_of(
         example = torch.randn(1, *shape)
         found = units.trace(model, example)
         keep = keep_at(found, model, share, multiple, example)
-        net = units.shrink(model, found, keep)  # the whole model stays beside it
+        net = units.shrink(model, found, keep)  # the whole model stays in memory
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     trainer = Trainer(net, shape, batch)
     for _ in range(3):
         trainer.step()

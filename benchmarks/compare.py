@@ -1,10 +1,10 @@
-"""What `autoflip compare` costs beside the bare runs it makes.
+"""Time of `autoflip compare` / time of the same runs without it.
 
     python benchmarks/compare.py quickstart --overrides "rounds=20"
 
-The bare runs are made one after another on a Ray that is up already, clients on all
-cores; the comparison starts and ends its own Ray. Below 1 it is faster: while one run's
-server works, another's clients train.
+The bare runs go one after another on a running Ray, with clients on all cores. The
+comparison starts and ends its own Ray. A ratio below 1 means that the comparison is
+faster: while the server of one run works, the clients of another train.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from autoflip_flwr.compare.simulation import simulate
 
 
 def main() -> None:
-    """Make the runs twice and print the ratio."""
+    """Do the runs twice and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset")
     parser.add_argument("--strategies", default="fedavg,autoflip")

@@ -1,10 +1,10 @@
-"""How many explorers a mask needs: the mask of some beside that of all.
+"""How many explorers a mask needs: the mask of some compared with that of all.
 
     python benchmarks/explorers.py --data-dir PATH
 
-The clients of the preset `thousand` explore, one after another, without a server. Of
-every mask that some of them make, 80 % pruned by single weights, the share of the kept
-parameters that all of them would keep, too; random clients, five draws each.
+The clients of the preset `thousand` explore one after another, without a server. Some,
+in five random draws each, make an unstructured mask at 80 % pruned. The result is the
+share of the parameters kept by the mask of all that this mask keeps too.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DRAWS = 5
 
 
 def main() -> None:
-    """Let everybody explore and print the shares."""
+    """Let all clients explore and print the shares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument(

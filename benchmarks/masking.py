@@ -1,12 +1,12 @@
-"""Building a round's mask for 23.7 M parameters beside FedAvg's aggregation.
+"""Time of a round's mask for 23.7 M parameters / time of FedAvg's aggregation.
 
     python benchmarks/masking.py --explorers 5 --explorers 500
     python benchmarks/masking.py --explorers 5 --units 0.8
 
-The mask for 5 sampled clients, at the default settings, against
-`FedAvg.aggregate_train` of 5 dense replies. Memory is the peak of what Python and
-NumPy allocate while the mask is made, above what was there before the first
-explorer, in float32 models. 500 explorers need 12 GB of disk.
+The mask is for 5 sampled clients, at the default settings. FedAvg runs
+`FedAvg.aggregate_train` on 5 dense replies. Memory is the peak of what Python and NumPy
+allocate while the mask is made, minus the allocation before the first explorer, in
+float32 models. 500 explorers need 12 GB of disk.
 """
 
 import argparse

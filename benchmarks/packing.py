@@ -1,9 +1,9 @@
-"""Packing and unpacking 23.7 M parameters beside Flower's own dense path.
+"""Time to pack and unpack 23.7 M parameters / time of Flower's own dense path.
 
     python benchmarks/packing.py
 
-Ours: values and mask to a Flower Array and bytes, and back to dense arrays. Dense:
-`Array(...)` and `.numpy()` of the same tensors.
+Our path turns values and mask into a Flower Array and bytes, and back into dense
+arrays. The dense path is `Array(...)` and `.numpy()` of the same tensors.
 """
 
 import numpy as np

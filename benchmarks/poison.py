@@ -1,11 +1,11 @@
-"""What one explorer that lies does to the mask, and to the model, in a real run.
+"""How far one lying explorer moves the mask and the model in a real run.
 
     python benchmarks/poison.py --data-dir PATH
 
-Preset `short-mnist`, 20 explorers, single weights, without warm start and refresh.
-Client 0 lies about its guidance; the mask is compared with that of a run in which its
-answer is lost. `honest` is what it moves when it tells the truth. The accuracy says
-something after many rounds alone: --rounds 80.
+Preset `short-mnist`, 20 explorers, unstructured pruning, no warm start, no refresh.
+Client 0 lies about its guidance. The mask is compared with that of a run in which its
+answer is lost. `honest` is the change when the client tells the truth. The accuracy is
+meaningful only after many rounds: --rounds 80.
 """
 
 import argparse
@@ -32,12 +32,12 @@ COMBINATIONS = ("mean", "median", "trimmed-mean")
 
 
 def told(guidance: dict[str, Any], lie: str) -> dict[str, Any]:
-    """Return the guidance a liar sends for its own."""
+    """Return the guidance that a lying client sends."""
     if lie == "times 1e6":
         return {n: v * np.float32(1e6) for n, v in guidance.items()}
     if lie == "inverted":
         return {n: v.max() - v for n, v in guidance.items()}
-    share = float(lie.split()[1]) / 100  # all its weight on so many entries
+    share = float(lie.split()[1]) / 100  # all its weight on this share of the entries
     largest = max(guidance, key=lambda name: guidance[name].size)
     zeros = {n: np.zeros_like(v) for n, v in guidance.items()}
     count = round(share * sum(value.size for value in guidance.values()))
@@ -46,7 +46,7 @@ def told(guidance: dict[str, Any], lie: str) -> dict[str, Any]:
 
 
 def liar(lie: str) -> Callable[[], Any]:
-    """Return what makes the app of every node, client 0's among them."""
+    """Return a factory of the app of every node; client 0 lies."""
 
     def make() -> Any:
         app = client.client_app()
@@ -74,7 +74,7 @@ def liar(lie: str) -> Callable[[], Any]:
 
 
 def run(folder: Path, arguments: argparse.Namespace, combination: str, lie: str) -> Any:
-    """Make a run; return its mask and its accuracy."""
+    """Do a run; return its mask and its accuracy."""
     output = folder / f"{combination}-{lie}"
     overrides = f"{SETTINGS} rounds={arguments.rounds} seed={arguments.seed} "
     overrides += f"pruning.combination={combination} data.dir={arguments.data_dir!r}"
@@ -91,7 +91,7 @@ def run(folder: Path, arguments: argparse.Namespace, combination: str, lie: str)
 
 
 def main() -> None:
-    """Make all runs and print what was moved."""
+    """Do all runs and print the changes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--rounds", type=int, default=1)

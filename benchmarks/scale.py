@@ -1,4 +1,4 @@
-"""What a federation of many clients costs the server.
+"""Memory, disk and time of a server with many clients.
 
     python benchmarks/scale.py server --clients 10 100 1000
     python benchmarks/scale.py flwr --clients 10 100 1000 --data-dir PATH
@@ -6,15 +6,17 @@
     python benchmarks/scale.py known --clients 100000
     python benchmarks/scale.py figure docs/scaling.svg RESULTS...
 
-A CNN of 1.66 M parameters (arXiv:1602.05629), ten clients a round; all explore.
-`server` is the ServerApp alone: its nodes answer at once with guidance of their own,
-and with the weights as they came. `flwr` and `compare` are simulations of the preset
-`thousand` on MNIST, 60 images a client, by `flwr run` and by `autoflip compare`; there
-the server's process does the simulation's work too. Every number of clients has a
-process of its own; its peak memory is the kernel's (VmHWM), looked at twice a second.
-`known` is what the server keeps of a client, without any matrix.
+A CNN of 1.66 M parameters (arXiv:1602.05629), ten clients per round; all explore.
 
-Prints one JSON object a line; `figure` draws what was printed.
+- `server` is the ServerApp alone. Its nodes answer at once, with their own guidance
+  when they explore and with unchanged weights when they train.
+- `flwr` and `compare` simulate the preset `thousand` on MNIST, 60 images per client, by
+  `flwr run` and by `autoflip compare`. There the server's process also runs the
+  simulation.
+- `known` is what the server keeps of a client, without any matrix.
+
+Every number of clients has its own process. Peak memory is the kernel's figure (VmHWM),
+read twice a second. The script prints one JSON object per line; `figure` draws them.
 """
 
 import argparse
@@ -55,7 +57,7 @@ def grid_of(clients: int) -> Any:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
     class Answering(Grid):
-        """Keeps what was asked until somebody looks; then the answers are there."""
+        """Keeps messages until they are pulled, and answers them then."""
 
         def __init__(self) -> None:
             self._asked: dict[str, Message] = {}
@@ -92,7 +94,7 @@ def grid_of(clients: int) -> Any:
             return RecordDict({"arrays": ArrayRecord(dict(arrays)), "metrics": metrics})
 
         def _frame(self, config: ConfigRecord, node_id: int) -> bytes:
-            """Return guidance that no other node has: the same, further round."""
+            """Return guidance unique to the node: the same codes, rotated."""
             if self._guidance is None:
                 shapes = wire.Exploration.of(config).manifest.shapes
                 rng = np.random.default_rng(0)
@@ -116,13 +118,13 @@ def grid_of(clients: int) -> Any:
 
 
 def serve(arguments: argparse.Namespace, clients: int) -> None:
-    """Be the ServerApp of one run; print what it took."""
+    """Run the ServerApp of one run; print its measurements."""
     from flwr.app import Context, RecordDict
 
     from autoflip_flwr.app import server
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    # On scikit-learn's digits, which are smaller: a wider layer instead.
+    # The digits are smaller than MNIST's images; a wider layer makes up for it.
     data = "data.name=digits model.hidden=6033"
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         output = Path(folder) / "run"
@@ -190,7 +192,7 @@ def known(clients: int) -> None:
 
 
 def simulate(kind: str, arguments: argparse.Namespace, clients: int) -> None:
-    """Make one run with Flower's simulation, or with ours; print what it took."""
+    """Do one run with Flower's simulation or ours; print its measurements."""
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         mark = str(uuid.uuid4())
         environment = {
@@ -216,7 +218,7 @@ def simulate(kind: str, arguments: argparse.Namespace, clients: int) -> None:
             output = Path(folder) / "thousand/autoflip-0"
 
         def is_server(pid: int) -> bool:
-            """Tell ours: Ray gives its workers titles, but not always."""
+            """Tell our server: Ray sets the titles of its workers, but not always."""
             if kind == "flwr":
                 return "flwr-simulation" in command_of(pid, mark)
             ours = [path for path in open_files(pid) if path.is_relative_to(folder)]
@@ -240,28 +242,28 @@ def simulate(kind: str, arguments: argparse.Namespace, clients: int) -> None:
 
 
 def overrides(arguments: argparse.Namespace, clients: int) -> str:
-    """Return what makes the preset a run of so many clients."""
+    """Return the overrides for a run of this many clients."""
     return (
         f"rounds={arguments.rounds} strategy.min-nodes={clients} "
         f"strategy.fraction-train={arguments.sampled / clients} "
         f"data.max-samples={60 * clients} training.epochs=1 exploration.fraction=1.0 "
-        "pruning.population-weight=0.8 "  # so that every round has a mask of its own
+        "pruning.population-weight=0.8 "  # so that every round has its own mask
         f"{arguments.overrides}"
     ).strip()
 
 
-# --- looking at it --------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------
 
 
 class Watch:
-    """Looks at memory and disk while a block runs.
+    """Measures memory and disk while a block runs.
 
     Attributes
     ----------
     peak : int
-        Bytes: the most that the server's process had in memory.
+        Bytes: peak memory of the server's process.
     disk : int
-        Bytes: the most that the run's folder had.
+        Bytes: peak size of the run's folder.
     """
 
     def __init__(self, folder: Path | str, is_server: Callable[[int], bool]) -> None:
@@ -288,7 +290,7 @@ class Watch:
                 self.peak = max(self.peak, peak_of(pid))
             sizes = [
                 size_of(Path(folder) / name)
-                for folder, _, names in os.walk(self._folder)  # which may vanish
+                for folder, _, names in os.walk(self._folder)  # folders may vanish
                 if "flwr" not in Path(folder).parts
                 for name in names
             ]
@@ -301,7 +303,7 @@ def processes() -> list[int]:
 
 
 def command_of(pid: int, mark: str) -> str:
-    """Return the command line of a process that we started; of any other nothing."""
+    """Return the command line of a process that we started, else an empty text."""
     try:
         if f"{MARK}={mark}".encode() not in Path(f"/proc/{pid}/environ").read_bytes():
             return ""
@@ -319,7 +321,7 @@ def open_files(pid: int) -> list[Path]:
 
 
 def peak_of(pid: int) -> int:
-    """Return the most bytes that a process has had in memory so far."""
+    """Return the peak memory of a process so far, in bytes."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -329,7 +331,7 @@ def peak_of(pid: int) -> int:
 
 
 def size_of(path: Path) -> int:
-    """Return a file's bytes; 0 if it is gone by now."""
+    """Return the size of a file in bytes; 0 if it no longer exists."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:
@@ -339,7 +341,7 @@ def size_of(path: Path) -> int:
 def tell(
     kind: str, arguments: argparse.Namespace, clients: int, output: Path, watch: Watch
 ) -> None:
-    """Print what a run took."""
+    """Print the measurements of a run."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").open()]
     later = [row["seconds"] for row in rows[1:]]
     found = {
@@ -388,7 +390,7 @@ def draw(target: Path, results: Iterable[Path]) -> None:
 
 
 def main() -> None:
-    """Run every number of clients in a process of its own."""
+    """Run every number of clients in its own process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["server", *KINDS, "known", "figure"])
     parser.add_argument("files", nargs="*", type=Path)

@@ -1,11 +1,11 @@
-"""A masked training step beside the dense one.
+"""Time of a masked training step / time of a dense step.
 
     python benchmarks/step.py
 
-SGD with momentum, 80 % pruned: forward, backward and optimizer step of two equal
-models in turn, one of them masked. Each step of the masked one reads and writes every
-parameter once more (12 B each), so the share falls with the batch. `setup` is what
-`masked` costs once per round, in steps.
+SGD with momentum, 80 % pruned. Two equal models, one of them masked, take turns at a
+forward pass, a backward pass and an optimizer step. The masked step reads and writes
+every parameter once more (12 B each), so its share of the time falls with the batch
+size. `setup` is the cost of `masked` once per round, in steps.
 """
 
 import time

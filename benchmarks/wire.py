@@ -1,8 +1,8 @@
-"""Bytes of real train messages beside the least that has to travel.
+"""Bytes of real train messages / bytes that must be sent at least.
 
     python benchmarks/wire.py
 
-One round of AutoFLIP over two clients in this process, per model, 80 % pruned. The
+Per model, one round of AutoFLIP with two clients in this process, 80 % pruned. The
 bound is ``1.02 * (kept * itemsize + mask bits / 8 (down only) + buffers) + 4 KiB``.
 """
 
@@ -44,7 +44,7 @@ app = ClientApp(mods=[AutoFlipMod()])
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Stand in for training: every floating entry moves a little, at random."""
+    """Replace training: every floating entry moves a little, at random."""
     rng = np.random.default_rng(context.node_id)
     moved = {
         name: value + rng.normal(0, 1e-3, value.shape).astype(value.dtype)

@@ -1,9 +1,9 @@
-"""The one port that nodes reach: it passes SuperNodes' calls on and nothing else.
+"""The only port that nodes reach: it passes the calls of SuperNodes and no others.
 
-A SuperLink serves three APIs on one port. Only Fleet, what SuperNodes call, asks for a
-key; Control (submit runs, register keys) and Runtime (fetch tasks) do not. So whoever
-reaches that port could register a key of their own and run code on every node. The gate
-stands between it and the network.
+A SuperLink serves three APIs on one port. Only Fleet, which SuperNodes call, asks for a
+key. Control (submit runs, register keys) and Runtime (fetch tasks) do not. So anyone
+who reaches that port could register a key and run code on every node. The gate stands
+between the SuperLink and the network.
 """
 
 import os
@@ -20,13 +20,13 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 ALLOWED = re.compile(r"/v1/fleet/[a-z-]+|/health")
-# What belongs to one connection, not to the message (RFC 9110, 7.6.1).
+# Headers of one connection, not of the message (RFC 9110, 7.6.1).
 HOP_BY_HOP = b"connection host keep-alive te transfer-encoding upgrade".split()
 
 
 @asynccontextmanager
 async def superlink(app: Starlette) -> AsyncIterator[None]:
-    """Hold the connections to the SuperLink while the gate is open."""
+    """Hold the connections to the SuperLink while the gate runs."""
     async with httpx.AsyncClient(
         base_url=os.environ["SUPERLINK"],
         verify=ssl.create_default_context(cafile=os.environ["SUPERLINK_CA"]),
@@ -37,8 +37,8 @@ async def superlink(app: Starlette) -> AsyncIterator[None]:
 
 
 async def forward(request: Request) -> Response:
-    """Pass a call on as it came, and the answer back as it comes."""
-    # The decoded path is what is checked and what is sent: no second reading of it.
+    """Pass a call to the SuperLink unchanged, and its answer back as it arrives."""
+    # The decoded path is both checked and sent, so nothing decodes it a second time.
     path: str = request.scope["path"]
     if not ALLOWED.fullmatch(path):
         return PlainTextResponse("Only the Fleet API passes this gate.", 403)

@@ -58,7 +58,10 @@ def cluster(count: int) -> Iterator[Cluster]:
         try:
             for number in range(count):
                 own = [f"--address={address}"] if number else head
-                own += [] if number else ["--include-dashboard=false"]
+                own += [f"--dashboard-agent-listen-port={free_port()}"]
+                if not number:
+                    own += ["--include-dashboard=false"]
+                    own += [f"--ray-client-server-port={free_port()}"]
                 log = folder / f"{number}.log"
                 nodes.append(
                     start([str(_RAY), "start", *own, *common], log, environment)
@@ -66,8 +69,7 @@ def cluster(count: int) -> Iterator[Cluster]:
                 _wait(nodes[-1], log)
             yield Cluster(address, nodes)
         finally:
-            for node in reversed(nodes):
-                stop(node)
+            stop(*reversed(nodes))
 
 
 def _wait(node: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:

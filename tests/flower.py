@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,10 +17,20 @@ ROOT = Path(__file__).parents[1]
 _BIN = Path(sys.executable).parent
 
 
+#: Below those that the kernel gives to whoever asks for any, above Ray's.
+PORTS = range(20_000, 32_000)
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port for a server that starts later, and that no other test gets."""
+    for port in random.SystemRandom().sample(PORTS, 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
+    raise RuntimeError("no port is free")
 
 
 def start(
@@ -37,16 +48,18 @@ def start(
         )
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
+def stop(*processes: subprocess.Popen[bytes]) -> None:
+    """End processes and what they started."""
+    for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for(condition: Callable[[], bool], running: Future[str]) -> None:
@@ -73,6 +86,7 @@ class Flower:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; 1 otherwise
             "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
         }
@@ -98,8 +112,7 @@ class Flower:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for process in reversed(self.processes):
-            self.stop(process)
+        stop(*reversed(self.processes))
 
     def supernode(self, node_config: str) -> subprocess.Popen[bytes]:
         command = ["flower-supernode", "--insecure", "--host", "127.0.0.1"]
@@ -147,10 +160,6 @@ class Flower:
     def log_of(self, process: subprocess.Popen[bytes]) -> Path:
         """Return the log of a SuperNode."""
         return self.home / f"supernode-{self.processes.index(process)}.log"
-
-    def stop(self, process: subprocess.Popen[bytes]) -> None:
-        """End a process and what it started."""
-        stop(process)
 
     def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
         process = start(command, self.home / f"{name}.log", self.environment)

@@ -31,7 +31,7 @@ from inprocess import ROOT, OneByOne, load_script
 from safetensors.numpy import load_file
 
 from autoflip_flwr.pruners import store
-from autoflip_flwr.server import checkpoint
+from autoflip_flwr.server import tree
 from autoflip_flwr.server.rounds import Rounds
 
 server_app = load_script("killed_server_app", ROOT / "server_app.py")
@@ -113,7 +113,7 @@ def die_in_write(number: int) -> None:
         path.write_bytes(data[: len(data) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    save_file, sync, write = checkpoint.save_file, checkpoint._sync, store.write
+    save_file, sync, write = tree.save_file, tree._sync, store.write
 
     def half_saved(arrays, path, metadata):
         save_file(arrays, path, metadata)
@@ -133,7 +133,7 @@ def die_in_write(number: int) -> None:
             cut(partial)
         write(path, data, **options)
 
-    checkpoint.save_file, checkpoint._sync = half_saved, not_synced
+    tree.save_file, tree._sync = half_saved, not_synced
     store.write = half_written
 
 

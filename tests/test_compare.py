@@ -184,6 +184,14 @@ def test_a_target_that_is_no_accuracy_is_refused_first(target, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
+def of_one_command(test):
+    """Mark a test of what one command has run."""
+    marks = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(300)]
+    for mark in [*marks, pytest.mark.xdist_group("compared")]:
+        test = mark(test)
+    return test
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """Two strategies, run by the command."""
@@ -205,9 +213,7 @@ def command(output, *more):
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
+@of_one_command
 def test_the_command_runs_all_and_ends_with_a_table(compared):
     folder, done = compared
     assert runs_in(folder) == ["autoflip-0", "fedavg-0"]
@@ -218,9 +224,7 @@ def test_the_command_runs_all_and_ends_with_a_table(compared):
     assert "AutoFLIP run finished" in (folder / "autoflip-0" / "log.txt").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
+@of_one_command
 def test_a_compared_run_is_the_run_itself(compared, tmp_path):
     """Bit for bit the weights of the same apps on another grid."""
     folder, _ = compared
@@ -232,9 +236,7 @@ def test_a_compared_run_is_the_run_itself(compared, tmp_path):
             np.testing.assert_array_equal(found[key], value)
 
 
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
+@of_one_command
 def test_a_finished_comparison_is_not_run_again(compared):
     folder, first = compared
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
@@ -250,7 +252,7 @@ def test_a_finished_comparison_is_not_run_again(compared):
 @pytest.mark.timeout(300)
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
     words = command(tmp_path)
-    words[words.index(SMALL)] = f"{SMALL} rounds=30"
+    words[words.index(SMALL)] = f"{SMALL} rounds=15"
     words[words.index("fedavg,autoflip")] = "fedavg,autoflip,random"
     process = subprocess.Popen(
         words,
@@ -272,9 +274,9 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
     assert first.stat().st_mtime_ns == written
     assert runs_in(tmp_path / "smoke") == ["autoflip-0", "fedavg-0", "random-0"]
     rows = (tmp_path / "smoke" / "autoflip-0" / "metrics.jsonl").read_text()
-    assert [json.loads(row)["round"] for row in rows.splitlines()] == [*range(1, 31)]
+    assert [json.loads(row)["round"] for row in rows.splitlines()] == [*range(1, 16)]
     for name in ("autoflip", "random"):  # bit for bit as if never interrupted
-        overrides = f"rounds=30 strategy.name={name} seed=0"
+        overrides = f"rounds=15 strategy.name={name} seed=0"
         go(tmp_path / name, overrides, preset="smoke")
         expected = load_file(tmp_path / name / "model.safetensors")
         found = load_file(tmp_path / "smoke" / f"{name}-0" / "model.safetensors")
@@ -354,7 +356,7 @@ grid = simulation.RayGrid(4, {}, client_app=app)
 messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
 found = dict.fromkeys(grid.get_node_ids())
 nodes = {m.metadata.dst_node_id: m for m in messages}
-for reply in grid.send_and_receive(messages, timeout=40):
+for reply in grid.send_and_receive(messages, timeout=25):
     sent = next(
         n for n, m in nodes.items()
         if m.metadata.message_id == reply.metadata.reply_to_message_id

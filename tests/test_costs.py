@@ -190,12 +190,12 @@ def test_memory_of_a_step_adds_up_by_hand():
     # of the loss the logarithms of the softmax (8 x 3), its target and total weight.
     model = nn.Linear(4, 3)
     x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
-    found = costs.footprint(model, x, y, TrainingSettings(device="cpu"))
-    assert found.parameters == 15
-    assert found.bytes == 60
-    assert found.peak_bytes == 3 * 60 + 8 * 4 * 4 + 8 * 3 * 4 + 8 * 8 + 4
-    assert found.inference_seconds > 0
-    assert found.step_seconds > 0
+    result = costs.footprint(model, x, y, TrainingSettings(device="cpu"))
+    assert result.parameters == 15
+    assert result.bytes == 60
+    assert result.peak_bytes == 3 * 60 + 8 * 4 * 4 + 8 * 3 * 4 + 8 * 8 + 4
+    assert result.inference_seconds > 0
+    assert result.step_seconds > 0
 
 
 def test_measuring_leaves_the_model_as_it_was():
@@ -225,16 +225,16 @@ def samples(count):
 
 def test_a_summary_counts_the_network_that_clients_train():
     model, masks = hybrid(0.6)
-    found = costs.summary(model, *samples(40), masks, TrainingSettings())
-    dense, pruned = found["networks"]["dense"], found["networks"]["pruned"]
+    result = costs.summary(model, *samples(40), masks, TrainingSettings())
+    dense, pruned = result["networks"]["dense"], result["networks"]["pruned"]
     small = units.compact(model, masks, torch.zeros(1, 1, 8, 8))
-    assert found["flops"]["pruned"] == costs.flops(small, torch.zeros(1, 1, 8, 8))
-    assert found["flops"]["pruned"] < 0.6 * found["flops"]["dense"]
+    assert result["flops"]["pruned"] == costs.flops(small, torch.zeros(1, 1, 8, 8))
+    assert result["flops"]["pruned"] < 0.6 * result["flops"]["dense"]
     assert pruned["parameters"] == sum(int(mask.sum()) for mask in masks.values())
     assert pruned["bytes"] == 4 * pruned["parameters"]
     assert dense["parameters"] == costs.parameters(model)
     # With only whole units gone, skipping zeros is what the smaller model does.
-    theory, real = found["flops"]["unstructured_in_theory"], found["flops"]["pruned"]
+    theory, real = result["flops"]["unstructured_in_theory"], result["flops"]["pruned"]
     assert theory == pytest.approx(real, rel=1e-3)
 
 
@@ -242,22 +242,22 @@ def test_the_whole_model_beside_a_smaller_one_counts_in_its_memory():
     model, masks = hybrid(0.6)
     x, y = samples(32)
     chosen = TrainingSettings(batch_size=32)
-    found = costs.summary(model, x, y, masks, chosen)["networks"]
+    result = costs.summary(model, x, y, masks, chosen)["networks"]
     small = units.compact(model, masks, torch.zeros(1, 1, 8, 8))
     alone = costs.footprint(small, torch.from_numpy(x), torch.from_numpy(y), chosen)
-    assert found["pruned"]["peak_bytes"] == alone.peak_bytes + found["dense"]["bytes"]
+    assert result["pruned"]["peak_bytes"] == alone.peak_bytes + result["dense"]["bytes"]
 
 
 def test_single_weights_make_nothing_smaller():
     model = digits()
     masks = keep(model, 0.5)
-    found = costs.summary(model, *samples(8), masks, TrainingSettings())
-    assert found["flops"]["pruned"] == found["flops"]["dense"]
-    dense, pruned = found["networks"]["dense"], found["networks"]["pruned"]
+    result = costs.summary(model, *samples(8), masks, TrainingSettings())
+    assert result["flops"]["pruned"] == result["flops"]["dense"]
+    dense, pruned = result["networks"]["dense"], result["networks"]["pruned"]
     assert pruned["parameters"] == dense["parameters"]
     bits = 4 * sum(mask.size for mask in masks.values() if not mask.all())
     assert pruned["peak_bytes"] == dense["peak_bytes"] + bits
-    assert found["flops"]["unstructured_in_theory"] < 0.6 * found["flops"]["dense"]
+    assert result["flops"]["unstructured_in_theory"] < 0.6 * result["flops"]["dense"]
 
 
 def test_operations_follow_the_masks_of_the_rounds():

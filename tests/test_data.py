@@ -24,6 +24,7 @@ from autoflip_flwr.app.data.base import SPECS
 from autoflip_flwr.app.data.images import read_idx, read_npz
 from autoflip_flwr.app.data.leaf import LETTERS, encode_letters
 from autoflip_flwr.errors import DataError, SettingsError
+from autoflip_flwr.settings import DataSettings
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(
@@ -127,6 +128,16 @@ def test_the_same_call_returns_the_same_object():
     assert data.load("digits", num_partitions=3, alpha=1.0) is again
 
 
+def test_the_test_samples_alone_are_those_of_a_division():
+    settings = DataSettings(max_test_samples=30, partition="pathological")
+    alone = data.held_out(settings, seed=3)
+    whole = data.load("digits", num_partitions=4, max_test_samples=30, seed=3).test
+    assert_array_equal(alone.x, whole.x)
+    assert_array_equal(alone.y, whole.y)
+    other = data.load("digits", num_partitions=4, max_test_samples=30, seed=4).test
+    assert not np.array_equal(alone.x, other.x)
+
+
 def test_partitions_are_the_callers_own_copies():
     digits = data.load("digits", num_partitions=2)
     before = digits.partition(0).x.copy()
@@ -154,13 +165,18 @@ def test_max_samples_draws_a_seeded_subset():
     [
         ({"name": "minst"}, r"unknown dataset 'minst'; known: \['digits', 'mnist'"),
         ({"partition": "natural"}, "'natural' needs a dataset that says whose"),
-        ({"partition": "iit"}, "unknown partition 'iit'; known"),
-        ({"max_samples": -1}, "max_samples must be at least 1 or None .* got -1"),
-        ({"max_test_samples": 0}, "max_test_samples must be at least 1 .* got 0"),
-        ({"num_partitions": 0}, "num_partitions must be at least 1, got 0"),
-        ({"alpha": 0}, "alpha must be a finite number above 0"),
+        ({"partition": "iit"}, r"partition: expected one of \['iid', .* got 'iit'"),
+        ({"max_samples": -1}, "max_samples: expected a whole number >= 1, .* got -1"),
+        ({"max_test_samples": 0}, "max_test_samples: expected .* >= 1, .* got 0"),
+        ({"num_partitions": 0}, "num_partitions: expected a whole .* >= 1, got 0"),
+        ({"alpha": 0}, "alpha: expected a number > 0, got 0"),
+        ({"alpha": float("nan")}, "alpha: expected a number > 0, got nan"),
+        ({"classes_per_client": 0}, "classes_per_client: expected .* >= 1, got 0"),
+        ({"seed": -1}, "seed: expected a whole number >= 0, got -1"),
+        ({"alhpa": 1.0}, r"unknown keys \['alhpa'\]; known: .*did you mean 'alpha'"),
+        ({"holdout": 0.5}, "holdout"),
         ({"hub": "a/b"}, r"hub is for \['femnist', 'shakespeare'\] without dir"),
-        ({"name": "femnist", "dir": "x", "hub": "a/b"}, "with dir 'x'"),
+        ({"name": "femnist", "dir": "x", "hub": "a/b"}, "with dir '.*x'"),
     ],
 )
 def test_impossible_arguments_are_settings_errors(changed, message):
@@ -214,7 +230,7 @@ def test_float_and_uint8_images_give_the_same_samples(tmp_path):
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
-        ({"y_test": None}, r"missing \['y_test'\], found \['x_test', 'x_train'"),
+        ({"y_test": None}, r"missing \['y_test'\], got \['x_test', 'x_train'"),
         ({"y_train": np.arange(5)}, "as many samples as labels, got 30 and 5"),
         ({"y_train": np.full(30, 10)}, r"labels of cifar10 are 0\.\.9, got 10\.\.10"),
         ({"y_train": -np.ones(30, np.int8)}, r"are 0\.\.9, got -1\.\.-1"),
@@ -374,8 +390,8 @@ def test_a_changed_cifar_file_is_refused_before_it_is_unpickled(small_cifar):
     ],
 )
 def test_an_empty_folder_says_what_it_should_hold(tmp_path, name, expected):
-    for path, found in ((tmp_path, "folder without"), (tmp_path / "no", "nothing")):
-        with pytest.raises(DataError, match=found) as caught:
+    for path, got in ((tmp_path, "folder without"), (tmp_path / "no", "nothing")):
+        with pytest.raises(DataError, match=got) as caught:
             data.load(name, num_partitions=2, dir=path)
         assert expected in str(caught.value)
         assert f"{name}_subset.npz" in str(caught.value)
@@ -552,7 +568,7 @@ def test_shakespeare_from_the_hub_holds_out_the_end_of_each_role(tmp_path, hub_c
 
 def test_hub_columns_are_checked(tmp_path, hub_cache):
     hub = write_hub(tmp_path / "other", {"x": ["x" * 80], "text": ["y"]})
-    with pytest.raises(DataError, match=r"missing \['character_id', 'y'\], found"):
+    with pytest.raises(DataError, match=r"missing \['character_id', 'y'\], got"):
         data.load("shakespeare", num_partitions=1, hub=hub)
 
 
@@ -585,7 +601,7 @@ def test_a_femnist_node_may_keep_an_npz(tmp_path):
     [
         (("minst", "x"), "unknown dataset 'minst'"),
         (("mnist", ""), "needs their path, got none"),
-        (("mnist", "x", 0), "max_samples must be at least 1"),
+        (("mnist", "x", 0), "max_samples: expected a whole number >= 1"),
     ],
 )
 def test_a_node_with_impossible_settings_is_refused(arguments, message):

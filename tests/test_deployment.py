@@ -41,6 +41,11 @@ def real(test: Callable) -> Callable:
     return pytest.mark.e2e(pytest.mark.slow(test))
 
 
+def with_server(test: Callable) -> Callable:
+    """Mark a test of the server that tests share."""
+    return pytest.mark.xdist_group("server")(real(test))
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("deployment")
@@ -63,7 +68,7 @@ def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
         return error.code
 
 
-@real
+@with_server
 def test_the_guide_ends_with_a_finished_run(server):
     nodes = []
     for part in range(2):
@@ -92,7 +97,7 @@ def test_the_guide_ends_with_a_finished_run(server):
     assert all("Sent successfully" in log.log for log in logs)
 
 
-@real
+@with_server
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -115,7 +120,7 @@ def test_a_node_without_a_registered_key_is_refused(server, name, reason):
     assert "SuperNode ID" not in node.log
 
 
-@real
+@with_server
 def test_a_node_that_does_not_trust_the_server_does_not_talk_to_it(server):
     machine = new_edge(server, "elsewhere")
     machine.script("make-node-key", "elsewhere")
@@ -127,7 +132,7 @@ def test_a_node_that_does_not_trust_the_server_does_not_talk_to_it(server):
     assert node.ends() != 0
 
 
-@real
+@with_server
 @pytest.mark.parametrize(
     "path",
     [
@@ -145,7 +150,7 @@ def test_only_calls_of_nodes_pass_the_gate(server, path):
     assert ask(server, "8443", path) == 403
 
 
-@real
+@with_server
 def test_nobody_registers_a_key_through_the_gate(server):
     # The SuperLink itself takes a key from whoever reaches it.
     (server.flower.home / "config.toml").write_text(
@@ -164,7 +169,7 @@ def test_nobody_registers_a_key_through_the_gate(server):
     assert "registered successfully" in server.run(register)
 
 
-@real
+@with_server
 @pytest.mark.parametrize("port", ["8000", "8443"])
 def test_the_health_that_the_images_ask_for(server, port):
     assert ask(server, port, "/health", "GET") == 200
@@ -185,7 +190,7 @@ def test_nodes_their_keys_and_a_run_outlive_a_crash_of_the_superlink(tmp_path):
             for command in in_guide(ON_SERVER)
         )
         run = [word.replace("min-nodes=2", "min-nodes=1") for word in run]
-        run = [word.replace("rounds=2", "rounds=4") for word in run]
+        run = [word.replace("rounds=2", "rounds=3") for word in run]
         server.run(register)
         node = machine.start(supernode("edge-1"), "edge-1")
         node.says("SuperNode ID")
@@ -205,7 +210,7 @@ def test_nodes_their_keys_and_a_run_outlive_a_crash_of_the_superlink(tmp_path):
     assert "going on after round" in out, out
     assert "AutoFLIP run finished" in out, out
     assert "nodes explore" not in out
-    assert metrics.read_text().count("\n") == 4
+    assert metrics.read_text().count("\n") == 3
 
 
 @real

@@ -87,8 +87,8 @@ def test_a_run_is_exported_and_answers_without_this_package(run, capsys):
 
 
 def test_the_small_tensors_lie_where_their_indices_say(run, tmp_path):
-    found = export.export_run(run, tmp_path / "out")
-    small = load_file(found.weights)
+    exported = export.export_run(run, tmp_path / "out")
+    small = load_file(exported.weights)
     whole = load_file(run / "model.safetensors")
     for name, value in whole.items():
         rebuilt = torch.zeros_like(value)
@@ -99,7 +99,7 @@ def test_the_small_tensors_lie_where_their_indices_say(run, tmp_path):
         rebuilt[torch.meshgrid(*index, indexing="ij")] = small[name]
         torch.testing.assert_close(rebuilt, value)
     assert any(".kept." in name for name in small)
-    assert sum(small[n].numel() for n in whole) == found.parameters
+    assert sum(small[n].numel() for n in whole) == exported.parameters
 
 
 @pytest.mark.slow
@@ -143,8 +143,8 @@ def test_normalization_over_missing_channels_needs_no_package_either(tmp_path):
 
 def test_a_dense_run_is_exported_whole(tmp_path):
     go(tmp_path / "run", "strategy.name=fedavg rounds=1")
-    found = export.export_run(tmp_path / "run")
-    assert found.parameters == found.dense_parameters
+    exported = export.export_run(tmp_path / "run")
+    assert exported.parameters == exported.dense_parameters
 
 
 def test_without_onnx_there_is_no_onnx_file(run, tmp_path, monkeypatch):

@@ -102,9 +102,9 @@ def test_a_node_that_fails_in_the_roll_call_is_named_and_listed_last(caplog):
 
 
 def delivered(message):
-    found = Message(RecordDict(), message.metadata.dst_node_id, "query")
-    found.metadata.__dict__["_message_id"] = message.metadata.message_id
-    return found
+    copy = Message(RecordDict(), message.metadata.dst_node_id, "query")
+    copy.metadata.__dict__["_message_id"] = message.metadata.message_id
+    return copy
 
 
 def sampled(seed, order=1, disturb=False):
@@ -381,34 +381,34 @@ def test_a_reply_that_comes_a_round_too_late_is_nobodys():
         late = None
 
         def pull_messages(self, message_ids):
-            found = super().pull_messages(message_ids)
-            if found and self.late and self.sent[-1].metadata.message_type == "train":
+            replies = super().pull_messages(message_ids)
+            if replies and self.late and self.sent[-1].metadata.message_type == "train":
                 config = self.sent[-1].content["config"]
                 if config["server-round"] == 2:
-                    found.append(self.late)
+                    replies.append(self.late)
                     self.late = None
                     self.handed_over = True
-            return found
+            return replies
 
     def weights(kind):
         def tamper(message, reply):
-            found = message.content.config_records.get("config", {})
-            phase = (found.get("server-round"), found.get("autoflip.phase"))
+            config = message.content.config_records.get("config", {})
+            phase = (config.get("server-round"), config.get("autoflip.phase"))
             if phase == (1, "train") and message.metadata.dst_node_id == 2:
                 inner.late = reply
                 return None
             return reply
 
         inner = kind(toy_app(), range(4), tamper=tamper)
-        found, _ = run(AutoFLIP(seed=0), grid_of(inner), net(), 3)
-        return inner, found[-1]
+        arrays, _ = run(AutoFLIP(seed=0), grid_of(inner), net(), 3)
+        return inner, arrays[-1]
 
     lost, expected = weights(LocalGrid)
-    inner, found = weights(Belated)
+    inner, arrays = weights(Belated)
     assert lost.late is not None
     assert inner.handed_over
     for name, value in expected.items():
-        assert_array_equal(found[name], value)
+        assert_array_equal(arrays[name], value)
 
 
 def test_a_node_that_misses_a_roll_call_is_asked_again():

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inprocess import LocalGrid, masks_in, net, plain_net, run, toy_app
 from numpy.testing import assert_allclose, assert_array_equal
-from test_groups import SCORES, mlp
 from test_legacy import options, serve
+from test_structured import SCORES, mlp
 from torch import nn
 
 from autoflip_flwr import AutoFLIP, masked, units
@@ -96,9 +96,9 @@ def test_a_round_sends_whole_units_as_empty_and_meets_the_threshold():
     masks = masks_in(sent, net())
     total = sum(keep.size for keep in masks.values())
     assert sum(int((~k).sum()) for k in masks.values()) == round(0.6 * total)
-    found = units.trace(net(), ONE)
-    used = found.used(masks)
-    whole = found.pruned(used, masks)
+    traced = units.trace(net(), ONE)
+    used = traced.used(masks)
+    whole = traced.pruned(used, masks)
     neuron = 6 + 2 + 3
     assert 0.7 * 0.6 * total - neuron < whole <= 0.7 * 0.6 * total + neuron
     assert 1 <= used.sum() < 16

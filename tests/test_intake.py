@@ -531,7 +531,7 @@ def test_a_refresh_leaves_dead_units_dead():
             dict(strategy.rounds.plan.masks) if strategy.rounds.plan else None
         ),
     )
-    units = strategy.rounds._units
+    units = strategy.rounds.units
     used = [units.used(each) for each in masks[1:]]
     assert not used[0].all()
     assert change(masks[1], masks[-1]) > 0

@@ -31,7 +31,7 @@ from numpy.testing import assert_array_equal
 from torch import nn
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, exploring, masked, masks_from
-from autoflip_flwr.errors import MaskError, WireError
+from autoflip_flwr.errors import MaskError, SettingsError, WireError
 from autoflip_flwr.wire import codec
 
 NODES = [11, 12, 13]
@@ -504,3 +504,16 @@ def test_training_with_masked_and_with_the_mod_alone_are_the_same():
     for ours, theirs in zip(weights(True), weights(False), strict=True):
         for name, value in theirs.items():
             assert_array_equal(ours[name], value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((net(), None), r"got None: with masked\(model, message\)"),
+        ((net(), [1]), "expected the message, its config or masks by name"),
+        ((net, {}), "expected an nn.Module first"),
+    ],
+)
+def test_masked_refuses_other_types(arguments, message):
+    with pytest.raises(SettingsError, match=message), masked(*arguments):
+        pass

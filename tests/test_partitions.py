@@ -7,13 +7,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.testing import assert_array_equal
 
-from autoflip_flwr.app.data.partitions import PARTITIONS, divide
+from autoflip_flwr.app.data import partitions
 from autoflip_flwr.errors import SettingsError
+
+PARTITIONS = ("iid", "pathological", "dirichlet", "natural")
 
 labels_of_up_to_six_classes = npst.arrays(
     np.int64, st.integers(1, 60), elements=st.integers(0, 5)
 )
 BALANCED = np.repeat(np.arange(10), 30)
+
+
+def divide(labels, users=None, **chosen):
+    return partitions.divide(labels, partitions.Division(**chosen), users=users)
 
 
 def assert_each_sample_is_on_one_client(clients, count):
@@ -52,7 +58,7 @@ def test_every_sample_lands_on_exactly_one_client(
 
 
 @pytest.mark.parametrize("num_partitions", [1, 3, 5, 9, 10, 11, 30])
-@pytest.mark.parametrize("partition", ["iid", "pathological", "dirichlet", "natural"])
+@pytest.mark.parametrize("partition", PARTITIONS)
 def test_ordinary_settings_are_not_refused(partition, num_partitions):
     clients = divide(
         BALANCED,
@@ -134,14 +140,17 @@ def test_as_many_clients_as_users_gives_each_user_a_client(capfd):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"partition": "idd"}, r"unknown partition 'idd'; known: \['iid', 'patho"),
-        ({"num_partitions": 0}, "num_partitions must be at least 1, got 0"),
+        (
+            {"partition": "idd"},
+            r"partition: expected one of \['iid', 'patho.* got 'idd'.* mean 'iid'",
+        ),
+        ({"num_partitions": 0}, "num_partitions: expected a whole .* >= 1, got 0"),
         ({"num_partitions": 301}, "301 clients cannot each get one of 300 samples"),
-        ({"alpha": 0.0}, "alpha must be a finite number above 0, got 0.0"),
-        ({"alpha": -1.0}, "alpha must be a finite number above 0, got -1.0"),
-        ({"alpha": float("nan")}, "alpha must be a finite number above 0, got nan"),
-        ({"classes_per_client": 0}, "classes_per_client must be at least 1, got 0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"alpha": 0.0}, "alpha: expected a number > 0, got 0.0"),
+        ({"alpha": -1.0}, "alpha: expected a number > 0, got -1.0"),
+        ({"alpha": float("nan")}, "alpha: expected a number > 0, got nan"),
+        ({"classes_per_client": 0}, "classes_per_client: expected .* >= 1, got 0"),
+        ({"seed": -1}, "seed: expected a whole number >= 0, got -1"),
         (
             {"partition": "pathological", "classes_per_client": 11},
             r"classes_per_client must be 1\.\.10, .* got 11",

@@ -92,43 +92,48 @@ def run(folder, overrides="", **options):
     return read_run(write_run(folder, overrides, **options))
 
 
-def names(found):
-    return [arm.name for arm in found]
+def names(result):
+    return [arm.name for arm in result]
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
-    found = run(tmp_path / "a", "seed=7", accuracy=(0.1, 0.4))
-    assert found.settings.seed == 7
-    assert found.settings.rounds == 2
-    assert [row["round"] for row in found.rounds] == [1, 2]
-    assert found.series("accuracy").tolist() == [0.1, 0.4]
-    assert found.total("parameters") == 1000
-    assert found.total("bytes.explore_down") == 100
-    assert found.total("seconds") == 7.0  # a group: 1 + 2 + 4
-    assert found.total("flops.trained") is None
-    assert found.total("samples") is None
+    read = run(tmp_path / "a", "seed=7", accuracy=(0.1, 0.4))
+    assert read.settings.seed == 7
+    assert read.settings.rounds == 2
+    assert [row.round for row in read.rounds] == [1, 2]
+    assert read.series("accuracy").tolist() == [0.1, 0.4]
+    assert read.summary.parameters == 1000
+    assert read.summary.bytes.explore_down == 100
+    assert read.summary.seconds["total"] == 4.0
 
 
-def test_what_older_runs_do_not_know_is_not_a_number(tmp_path):
-    found = run(tmp_path / "a")
-    assert np.isnan(found.series("invented")).all()
-    lines = (tmp_path / "a" / "metrics.jsonl").read_text()
-    (tmp_path / "a" / "metrics.jsonl").write_text(lines.replace("0.25", "null"))
-    series = read_run(tmp_path / "a").series("accuracy")
-    assert np.isnan(series[0])
-    assert series[1:].tolist() == [0.5, 0.75]
+def test_a_metric_that_a_round_does_not_know_is_not_a_number(tmp_path):
+    run(tmp_path / "a")
+    path = tmp_path / "a" / "metrics.jsonl"
+    path.write_text(path.read_text().replace("0.25", "null").replace("mask_", "old_"))
+    read = read_run(tmp_path / "a")
+    assert np.isnan(read.series("mask_change")).all()
+    assert np.isnan(read.series("accuracy")[0])
+    assert read.series("accuracy")[1:].tolist() == [0.5, 0.75]
+
+
+def test_without_a_count_of_kept_parameters_the_density_tells_it(tmp_path):
+    old = run(tmp_path / "old", density=0.25)
+    new = run(tmp_path / "new", density=0.25, kept_parameters=300)
+    assert cost_row(Arm("old", (old,)), None).density == pytest.approx(0.25)
+    assert cost_row(Arm("new", (new,)), None).density == pytest.approx(0.3)
 
 
 def test_rounds_and_bytes_to_a_target_by_hand(tmp_path):
-    found = run(tmp_path / "a", accuracy=(0.25, 0.75, 0.5))
+    result = run(tmp_path / "a", accuracy=(0.25, 0.75, 0.5))
     # Round 1: 100 + 25 explored, 10 + 10 + 2 trained and evaluated; then 22 a round.
-    assert found.bytes_sent().tolist() == [147, 169, 191]
-    assert rounds_to(found, 0.2) == 1
-    assert bytes_to(found, 0.2) == 147
-    assert rounds_to(found, 0.75) == 2, "a target that is met exactly is reached"
-    assert bytes_to(found, 0.75) == 169
-    assert rounds_to(found, 0.76) is None
-    assert bytes_to(found, 0.76) is None
+    assert result.bytes_sent().tolist() == [147, 169, 191]
+    assert rounds_to(result, 0.2) == 1
+    assert bytes_to(result, 0.2) == 147
+    assert rounds_to(result, 0.75) == 2, "a target that is met exactly is reached"
+    assert bytes_to(result, 0.75) == 169
+    assert rounds_to(result, 0.76) is None
+    assert bytes_to(result, 0.76) is None
 
 
 def test_the_standard_error_by_hand():
@@ -186,9 +191,9 @@ def test_the_default_target_is_one_that_half_of_the_arms_reach(tmp_path):
         tmp_path / "good", "strategy.name=fedavg", accuracy=[0.5] * 18 + [0.9] * 2
     )
     weak = run(tmp_path / "weak", accuracy=[0.1] * 18 + [0.6, 0.8])
-    found = arms([good, weak])
-    assert default_target(found) == pytest.approx(0.99 * 0.7)  # last 2 of 20 rounds
-    assert all(cost_row(arm, default_target(found)).reached == 1 for arm in found)
+    result = arms([good, weak])
+    assert default_target(result) == pytest.approx(0.99 * 0.7)  # last 2 of 20 rounds
+    assert all(cost_row(arm, default_target(result)).reached == 1 for arm in result)
     blind = run(tmp_path / "blind", "pruning.threshold=0.5", accuracy=[None] * 3)
     assert default_target(arms([good, weak, blind])) == pytest.approx(0.99 * 0.7)
     assert default_target(arms([blind])) is None
@@ -247,9 +252,9 @@ def test_a_repetition_is_no_further_sample(tmp_path):
 
 def test_every_preset_is_an_experiment_of_its_own(tmp_path):
     runs = [run(tmp_path / "s", preset="smoke"), run(tmp_path / "q")]
-    found = experiments(runs)
-    assert [e.preset for e in found] == ["quickstart", "smoke"]
-    assert [e.target for e in found] == [pytest.approx(0.99 * 0.75)] * 2
+    result = experiments(runs)
+    assert [e.preset for e in result] == ["quickstart", "smoke"]
+    assert [e.target for e in result] == [pytest.approx(0.99 * 0.75)] * 2
     assert [e.target for e in experiments(runs, 0.5)] == [0.5, 0.5]
 
 
@@ -258,8 +263,8 @@ def test_runs_are_found_once_at_any_depth_without_those_in_the_making(tmp_path):
     write_run(tmp_path / "x" / "deep" / "a")
     write_run(tmp_path / "x" / "c.partial")
     (tmp_path / "x" / "dead").mkdir()
-    found = find_runs([tmp_path / "x", tmp_path / "x" / "b"])
-    assert [r.directory.name for r in found] == ["b", "a"]
+    result = find_runs([tmp_path / "x", tmp_path / "x" / "b"])
+    assert [r.directory.name for r in result] == ["b", "a"]
 
 
 def test_a_folder_without_runs_is_an_error_that_names_it(tmp_path):
@@ -279,6 +284,7 @@ def test_a_folder_without_runs_is_an_error_that_names_it(tmp_path):
         ("summary.json", '{"parameters": 1'),
         ("summary.json", "[]"),
         ("summary.json", '{"parameters": 1, "density": "x", "bytes": 3}'),
+        ("metrics.jsonl", '{"round": 1, "bytes_up": true}'),
     ],
 )
 def test_torn_files_are_errors_that_name_the_file_and_the_remedy(tmp_path, file, text):
@@ -286,6 +292,25 @@ def test_torn_files_are_errors_that_name_the_file_and_the_remedy(tmp_path, file,
     (folder / file).write_text(text)
     with pytest.raises(DataError, match=rf"torn/{file}.*expected.*run it again"):
         find_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ('"density": 1.0', '"density": "x"', r"density 'x' \(.*number"),
+        ('"density": 1.0', '"density": NaN', r"density 'nan' \(.*finite"),
+        ('"total": 191', '"total": null', r"bytes\.total 'None' \(.*number"),
+        ('"train_up"', '"other"', r"bytes\.train_up .*required"),
+        ('"pruned": 6000', '"pruned": []', r"flops\.pruned .*number"),
+    ],
+)
+def test_every_wrong_value_of_a_summary_is_named(tmp_path, was, now, message):
+    path = write_run(tmp_path / "a") / "summary.json"
+    text = path.read_text()
+    assert was in text
+    path.write_text(text.replace(was, now))
+    with pytest.raises(DataError, match=message):
+        read_run(path.parent)
 
 
 def test_missing_metrics_and_broken_settings_name_the_folder(tmp_path):

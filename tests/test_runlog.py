@@ -219,8 +219,8 @@ def test_tensorboard_gets_every_rounds_metrics(tmp_path):
     events.Reload()
     lines = lines_of(tmp_path / "run")
     for key in ("accuracy", "loss", "bytes_up", "density", "mask_change"):
-        found = [(event.step, event.value) for event in events.Scalars(key)]
-        assert found == [
+        values = [(event.step, event.value) for event in events.Scalars(key)]
+        assert values == [
             (line["round"], pytest.approx(line[key], rel=1e-6)) for line in lines
         ]
     go(tmp_path / "plain")
@@ -259,11 +259,11 @@ def test_the_written_accuracy_is_the_written_models_on_held_out_data(finished):
     training.load_arrays(model, load_file(folder / "model.safetensors"))
     test = experiment.held_out(settings)
     assert len(test) == 50
-    found = training.evaluate(model, test.x, test.y)
+    result = training.evaluate(model, test.x, test.y)
     summary = summary_of(folder)
-    assert summary["accuracy"] == pytest.approx(found.accuracy)
-    assert summary["accuracy_top5"] == pytest.approx(found.accuracy_top5)
-    assert summary["loss"] == pytest.approx(found.loss, rel=1e-5)
+    assert summary["accuracy"] == pytest.approx(result.accuracy)
+    assert summary["accuracy_top5"] == pytest.approx(result.accuracy_top5)
+    assert summary["loss"] == pytest.approx(result.loss, rel=1e-5)
 
 
 def test_two_runs_of_one_seed_write_the_same_and_another_seed_does_not(tmp_path):

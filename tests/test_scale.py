@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import children, cluster
+from cluster import Cluster, children, cluster
 from flower import ROOT, simulation
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from inprocess import LocalGrid, net, run, toy_app
+from test_runlog import client_app, server_app
 
 from autoflip_flwr import AutoFLIP, cli
 from autoflip_flwr.app.grid import stream
@@ -79,21 +81,87 @@ def test_the_servers_memory_does_not_grow_with_the_explorers(
     assert many["server_peak_megabytes"] <= 1.2 * few["server_peak_megabytes"]
 
 
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
-def test_clients_are_on_all_nodes_of_a_cluster_and_outlive_one(tmp_path):
+def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert cli.main(["compare", "smoke", "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in said
+    assert "RAY_ADDRESS=local" in said
+
+
+def on_a_cluster(test: Callable) -> Callable:
+    """Mark a test of the cluster that tests share, one after the other."""
+    marks = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(300)]
+    for mark in [*marks, pytest.mark.xdist_group("cluster")]:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Cluster]:
+    """Two nodes; the last test kills one."""
+    with cluster(2) as found:
+        yield found
+
+
+def alone(folder: Path, overrides: str) -> bytes:
+    """Run our apps in this process; returns the weights."""
+    config = {"preset": "smoke", "overrides": overrides, "output-dir": str(folder)}
+    grid = LocalGrid(client_app.app, range(1, 5), run_config=config)
+    server_app.app(grid, Context(1, 1, {}, RecordDict(), config))
+    return (folder / "model.safetensors").read_bytes()
+
+
+@on_a_cluster
+def test_flwr_run_uses_all_nodes_of_a_cluster(ray, tmp_path, monkeypatch):
+    """Bit for bit the weights of one process."""
+    config = f'preset="smoke" overrides="{TINY}" output-dir="{tmp_path}/both"'
+    federation = "num-supernodes=4 client-resources-num-cpus=1"
+    monkeypatch.setenv("RAY_ADDRESS", ray.address)
+    with watched(ray, has_torch) as homes, simulation(tmp_path / "home") as flower:
+        said = flower.run(ROOT, config, federation=federation)
+    assert "AutoFLIP run finished" in said
+    assert homes == set(ray.raylets())
+    both = (tmp_path / "both" / "model.safetensors").read_bytes()
+    assert both == alone(tmp_path / "alone", TINY)
+
+
+@on_a_cluster
+def test_a_comparison_on_a_cluster_has_the_weights_of_one_machine(ray, tmp_path):
+    """Those of one process: a comparison without a cluster has them, too."""
+
+    def serves(pid):
+        with contextlib.suppress(OSError):
+            links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
+            ours = [path for path in links if path.is_relative_to(tmp_path)]
+            return any(path.name == "log.txt" for path in ours)
+
+    command = [str(BIN / "autoflip"), "compare", "smoke", "--seeds", "1"]
+    command += ["--strategies", "autoflip", "--output", str(tmp_path / "cluster")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray.address}
+    with watched(ray, serves) as homes:
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    head, _ = ray.raylets()
+    assert homes == {head}, "the ServerApp is where the command was given"
+    both = tmp_path / "cluster/smoke/autoflip-0/model.safetensors"
+    assert both.read_bytes() == alone(tmp_path / "alone", "seed=0")
+
+
+@on_a_cluster
+def test_clients_are_on_all_nodes_of_a_cluster_and_outlive_one(ray, tmp_path):
     script = tmp_path / "nodes.py"
     script.write_text(CLUSTER)
-    with cluster(2) as ray:
-        raylets = ray.raylets()
-        done = subprocess.run(
-            [sys.executable, str(script), str(ray.nodes[1].pid)],
-            env={**os.environ, "RAY_ADDRESS": ray.address},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    raylets = ray.raylets()
+    done = subprocess.run(
+        [sys.executable, str(script), str(ray.nodes[1].pid)],
+        env={**os.environ, "RAY_ADDRESS": ray.address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert sorted(found["homes"]) == sorted(raylets)
@@ -150,60 +218,6 @@ print(json.dumps({
     "later homes": homes(third),
 }))
 """
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
-def test_a_comparison_on_a_cluster_has_the_weights_of_one_machine(tmp_path):
-    def compared(folder, **environment):
-        command = [str(BIN / "autoflip"), "compare", "smoke", "--seeds", "1"]
-        command += ["--strategies", "autoflip", "--output", str(tmp_path / folder)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return (tmp_path / folder / "smoke/autoflip-0/model.safetensors").read_bytes()
-
-    def serves(pid):
-        with contextlib.suppress(OSError):
-            links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
-            ours = [path for path in links if path.is_relative_to(tmp_path)]
-            return any(path.name == "log.txt" for path in ours)
-
-    with cluster(2) as ray, watched(ray, serves) as homes:
-        both = compared("cluster", RAY_ADDRESS=ray.address)
-        head, _ = ray.raylets()
-    assert homes == {head}, "the ServerApp is where the command was given"
-    assert both == compared("alone", RAY_ADDRESS="local")
-
-
-def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    assert cli.main(["compare", "smoke", "--output", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in said
-    assert "RAY_ADDRESS=local" in said
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(600)
-def test_flwr_run_uses_all_nodes_of_a_cluster(tmp_path, monkeypatch):
-    config = f'preset="smoke" overrides="{TINY}" output-dir="{tmp_path}/{{}}"'
-    federation = "num-supernodes=4 client-resources-num-cpus=1"
-    with simulation(tmp_path / "home") as flower:
-        said = flower.run(ROOT, config.format("alone"), federation=federation)
-    assert "AutoFLIP run finished" in said
-    with cluster(2) as ray, watched(ray, has_torch) as homes:
-        monkeypatch.setenv("RAY_ADDRESS", ray.address)
-        with simulation(tmp_path / "home2") as flower:
-            said = flower.run(ROOT, config.format("both"), federation=federation)
-        assert homes == set(ray.raylets())
-    assert "AutoFLIP run finished" in said
-    alone, both = (tmp_path / each / "model.safetensors" for each in ("alone", "both"))
-    assert alone.read_bytes() == both.read_bytes()
 
 
 @contextlib.contextmanager

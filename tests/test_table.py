@@ -24,7 +24,7 @@ def test_every_number_of_an_arm_stands_under_its_heading(tmp_path):
     assert columns == [*headings, "target", "target", "of", "dense", "trained"]
     dense, more = table[2], table[4]
     assert dense.split()[:3] == ["fedavg", "1", "0.9000"]
-    assert "epochs=2" in text
+    assert "exploration.epochs=2" in " ".join(text.split())
     assert "–" in more  # noqa: RUF001 - it never reaches the target
     assert "until it first reaches 0.8000" in text
     summary = json.loads((tmp_path / "dense" / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""The units of PyTorch models: what is found, what stays whole, what is refused."""
+"""The units of PyTorch models: what they are, what stays whole, what is refused."""
 
 import copy
 
@@ -106,45 +106,47 @@ TOKENS = torch.arange(24).reshape(4, 6) % 20
 
 def test_a_perceptrons_neurons_by_hand():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    found = units.trace(model, torch.zeros(1, 3))
-    assert [(group.name, group.size) for group in found.groups] == [("0", 4)]
-    assert_array_equal(found.parameters["0.weight"][0], range(4))
-    assert_array_equal(found.parameters["0.bias"][0], range(4))
-    assert_array_equal(found.parameters["2.weight"][1], range(4))
-    assert "2.bias" not in found.parameters
-    assert found.whole == {"2": "its channels are the model's outputs"}
-    assert found.uses == {"0.weight": 1, "2.weight": 1}
+    traced = units.trace(model, torch.zeros(1, 3))
+    assert [(group.name, group.size) for group in traced.groups] == [("0", 4)]
+    assert_array_equal(traced.parameters["0.weight"][0], range(4))
+    assert_array_equal(traced.parameters["0.bias"][0], range(4))
+    assert_array_equal(traced.parameters["2.weight"][1], range(4))
+    assert "2.bias" not in traced.parameters
+    assert traced.whole == {"2": "its channels are the model's outputs"}
+    assert traced.uses == {"0.weight": 1, "2.weight": 1}
 
 
 def test_filters_go_with_their_norm_and_the_inputs_they_are_flattened_to():
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)
     )
-    found = units.trace(model, torch.zeros(1, 1, 4, 4))
+    traced = units.trace(model, torch.zeros(1, 1, 4, 4))
     for name in ("0.weight", "0.bias", "1.weight", "1.bias"):
-        assert_array_equal(found.parameters[name][0], [0, 1])
-    assert_array_equal(found.buffers["1.running_mean"][0], [0, 1])
-    assert_array_equal(found.parameters["3.weight"][1], [0] * 4 + [1] * 4)
-    assert found.uses == {"0.weight": 4, "3.weight": 1}
+        assert_array_equal(traced.parameters[name][0], [0, 1])
+    assert_array_equal(traced.buffers["1.running_mean"][0], [0, 1])
+    assert_array_equal(traced.parameters["3.weight"][1], [0] * 4 + [1] * 4)
+    assert traced.uses == {"0.weight": 4, "3.weight": 1}
 
 
 def test_an_lstms_hidden_units_take_their_gates_and_what_reads_them():
     model = Tagger(nn.LSTM, num_layers=2)
-    found = units.trace(model, TOKENS)
+    traced = units.trace(model, TOKENS)
     assert sizes(model, TOKENS) == {
         "embedding": 6,
         "recurrent.steps": 10,
         "recurrent.hidden_l0": 10,
     }
-    inner = found.groups[2].start + np.arange(10)
-    assert_array_equal(found.parameters["recurrent.weight_ih_l0"][0], np.tile(inner, 4))
-    assert_array_equal(found.parameters["recurrent.bias_hh_l0"][0], np.tile(inner, 4))
-    assert_array_equal(found.parameters["recurrent.weight_hh_l0"][1], inner)
-    assert_array_equal(found.parameters["recurrent.weight_ih_l1"][1], inner)
-    outer = found.groups[1].start + np.arange(10)
-    assert_array_equal(found.parameters["recurrent.weight_hh_l1"][1], outer)
-    assert_array_equal(found.parameters["head.weight"][1], outer)
-    assert_array_equal(found.parameters["recurrent.weight_ih_l0"][1], np.arange(6))
+    inner = traced.groups[2].start + np.arange(10)
+    assert_array_equal(
+        traced.parameters["recurrent.weight_ih_l0"][0], np.tile(inner, 4)
+    )
+    assert_array_equal(traced.parameters["recurrent.bias_hh_l0"][0], np.tile(inner, 4))
+    assert_array_equal(traced.parameters["recurrent.weight_hh_l0"][1], inner)
+    assert_array_equal(traced.parameters["recurrent.weight_ih_l1"][1], inner)
+    outer = traced.groups[1].start + np.arange(10)
+    assert_array_equal(traced.parameters["recurrent.weight_hh_l1"][1], outer)
+    assert_array_equal(traced.parameters["head.weight"][1], outer)
+    assert_array_equal(traced.parameters["recurrent.weight_ih_l0"][1], np.arange(6))
 
 
 @pytest.mark.parametrize(
@@ -210,8 +212,8 @@ def test_a_scale_of_its_own_goes_with_its_channels():
         def forward(self, x):
             return self.head((self.conv(x) * self.scale).mean((2, 3)))
 
-    found = units.trace(Scaled(), IMAGE)
-    assert_array_equal(found.parameters["scale"][0], range(8))
+    traced = units.trace(Scaled(), IMAGE)
+    assert_array_equal(traced.parameters["scale"][0], range(8))
     assert_exact(Scaled(), IMAGE)
 
 
@@ -248,9 +250,9 @@ def test_groups_of_channels_stay_whole_and_say_so():
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 6, 1),
         nn.ReLU(), nn.Conv2d(6, 2, 1),
     )  # fmt: skip
-    found = units.trace(model, IMAGE)
-    assert [group.name for group in found.groups] == ["2"]
-    assert "has 2 groups of channels" in found.whole["0"]
+    traced = units.trace(model, IMAGE)
+    assert [group.name for group in traced.groups] == ["2"]
+    assert "has 2 groups of channels" in traced.whole["0"]
     assert_exact(model, IMAGE, share=0.1)
 
 
@@ -266,8 +268,8 @@ def test_tied_weights_stay_whole():
         def forward(self, tokens):
             return self.out(self.inner(self.embedding(tokens)).relu()).mean(1)
 
-    found = units.trace(Tied(), TOKENS)
-    assert "shared between modules" in found.whole["embedding"]
+    traced = units.trace(Tied(), TOKENS)
+    assert "shared between modules" in traced.whole["embedding"]
 
 
 def test_a_module_without_a_rule_is_named():
@@ -297,9 +299,9 @@ def test_a_group_that_the_graph_misreads_stays_whole_and_the_rest_works(caplog):
             return self.head(self.inner(value * gate.flip(1)).relu())
 
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    found = units.trace(Gated(), x)
-    assert [group.name for group in found.groups] == ["inner"]
-    assert "the graph cannot follow its channels" in found.whole["both"]
+    traced = units.trace(Gated(), x)
+    assert [group.name for group in traced.groups] == ["inner"]
+    assert "the graph cannot follow its channels" in traced.whole["both"]
     assert "left whole: {'both'" in caplog.text
     assert_exact(Gated(), x, share=0.2)
 
@@ -329,6 +331,8 @@ def test_masks_and_scores_that_do_not_fit_are_refused():
         units.compact(model, {"0.weight": np.ones((3, 4), bool)}, x)
     with pytest.raises(MaskError, match=r"0.weight: expected a score of shape"):
         units.mask_units(model, {"0.weight": np.ones(3)}, share=0.1, example_inputs=x)
+    with pytest.raises(MaskError, match=r"no: expected .* one of \['0.weight', "):
+        units.mask_units(model, {"no": np.ones(3)}, share=0.1, example_inputs=x)
     masks = {n: np.zeros(tuple(p.shape), bool) for n, p in model.named_parameters()}
     with pytest.raises(MaskError, match="all 4 units of 0"):
         units.compact(model, masks, x)
@@ -356,9 +360,9 @@ def test_equal_models_are_traced_once(monkeypatch):
 
     model = nn.Sequential(nn.Linear(3, 41), nn.ReLU(), nn.Linear(41, 2))
     x = torch.zeros(1, 3)
-    found = units.trace(model, x)
+    traced = units.trace(model, x)
     monkeypatch.setattr(graph, "_Tracer", None)  # would fail if it were called
-    assert units.trace(copy.deepcopy(model), torch.ones(1, 3)) is found
+    assert units.trace(copy.deepcopy(model), torch.ones(1, 3)) is traced
 
 
 def test_models_that_a_flag_tells_apart_are_traced_apart():
@@ -390,9 +394,9 @@ def test_a_smaller_model_is_made_only_where_it_pays():
         return units.compact_if_it_pays(model, masks, x)
 
     assert smaller(1 - units.PAYS - 0.05) is None
-    found = smaller(1 - units.PAYS + 0.05)
-    assert found is not None
-    assert found[0].out_features < 40
+    traced = smaller(1 - units.PAYS + 0.05)
+    assert traced is not None
+    assert traced[0].out_features < 40
 
 
 def test_a_model_that_cannot_be_traced_is_trained_whole_with_a_warning(caplog):
@@ -424,7 +428,7 @@ def test_a_random_mask_of_units_is_exact_and_meets_its_share(seed, share, multip
         torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
 
 
-# --- what the graph does not follow is found out --------------------------------------
+# --- what the graph does not follow stays whole ---------------------------------------
 
 
 class Flow(nn.Module):
@@ -459,9 +463,9 @@ BLANK = torch.zeros(1, 3, 8, 8)
     ids=["flip", "mean", "maximum", "glu", "shuffle", "swapped", "softmax"],
 )
 def test_with_blank_example_inputs_too_a_misread_group_stays_whole(flow):
-    found = units.trace(flow, BLANK)
-    assert [group.name for group in found.groups] == ["second"]
-    assert "first" in found.whole
+    traced = units.trace(flow, BLANK)
+    assert [group.name for group in traced.groups] == ["second"]
+    assert "first" in traced.whole
     assert_exact(flow, IMAGE, share=0.25)
 
 
@@ -479,8 +483,8 @@ def test_a_branch_of_training_alone_is_seen():
             result = self.head(self.second(x).relu().mean((2, 3)))
             return (result, self.side(x).mean((2, 3))) if self.training else result
 
-    found = units.trace(Auxiliary(), BLANK)
-    assert [group.name for group in found.groups] == ["second"]
+    traced = units.trace(Auxiliary(), BLANK)
+    assert [group.name for group in traced.groups] == ["second"]
     assert_exact(Auxiliary(), IMAGE, share=0.1)
 
 
@@ -498,9 +502,9 @@ def test_outputs_that_go_missing_are_noticed():
             result = self.head(self.second(x).relu())
             return (result,) * (x.shape[1] // 4)
 
-    found = units.trace(Counting(), torch.zeros(1, 3))
-    assert [group.name for group in found.groups] == ["second"]
-    assert "tensors, not 2" in found.whole["first"]
+    traced = units.trace(Counting(), torch.zeros(1, 3))
+    assert [group.name for group in traced.groups] == ["second"]
+    assert "tensors, not 2" in traced.whole["first"]
 
 
 class Casting(nn.Module):
@@ -515,8 +519,8 @@ class Casting(nn.Module):
 
 
 def test_a_model_that_asks_for_float32_is_tried_in_it():
-    found = units.trace(Casting(), torch.zeros(1, 4, dtype=torch.uint8))
-    assert [group.name for group in found.groups] == ["first"]
+    traced = units.trace(Casting(), torch.zeros(1, 4, dtype=torch.uint8))
+    assert [group.name for group in traced.groups] == ["first"]
 
 
 def test_several_inputs_and_containers_of_them_are_traced():
@@ -553,8 +557,8 @@ def test_hidden_states_that_the_stand_in_cannot_tell_apart_stay_whole(kind):
             return self.head(self.inner(read).relu())
 
     for both in (True, False):
-        found = units.trace(Reader(both), torch.zeros(1, 5, 6))
-        assert "inner" in [group.name for group in found.groups]
+        traced = units.trace(Reader(both), torch.zeros(1, 5, 6))
+        assert "inner" in [group.name for group in traced.groups]
         assert_exact(Reader(both), torch.randn(4, 5, 6), share=0.02)
 
 
@@ -660,7 +664,7 @@ def test_a_failed_trace_is_remembered(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 6), nn.Bilinear(6, 6, 47))
     with pytest.raises(ModelError, match="Bilinear"):
         units.trace(model, torch.zeros(1, 4))
-    monkeypatch.setattr(graph, "_found", None)  # would fail if it were called
+    monkeypatch.setattr(graph, "_traced", None)  # would fail if it were called
     with pytest.raises(ModelError, match="Bilinear"):
         units.trace(model, torch.zeros(1, 4))
 
@@ -673,9 +677,9 @@ def test_layers_of_one_recurrent_module_lose_equally_many_units():
         if name.endswith("_l1"):
             scores[name] += 1  # alone, this layer would lose nothing
     masks = units.mask_units(model, scores, share=0.5, example_inputs=TOKENS)
-    found = units.trace(model, TOKENS)
-    used = found.used(masks)
-    assert_array_equal(found.levelled(used), used)
+    traced = units.trace(model, TOKENS)
+    used = traced.used(masks)
+    assert_array_equal(traced.levelled(used), used)
     small = units.compact(model, masks, TOKENS)
     left = sum(int(mask.sum()) for mask in masks.values())
     assert left == sum(p.numel() for p in small.parameters())

@@ -45,32 +45,13 @@ def example_inputs(settings: Settings) -> torch.Tensor:
 
 def federated(settings: Settings, num_partitions: int) -> Federated:
     """Load the data, divided among the clients."""
-    chosen = settings.data
-    return data.load(
-        chosen.name,
-        num_partitions=num_partitions,
-        dir=chosen.dir or None,
-        partition=chosen.partition,
-        alpha=chosen.alpha,
-        classes_per_client=chosen.classes_per_client,
-        max_samples=chosen.max_samples,
-        max_test_samples=chosen.max_test_samples,
-        seed=settings.seed,
-        hub=chosen.hub or None,
-    )
+    chosen = settings.data.model_dump(exclude={"holdout"})
+    return data.load(**chosen, num_partitions=num_partitions, seed=settings.seed)
 
 
 def held_out(settings: Settings) -> Samples:
     """Load the data that the global model is evaluated on, and never trained on."""
-    chosen = settings.data
-    return data.load(
-        chosen.name,
-        num_partitions=1,
-        dir=chosen.dir or None,
-        max_test_samples=chosen.max_test_samples,
-        seed=settings.seed,
-        hub=chosen.hub or None,
-    ).test
+    return data.held_out(settings.data, seed=settings.seed)
 
 
 def node_samples(
@@ -127,14 +108,15 @@ def guidance_privacy(settings: Settings) -> GuidancePrivacy | None:
 
 def warn_of_few_nodes(settings: Settings, connected: int) -> None:
     """Say what a run waits for, since in a simulation it would wait for ever."""
-    if connected < settings.strategy.min_nodes:
+    needed = settings.strategy.min_nodes
+    if connected < needed:
         _log.warning(
             "preset %s waits for %d nodes (strategy.min-nodes), %d are connected; "
             'a simulation needs --federation-config "num-supernodes=%d"',
             settings.preset,
-            settings.strategy.min_nodes,
+            needed,
             connected,
-            settings.strategy.min_nodes,
+            needed,
         )
 
 

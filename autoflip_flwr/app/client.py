@@ -1,4 +1,4 @@
-"""What our ClientApp does: train, explore, evaluate, say who the node is."""
+"""Our ClientApp: train, explore, evaluate, identify the node."""
 
 from flwr.app import (
     ArrayRecord,
@@ -9,13 +9,14 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from autoflip_flwr.app import build, training
 from autoflip_flwr.client.masked import exploring, masked
 from autoflip_flwr.client.mod import AutoFlipMod
 from autoflip_flwr.method.privacy import GuidancePrivacy
+from autoflip_flwr.settings import Settings
 from autoflip_flwr.wire import records
-from autoflip_flwr.wire.records import CLIENT_ID
 
 
 def client_app() -> ClientApp:
@@ -32,13 +33,11 @@ def _privacy(context: Context) -> GuidancePrivacy | None:
 
 
 def train(message: Message, context: Context) -> Message:
-    """Train on the node's samples; exploring, for one epoch."""
+    """Train on the node's samples; in an exploration, for one epoch."""
     settings = build.settings_of(context.run_config)
     samples, _ = build.node_samples(settings, context.node_config)
-    model = build.build_model(settings)
-    _, arrays = records.only_array_record(message.content)
+    model = _global_model(settings, message)
     _, config = records.only_config(message.content)
-    training.load_arrays(model, records.arrays_of(arrays))
     with masked(model, message, build.example_inputs(settings)) as net:
         loss = training.train(
             net,
@@ -51,10 +50,7 @@ def train(message: Message, context: Context) -> Message:
         )
     metrics = MetricRecord({"num-examples": len(samples), "train-loss": loss})
     content = RecordDict(
-        {
-            "arrays": ArrayRecord(model.state_dict()),
-            "metrics": metrics,
-        }
+        {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}
     )
     return Message(content, reply_to=message)
 
@@ -63,24 +59,23 @@ def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global model on the node's held-out samples."""
     settings = build.settings_of(context.run_config)
     _, samples = build.node_samples(settings, context.node_config)
+    device = settings.training.device
+    model = _global_model(settings, message)
+    with masked(model, message, build.example_inputs(settings)) as net:
+        result = training.evaluate(net, samples.x, samples.y, device=device)
+    values = {"loss": result.loss, "accuracy": result.accuracy}
+    metrics = MetricRecord({"num-examples": result.samples, **values})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def _global_model(settings: Settings, message: Message) -> nn.Module:
     model = build.build_model(settings)
     _, arrays = records.only_array_record(message.content)
     training.load_arrays(model, records.arrays_of(arrays))
-    with masked(model, message, build.example_inputs(settings)) as net:
-        found = training.evaluate(
-            net, samples.x, samples.y, device=settings.training.device
-        )
-    metrics = MetricRecord(
-        {
-            "num-examples": found.samples,
-            "loss": found.loss,
-            "accuracy": found.accuracy,
-        }
-    )
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    return model
 
 
 def query(message: Message, context: Context) -> Message:
     """Answer the roll call."""
-    config = ConfigRecord({CLIENT_ID: build.client_id(context.node_config)})
+    config = ConfigRecord({records.CLIENT_ID: build.client_id(context.node_config)})
     return Message(RecordDict({"config": config}), reply_to=message)

@@ -10,13 +10,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from autoflip_flwr import units
@@ -47,70 +47,56 @@ def parameters(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, example: torch.Tensor) -> int:
-    """Count the multiply-accumulates of one forward pass of one sample.
+    """Count the multiply-accumulates of one forward pass of one sample, with thop.
+
+    Zeros in the weights do not lower the count: only a smaller model costs less.
 
     Parameters
     ----------
     model : nn.Module
-        It is left as it was: a copy is counted, in evaluation mode.
+        Left as it is: a copy is counted, in evaluation mode.
     example : torch.Tensor
         A batch, with the batch dimension first; only its first sample is used.
-
-    Returns
-    -------
-    int
-        thop's count. Zeros in the weights do not lower it, nor does a mask: only a
-        smaller model costs less.
     """
-    operations, _, _ = _profile(model, example)
-    return int(operations)
+    return int(_profile(model, example)[0])
 
 
-def theoretical_flops(
-    model: nn.Module, example: torch.Tensor, masks: Mapping[str, NDArray[np.bool_]]
-) -> int:
+def theoretical_flops(model: nn.Module, example: torch.Tensor, masks: Masks) -> int:
     """Count what would be left if every masked weight saved its operations.
 
-    This is theory, not a saving on real hardware: dense kernels multiply zeros as
-    slowly as anything else. What a smaller model really saves is `flops` of it.
-
-    Each layer's count is multiplied with the density of its weights: kept / all over
-    the layer's weight parameters together, so over all matrices of an LSTM. A weight
-    without a mask is all kept; masks of biases change nothing, as thop does not count
-    the additions of a bias apart. Each layer is rounded to whole operations.
+    This is theory: dense kernels multiply zeros too. What a smaller model really saves
+    is `flops` of it. Each layer's count is multiplied with the density of its weights
+    (of all matrices of an LSTM together) and rounded; masks of biases change nothing,
+    as thop does not count the additions of a bias apart.
 
     Parameters
     ----------
     model, example
         As in `flops`.
     masks : mapping of str to bool array
-        Parameter name -> True = keep. All True, or empty: the same as `flops`.
-
-    Returns
-    -------
-    int
-        At most `flops` of the same model.
+        Parameter name -> True = keep; without a mask all is kept. All True, or empty:
+        the same as `flops`.
 
     Raises
     ------
     MaskError
-        A mask is not boolean, has another shape than its parameter, or its name is
-        that of no parameter.
+        If a mask does not fit the model.
     """
-    kept = _kept(model, masks)
+    # By id: a shared parameter has one mask and several places in the model.
+    kept = {
+        id(model.get_parameter(name)): int(np.count_nonzero(keep))
+        for name, keep in enforce.resolve(model, masks).items()
+    }
     total = 0
     for path, operations in _layers(_profile(model, example)):
-        layer = model.get_submodule(path)
         weights = [
             parameter
-            for name, parameter in layer.named_parameters(recurse=False)
+            for name, parameter in model.get_submodule(path).named_parameters("", False)
             if name.startswith("weight")
         ]
         size = sum(weight.numel() for weight in weights)
-        if size:
-            left = sum(kept.get(id(weight), weight.numel()) for weight in weights)
-            operations = round(operations * left / size)
-        total += operations
+        left = sum(kept.get(id(weight), weight.numel()) for weight in weights)
+        total += round(operations * left / size) if size else operations
     return total
 
 
@@ -180,17 +166,6 @@ def _layers(info: _Info, path: str = "") -> Iterator[tuple[str, int]]:
         yield from _layers(child, f"{path}.{name}" if path else name)
 
 
-def _kept(model: nn.Module, masks: Mapping[str, NDArray[np.bool_]]) -> dict[int, int]:
-    """Map the id of each masked parameter to the number of its kept entries.
-
-    By id, as a shared parameter has one mask and several places in the model.
-    """
-    return {
-        id(model.get_parameter(name)): int(np.count_nonzero(keep))
-        for name, keep in enforce.resolve(model, masks).items()
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What training and inference of a network take, measured on this machine."""
@@ -228,10 +203,10 @@ def footprint(
 
     Notes
     -----
-    On a GPU `peak_bytes` is what the allocator had given out at most. On the CPU it is
-    the sum of parameters, buffers, gradients, the optimizer's state, the masks in the
-    parameters' size, and what the forward pass keeps for the backward pass; workspaces
-    of kernels come on top.
+    On a GPU `peak_bytes` is the allocator's peak. On the CPU it is the sum of
+    parameters, buffers, gradients, the optimizer's state, the masks in the parameters'
+    size, and what the forward pass keeps for the backward pass, without the workspaces
+    of kernels.
     """
     device = training.device_of(settings.device)
     net = copy.deepcopy(model).to(device).train()
@@ -248,25 +223,33 @@ def footprint(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    held = _size(chain(net.parameters(), net.buffers()))
-    chosen = masks or {}
-    saved = _Saved(net)
-    with enforce.enforce(net, chosen):
-        with saved:
+    saved: dict[int, int] = {}  # bytes by storage, kept for the backward pass
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    own = dict(net.named_parameters())
+    held = _size([*own.values(), *net.buffers()])
+    masks = masks or {}
+    with enforce.enforce(net, masks):
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
             step()
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(device) - before + held
         else:
-            own = dict(net.named_parameters())
+            for parameter in own.values():
+                saved.pop(parameter.untyped_storage().data_ptr(), None)
             gradients = [p.grad for p in own.values() if p.grad is not None]
-            masked = [own[name] for name, keep in chosen.items() if not keep.all()]
+            masked = [own[name] for name, keep in masks.items() if not keep.all()]
             state = [
                 value
                 for values in optimizer.state.values()
                 for value in values.values()
                 if isinstance(value, torch.Tensor)
             ]
-            peak = held + saved.bytes + _size([*gradients, *masked, *state])
+            peak = held + sum(saved.values()) + _size([*gradients, *masked, *state])
         step_seconds = _median_seconds(step, steps, device)
     net.eval()
     with torch.inference_mode():
@@ -279,28 +262,6 @@ def footprint(
         step_seconds=step_seconds,
         inference_seconds=inference_seconds,
     )
-
-
-class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Sums the bytes that a forward pass keeps for the backward pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        found: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        super().__init__(pack, lambda tensor: tensor)
-        self._found = found
-
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of all different storages kept so far."""
-        return sum(self._found.values())
 
 
 def _size(tensors: Iterable[torch.Tensor]) -> int:
@@ -324,18 +285,16 @@ def summary(
     model: nn.Module,
     x: NDArray[Any],
     y: NDArray[np.int64],
-    masks: Mapping[str, NDArray[np.bool_]],
+    masks: Masks,
     settings: TrainingSettings,
 ) -> dict[str, dict[str, Any]]:
     """Return the costs that a run reports, of the dense model and of the clients'.
 
-    ``flops``: thop's counts of one sample: ``dense``, the whole model; ``pruned``, the
-    network that clients really train, smaller by the empty units of the mask;
-    ``unstructured_in_theory``, what a machine that skips every zero would do.
-
-    ``networks``: the `Footprint` of ``dense`` and ``pruned``, on this machine, with a
-    batch of `x` and `y`. A client that trains a smaller network holds the whole one's
-    parameters beside it: they are in the pruned ``peak_bytes``.
+    ``flops`` of ``dense``, the whole model, and ``pruned``, the network that clients
+    really train, smaller by the empty units of the mask; ``unstructured_in_theory`` is
+    `theoretical_flops`. ``networks`` are the `Footprint` of both; the pruned
+    ``peak_bytes`` include the whole model's parameters, which a client that trains a
+    smaller network holds beside it.
 
     Parameters
     ----------
@@ -349,18 +308,17 @@ def summary(
     model = copy.deepcopy(model).cpu()
     inputs = torch.from_numpy(x[: settings.batch_size])
     labels = torch.from_numpy(y[: settings.batch_size])
-    small = units.compact_if_it_pays(model, masks, inputs[:1])
     dense = asdict(footprint(model, inputs, labels, settings))
-    if small is None:
-        pruned = asdict(footprint(model, inputs, labels, settings, masks))
-    else:
-        own = units.small_masks(small, masks)
-        pruned = asdict(footprint(small, inputs, labels, settings, own))
+    small = units.compact_if_it_pays(model, masks, inputs[:1])
+    own = masks if small is None else units.small_masks(small, masks)
+    trained = model if small is None else small
+    pruned = asdict(footprint(trained, inputs, labels, settings, own))
+    if small is not None:
         pruned["peak_bytes"] += dense["bytes"]
     return {
         "flops": {
             "dense": flops(model, inputs),
-            "pruned": flops(model if small is None else small, inputs),
+            "pruned": flops(trained, inputs),
             "unstructured_in_theory": theoretical_flops(model, inputs, masks),
         },
         "networks": {"dense": dense, "pruned": pruned},

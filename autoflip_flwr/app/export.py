@@ -4,7 +4,8 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 from autoflip_flwr import settings, units
 from autoflip_flwr.app import build, training
 from autoflip_flwr.errors import ModelError, SettingsError
-from autoflip_flwr.types import Array
+from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
 
 _log = logging.getLogger("flwr")
@@ -57,7 +58,13 @@ def export_run(run: Path, output: Path | None = None) -> Exported:
         If the model cannot be exported, or answers otherwise than the masked one.
     """
     chosen = settings.read(run / "settings.yaml")
-    arrays = _weights(run / "model.safetensors")
+    path = run / "model.safetensors"
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SettingsError(
+            f"expected the folder of a finished run, with {path.name} in it: {error}"
+        ) from error
     masks = _masks(run / "mask.npz")
     model = build.build_model(chosen)
     training.load_arrays(model, arrays)
@@ -68,10 +75,7 @@ def export_run(run: Path, output: Path | None = None) -> Exported:
 
 
 def export_model(
-    model: nn.Module,
-    masks: Mapping[str, NDArray[np.bool_]],
-    example: torch.Tensor,
-    output: Path,
+    model: nn.Module, masks: Masks, example: torch.Tensor, output: Path
 ) -> Exported:
     """Export a masked model as compact weights and programs.
 
@@ -99,22 +103,37 @@ def export_model(
         (output / name).unlink(missing_ok=True)  # of an export before
     weights = output / "model.safetensors"
     save_file(_tensors(small), weights, {"format": "pt"})
-    program = _export(small, inputs)
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    with _exporting("torch.export", small, "model.safetensors has its weights"):
+        program = torch.export.export(small, (inputs,), dynamic_shapes=shapes)
     torch.export.save(program, output / "model.pt2")
     loaded = torch.export.load(output / "model.pt2").module()
     _compare("model.pt2", loaded(inputs), expected)
+    onnx = output / "model.onnx" if _has_onnx() else None
+    if onnx is not None:
+        left = "model.pt2 and model.safetensors are there"
+        with _exporting("torch.onnx", small, left):
+            torch.onnx.export(
+                small,
+                (inputs,),
+                onnx,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=shapes,
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
     return Exported(
         weights=weights,
         program=output / "model.pt2",
-        onnx=_export_onnx(small, inputs, output / "model.onnx"),
+        onnx=onnx,
         parameters=sum(p.numel() for p in small.parameters()),
         dense_parameters=sum(p.numel() for p in model.parameters()),
     )
 
 
-def _smaller(
-    model: nn.Module, masks: Mapping[str, NDArray[np.bool_]], example: torch.Tensor
-) -> nn.Module:
+def _smaller(model: nn.Module, masks: Masks, example: torch.Tensor) -> nn.Module:
     """Return the compact model, or the whole one where nothing can be taken out."""
     if not units.loses_units(masks):
         return model
@@ -125,43 +144,18 @@ def _smaller(
         return model
 
 
-def _export(small: nn.Module, inputs: torch.Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, on torch's internals
-            return torch.export.export(small, (inputs,), dynamic_shapes=({0: batch},))
-    except Exception as error:  # whatever the exporter raises
-        raise ModelError(
-            f"torch.export cannot export {type(small).__name__}: "
-            f"{str(error).splitlines()[0]}; model.safetensors has its weights"
-        ) from error
-
-
-def _export_onnx(small: nn.Module, inputs: torch.Tensor, path: Path) -> Path | None:
-    if not _has_onnx():
-        return None
-    batch = torch.export.Dim("batch", min=1)
+@contextmanager
+def _exporting(exporter: str, model: nn.Module, left: str) -> Iterator[None]:
+    """Say what is left where an exporter fails; hide torch's own warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
-                small,
-                (inputs,),
-                path,
-                input_names=["input"],
-                output_names=["output"],
-                dynamic_shapes=({0: batch},),
-                external_data=False,
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:
+            yield
+    except Exception as error:  # whatever the exporter raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"torch.onnx cannot export {type(small).__name__}: "
-            f"{str(error).splitlines()[0]}; model.pt2 and model.safetensors are there"
+            f"{exporter} cannot export {type(model).__name__}: {reason}; {left}"
         ) from error
-    return path
 
 
 def _has_onnx() -> bool:
@@ -170,12 +164,12 @@ def _has_onnx() -> bool:
 
 def _tensors(small: nn.Module) -> dict[str, torch.Tensor]:
     """Return the small tensors, and where they were in the whole ones."""
-    found = {name: value.clone() for name, value in small.state_dict().items()}
+    tensors = {name: value.clone() for name, value in small.state_dict().items()}
     for name, indices in units.kept_indices(small, default={}).items():
         for dim, index in enumerate(indices):
             if index is not None:
-                found[f"{name}.kept.{dim}"] = torch.from_numpy(index)
-    return found
+                tensors[f"{name}.kept.{dim}"] = torch.from_numpy(index)
+    return tensors
 
 
 def _compare(what: str, got: Any, expected: Any) -> None:
@@ -192,20 +186,11 @@ def _compare(what: str, got: Any, expected: Any) -> None:
             )
 
 
-def _weights(path: Path) -> dict[str, Array]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SettingsError(
-            f"expected the folder of a finished run, with {path.name} in it: {error}"
-        ) from error
-
-
 def _masks(path: Path) -> dict[str, NDArray[np.bool_]]:
     if not path.exists():  # a dense strategy has none
         return {}
     try:
-        with np.load(path) as found:
-            return dict(found)
+        with np.load(path) as masks:
+            return dict(masks)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} is no mask of a run: {error}") from error

@@ -113,15 +113,14 @@ class RunGrid(Grid):
 
     def _note(self) -> None:
         """Write down what has been counted."""
-        if self._meter is None:
-            return
-        pairs = {"sent": self.sent, "dense": self.dense}
-        counted = {
-            **{k: [[*key, n] for key, n in v.items()] for k, v in pairs.items()},
-            "samples": self.samples,
-            "seconds": self.seconds,
-        }
-        write(self._meter, json.dumps(counted).encode())
+        if self._meter is not None:
+            counted = {
+                "sent": [[*key, count] for key, count in self.sent.items()],
+                "dense": [[*key, count] for key, count in self.dense.items()],
+                "samples": self.samples,
+                "seconds": self.seconds,
+            }
+            write(self._meter, json.dumps(counted).encode())
 
     def _recall(self) -> None:
         """Go on with what an earlier process of the run has counted."""
@@ -129,10 +128,8 @@ class RunGrid(Grid):
             return
         try:
             counted = json.loads(self._meter.read_text())
-            for phase, direction, count in counted["sent"]:
-                self.sent[phase, direction] = count
-            for phase, direction, count in counted["dense"]:
-                self.dense[phase, direction] = count
+            self.sent.update({(p, d): n for p, d, n in counted["sent"]})
+            self.dense.update({(p, d): n for p, d, n in counted["dense"]})
             self.samples.update(counted["samples"])
             self.seconds.update(counted["seconds"])
         except (ValueError, KeyError, TypeError) as error:
@@ -142,26 +139,22 @@ class RunGrid(Grid):
         """Return the connected clients in a stable order, the generator seeded."""
         connected = set(self._grid.get_node_ids())
         self._listing += 1
-        self._roll_call(
-            [
-                node_id
-                for node_id in sorted(connected.difference(self._claims))
-                if self._listing >= self._again.get(node_id, 0)
-            ]
-        )
+        new = sorted(connected.difference(self._claims))
+        self._roll_call([n for n in new if self._listing >= self._again.get(n, 0)])
+        strangers = {n: n for n in new if n not in self._claims}
         self._nodes = {}
-        strangers = {n: n for n in sorted(connected.difference(self._claims))}
         for node_id, client in {**self._claims, **strangers}.items():
-            if node_id in connected:
-                first = self._nodes.setdefault(client, node_id)
-                if first != node_id and node_id not in self._doubles:
-                    self._doubles.add(node_id)
-                    _log.warning(
-                        "node %d says that it is client %d, as node %d does; it waits",
-                        node_id,
-                        client,
-                        first,
-                    )
+            if node_id not in connected:
+                continue
+            first = self._nodes.setdefault(client, node_id)
+            if first != node_id and node_id not in self._doubles:
+                self._doubles.add(node_id)
+                _log.warning(
+                    "node %d says that it is client %d, as node %d does; it waits",
+                    node_id,
+                    client,
+                    first,
+                )
         random.seed(f"{self._seed}/{self._stage}")
         named = self._names
         return sorted(self._nodes, key=lambda client: (client not in named, client))
@@ -245,7 +238,7 @@ class RunGrid(Grid):
         for node_id in node_ids:  # asked again if there is no answer, ever more seldom
             self._again[node_id] = 2 * self._listing
         batch = [Message(RecordDict(), node_id, "query") for node_id in node_ids]
-        found: dict[int, int] = {}
+        claims: dict[int, int] = {}
         nodes: dict[str, int] = {}
         for reply in stream(self._grid, batch, timeout=_ROLL_CALL_TIMEOUT):
             nodes = nodes or nodes_by_message(batch)  # sent by now
@@ -254,15 +247,14 @@ class RunGrid(Grid):
                 _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
                 continue
             self.sent["roll-call", "up"] += records.count_bytes(reply.content)
-            found[node_id] = node_id
+            claims[node_id] = node_id
             for record in reply.content.config_records.values():
                 name = record.get(records.CLIENT_ID)
                 if isinstance(name, str) or (isinstance(name, int) and name >= 0):
-                    found[node_id] = client = _client_of(name)
+                    claims[node_id] = client = _client_of(name)
                     self._names[client] = name
-        for node_id in node_ids:  # in their order, not that of the answers
-            if node_id in found:
-                self._claims[node_id] = found[node_id]
+        # In the order of the nodes, not that of the answers.
+        self._claims |= {n: claims[n] for n in node_ids if n in claims}
         self._note()
 
     # --- everything else is Flower's own ---------------------------------------
@@ -276,18 +268,9 @@ class RunGrid(Grid):
         """The run of the inner grid."""
         return self._grid.run
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
         """Create a message with the inner grid."""
-        return self._grid.create_message(
-            content, message_type, dst_node_id, group_id, ttl
-        )
+        return self._grid.create_message(*args, **kwargs)
 
 
 def _client_of(name: int | str) -> int:

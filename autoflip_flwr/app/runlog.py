@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from autoflip_flwr.app.costs import Operations
-from autoflip_flwr.app.grid import Direction, RunGrid
+from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.training import Evaluation
 from autoflip_flwr.errors import SettingsError, needs_extra
 from autoflip_flwr.server.rounds import Rounds
@@ -61,8 +61,9 @@ class RunLog:
         *,
         resume: bool = False,
     ) -> None:
-        # Asked for in vain, nothing is written.
-        writer = _writer() if settings.log.tensorboard else None
+        if settings.log.tensorboard:  # asked for in vain, nothing is written
+            with needs_extra("tensorboard", "log.tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
         self.directory = directory
         self._metrics = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
@@ -84,13 +85,18 @@ class RunLog:
         self._grid = grid
         self._rounds = rounds
         self._operations = operations
-        self._samples: Counter[str] = Counter()
-        self._flops = 0
-        self._board = writer(str(self.directory)) if writer else None
+        self._board: Any = None
+        if settings.log.tensorboard:
+            self._board = SummaryWriter(str(directory))
         self._started = self._last = time.monotonic()
-        self._counted: Counter[tuple[str, Direction]] = Counter()
-        self._row: dict[str, Any] = {}
-        self._lines = 0
+        # After the last line: how many there are, it itself, and the sums until then.
+        self._past: dict[str, Any] = {
+            "lines": 0,
+            "row": {},
+            "counted": {},  # bytes, by phase and direction
+            "samples": {},
+            "flops": 0,
+        }
 
     def begin(self) -> None:
         """Note the settings of a new run, over what a try without a round left."""
@@ -99,43 +105,30 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         """Return what a process that goes on has to know."""
-        return {
-            "lines": self._lines,
-            "row": self._row,
-            "counted": dict(self._counted),
-            "samples": dict(self._samples),
-            "flops": self._flops,
-            "seconds": time.monotonic() - self._started,
-        }
+        return {**self._past, "seconds": time.monotonic() - self._started}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after the round of `state`; later lines are dropped."""
-        self._lines, self._row = state["lines"], state["row"]
-        self._counted = Counter(state["counted"])
-        self._samples = Counter(state["samples"])
-        self._flops = state["flops"]
+        self._past = {key: state[key] for key in self._past}
         self._started = time.monotonic() - state["seconds"]
-        if self._lines:
+        if kept := self._past["lines"]:
             lines = self._metrics.read_text().splitlines(keepends=True)
-            partial = self._metrics.with_suffix(".partial")
-            partial.write_text("".join(lines[: self._lines]))
-            partial.replace(self._metrics)
+            _replace(self._metrics, "".join(lines[:kept]))
         else:
             self._metrics.unlink(missing_ok=True)
 
     def round(self, server_round: int, evaluation: Evaluation) -> None:
         """Append a line to ``metrics.jsonl``."""
-        now = time.monotonic()
-        sent = Counter(self._grid.sent)
-        sent.subtract(self._counted)
-        rounds = self._rounds
-        samples = Counter(self._trained_samples())
-        samples.subtract(self._samples)
+        now, past, rounds = time.monotonic(), self._past, self._rounds
+        counted, trained = dict(self._grid.sent), self._trained_samples()
+        sent, samples = Counter(counted), Counter(trained)
+        sent.subtract(past["counted"])
+        samples.subtract(past["samples"])
         masks = rounds.plan.masks if rounds and rounds.plan else {}
         flops = self._operations.trained(
             masks, explore=samples["explore"], train=samples["train"]
         )
-        self._row = {
+        row = {
             "round": server_round,
             "accuracy": evaluation.accuracy,
             "accuracy_top5": evaluation.accuracy_top5,
@@ -152,15 +145,18 @@ class RunLog:
             "missing": self._grid.missing,
             "seconds": round(now - self._last, 3),
         }
-        self._counted = Counter(self._grid.sent)
-        self._samples = Counter(self._trained_samples())
-        self._flops += flops
-        self._last = now
         with self._metrics.open("a") as lines:
-            lines.write(json.dumps(self._row) + "\n")
-        self._lines += 1
+            lines.write(json.dumps(row) + "\n")
+        self._last = now
+        self._past = {
+            "lines": past["lines"] + 1,
+            "row": row,
+            "counted": counted,
+            "samples": trained,
+            "flops": past["flops"] + flops,
+        }
         if self._board is not None:
-            for key, value in self._row.items():
+            for key, value in row.items():
                 if isinstance(value, int | float) and key != "round":
                     self._board.add_scalar(key, value, server_round)
             self._board.flush()
@@ -179,14 +175,13 @@ class RunLog:
         `costs` is what `costs.summary` returns.
         """
         sent, grid, rounds = self._grid.sent, self._grid, self._rounds
+        row = self._past["row"]
         phases = ("explore", "train", "evaluate")
         summary = {
             "strategy": self._settings.strategy.name,
             "preset": self._settings.preset,
             "rounds": self._settings.rounds,
-            "accuracy": self._row.get("accuracy"),
-            "accuracy_top5": self._row.get("accuracy_top5"),
-            "loss": self._row.get("loss"),
+            **{key: row.get(key) for key in ("accuracy", "accuracy_top5", "loss")},
             "parameters": parameters,
             "kept_parameters": parameters - (rounds.pruned if rounds else 0),
             "density": rounds.density if rounds else 1.0,
@@ -197,7 +192,7 @@ class RunLog:
                 "dense_equivalent": sum(grid.dense.values()),
             },
             **costs,
-            "flops": {**costs["flops"], "trained": self._flops},
+            "flops": {**costs["flops"], "trained": self._past["flops"]},
             "samples": self._trained_samples(),
             "seconds": {
                 "explore": round(grid.seconds["explore"], 3),
@@ -209,16 +204,12 @@ class RunLog:
             {name: np.ascontiguousarray(value) for name, value in arrays.items()},
             self.directory / "model.safetensors",
         )
-        if self._rounds is not None and self._rounds.plan is not None:
-            np.savez_compressed(
-                self.directory / "mask.npz",
-                **cast(Any, dict(self._rounds.plan.masks)),
-            )
+        if rounds is not None and rounds.plan is not None:
+            masks = cast(Any, dict(rounds.plan.masks))
+            np.savez_compressed(self.directory / "mask.npz", **masks)
+        # Whoever sees it may take the run for finished, so it is there whole or not.
         text = json.dumps(summary, indent=2) + "\n"
-        # Whoever finds it may take the run for finished, so it is there whole or not.
-        partial = self.directory / "summary.json.partial"
-        partial.write_text(text)
-        partial.replace(self.directory / "summary.json")
+        _replace(self.directory / "summary.json", text)
         shutil.rmtree(self.directory / "guidance", ignore_errors=True)
         (self.directory / ".lock").unlink()
         self._let_go()
@@ -227,14 +218,15 @@ class RunLog:
         return summary
 
 
-def _held(directory: Path) -> int:
-    """Hold a run's folder until the descriptor is closed, or the process ends.
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is whole at any time."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
-    Raises
-    ------
-    SettingsError
-        If another process does.
-    """
+
+def _held(directory: Path) -> int:
+    """Hold a run's folder until the descriptor is closed, or the process ends."""
     lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,66 +241,35 @@ def _held(directory: Path) -> int:
 
 def log_summary(summary: dict[str, Any], directory: Path) -> None:
     """Log the last lines of a run."""
-    sent = summary["bytes"]
-    accuracy = summary["accuracy"]
-    _log.info("AutoFLIP run finished: %s", directory)
-    _log.info(
-        "  top-1 accuracy  %.4f on held-out data, after %d rounds of %s",
-        float("nan") if accuracy is None else accuracy,
-        summary["rounds"],
-        summary["strategy"],
-    )
-    _log.info(
-        "  kept            %d of %d parameters; density %.4f of the prunable ones",
-        summary["kept_parameters"],
-        summary["parameters"],
-        summary["density"],
-    )
-    _log.info(
-        "  bytes sent      %s (exploration %s); FedAvg would have sent %s: %.3f of it",
-        _megabytes(sent["total"]),
-        _megabytes(sent["explore_down"] + sent["explore_up"]),
-        _megabytes(sent["dense_equivalent"]),
-        sent["total"] / max(1, sent["dense_equivalent"]),
-    )
+    sent, flops, seconds = summary["bytes"], summary["flops"], summary["seconds"]
     dense, pruned = summary["networks"]["dense"], summary["networks"]["pruned"]
-    flops = summary["flops"]
-    _log.info(
-        "  clients train   %d of %d parameters, %s of %s, %.3f of the FLOPs "
-        "(skipping every zero would be %.3f, in theory)",
-        pruned["parameters"],
-        dense["parameters"],
-        _megabytes(pruned["bytes"]),
-        _megabytes(dense["bytes"]),
-        flops["pruned"] / max(1, flops["dense"]),
-        flops["unstructured_in_theory"] / max(1, flops["dense"]),
-    )
-    _log.info(
-        "  measured here   training step %.2f ms, dense %.2f ms; inference %.2f ms, "
-        "dense %.2f ms; peak memory %s, dense %s",
-        1e3 * pruned["step_seconds"],
-        1e3 * dense["step_seconds"],
-        1e3 * pruned["inference_seconds"],
-        1e3 * dense["inference_seconds"],
-        _megabytes(pruned["peak_bytes"]),
-        _megabytes(dense["peak_bytes"]),
-    )
-    _log.info(
-        "  training took   %.3g multiply-accumulates, exploration included",
-        flops["trained"],
-    )
-    _log.info(
-        "  seconds         %.1f (exploration %.1f)",
-        summary["seconds"]["total"],
-        summary["seconds"]["explore"],
-    )
-
-
-def _writer() -> Any:
-    """Return what writes for TensorBoard."""
-    with needs_extra("tensorboard", "log.tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter
+    accuracy = math.nan if summary["accuracy"] is None else summary["accuracy"]
+    every = max(1, flops["dense"])
+    rows = {
+        "top-1 accuracy": f"{accuracy:.4f} on held-out data, after {summary['rounds']} "
+        f"rounds of {summary['strategy']}",
+        "kept": f"{summary['kept_parameters']} of {summary['parameters']} parameters; "
+        f"density {summary['density']:.4f} of the prunable ones",
+        "bytes sent": f"{_megabytes(sent['total'])} (exploration "
+        f"{_megabytes(sent['explore_down'] + sent['explore_up'])}); FedAvg would have "
+        f"sent {_megabytes(sent['dense_equivalent'])}: "
+        f"{sent['total'] / max(1, sent['dense_equivalent']):.3f} of it",
+        "clients train": f"{pruned['parameters']} of {dense['parameters']} parameters, "
+        f"{_megabytes(pruned['bytes'])} of {_megabytes(dense['bytes'])}, "
+        f"{flops['pruned'] / every:.3f} of the FLOPs (skipping every zero would be "
+        f"{flops['unstructured_in_theory'] / every:.3f}, in theory)",
+        "measured here": f"training step {1e3 * pruned['step_seconds']:.2f} ms, dense "
+        f"{1e3 * dense['step_seconds']:.2f} ms; inference "
+        f"{1e3 * pruned['inference_seconds']:.2f} ms, dense "
+        f"{1e3 * dense['inference_seconds']:.2f} ms; peak memory "
+        f"{_megabytes(pruned['peak_bytes'])}, dense {_megabytes(dense['peak_bytes'])}",
+        "training took": f"{flops['trained']:.3g} multiply-accumulates, exploration "
+        "included",
+        "seconds": f"{seconds['total']:.1f} (exploration {seconds['explore']:.1f})",
+    }
+    _log.info("AutoFLIP run finished: %s", directory)
+    for label, text in rows.items():
+        _log.info("  %-15s %s", label, text)
 
 
 def run_directory(name: str, settings: Settings) -> Path:

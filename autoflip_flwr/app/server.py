@@ -1,4 +1,4 @@
-"""What our ServerApp does: read settings, compose, run."""
+"""Our ServerApp: read the settings, build the parts, run."""
 
 import errno
 import logging
@@ -19,7 +19,7 @@ _log = logging.getLogger("flwr")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-#: At which a run tells its epsilon.
+#: The delta of the epsilon in the log.
 _DELTA = 1e-5
 
 
@@ -54,19 +54,17 @@ def serve(grid: Grid, context: Context) -> None:
             log.begin()
             return None
         training.load_arrays(model, records.arrays_of(arrays))
-        found = training.evaluate(
-            model, test.x, test.y, device=settings.training.device
-        )
-        log.round(server_round, found)
+        device = settings.training.device
+        result = training.evaluate(model, test.x, test.y, device=device)
+        log.round(server_round, result)
         run_grid.begin(server_round + 1)
-        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
+        return MetricRecord({"accuracy": result.accuracy, "loss": result.loss})
 
     build.warn_of_few_nodes(settings, len(list(grid.get_node_ids())))
     privacy = build.guidance_privacy(settings)
     if privacy is not None:
         _log.info(
-            "guidance leaves a client (%.3g, %g)-differentially private, each time it "
-            "explores",
+            "each exploration sends guidance that is (%.3g, %g)-differentially private",
             privacy.epsilon(_DELTA),
             _DELTA,
         )

@@ -19,13 +19,20 @@ from autoflip_flwr import pruners
 from autoflip_flwr.server.strategy import AutoFLIP
 from autoflip_flwr.settings import ServerStrategy, Settings
 
-_KINDS: dict[ServerStrategy, type[FedAvg]] = {
-    "fedavg": FedAvg,
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-    "fedprox": FedProx,
-    "fedmedian": FedMedian,
-    "krum": Krum,
+#: Flower's class, and which of our settings are which of its arguments.
+_KINDS: dict[ServerStrategy, tuple[type[FedAvg], dict[str, str]]] = {
+    "fedavg": (FedAvg, {}),
+    "fedavgm": (
+        FedAvgM,
+        {
+            "server_learning_rate": "server_learning_rate",
+            "server_momentum": "server_momentum",
+        },
+    ),
+    "fedadam": (FedAdam, {"server_learning_rate": "eta"}),
+    "fedprox": (FedProx, {"proximal_mu": "proximal_mu"}),
+    "fedmedian": (FedMedian, {}),
+    "krum": (Krum, {"malicious_nodes": "num_malicious_nodes"}),
 }
 
 
@@ -38,15 +45,8 @@ def build_strategy(
 ) -> Strategy:
     """Return the strategy that a run's settings ask for.
 
-    Parameters
-    ----------
-    settings : Settings
-    model : nn.Module
-        Says what is trainable, and what its units are.
-    example_inputs : torch.Tensor
-        One sample that it runs on.
-    store : Path, optional
-        Where what clients found is kept; a temporary folder by default.
+    `example_inputs` is one sample that `model` runs on; `store` is the folder for the
+    explorers' guidance, a temporary one by default.
     """
     inner = _inner(settings)
     method = settings.strategy.name
@@ -67,22 +67,14 @@ def build_strategy(
 
 def _inner(settings: Settings) -> FedAvg:
     chosen = settings.strategy
-    options: dict[str, Any] = {}
-    if chosen.server == "fedprox":
-        options["proximal_mu"] = chosen.proximal_mu
-    if chosen.server == "krum":
-        options["num_malicious_nodes"] = chosen.malicious_nodes
-    if chosen.server_learning_rate is not None:
-        key = {"fedavgm": "server_learning_rate", "fedadam": "eta"}.get(chosen.server)
-        if key:
-            options[key] = chosen.server_learning_rate
-    if chosen.server_momentum is not None and chosen.server == "fedavgm":
-        options["server_momentum"] = chosen.server_momentum
-    return _KINDS[chosen.server](
+    kind, names = _KINDS[chosen.server]
+    options = {name: getattr(chosen, key) for key, name in names.items()}
+    given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    return kind(
         fraction_train=chosen.fraction_train,
         fraction_evaluate=chosen.fraction_evaluate,
         min_train_nodes=1,
         min_evaluate_nodes=1 if chosen.fraction_evaluate else 0,
         min_available_nodes=chosen.min_nodes,
-        **options,
+        **given,
     )

@@ -152,9 +152,8 @@ def optimizer_of(model: nn.Module, settings: TrainingSettings) -> Optimizer:
         return torch.optim.SGD(
             model.parameters(), rate, momentum=settings.momentum, weight_decay=decay
         )
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
-    return torch.optim.Adam(model.parameters(), rate, weight_decay=decay)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), rate, weight_decay=decay)
 
 
 def device_of(name: str) -> torch.device:

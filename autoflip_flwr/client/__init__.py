@@ -1,5 +1,4 @@
 """The client's half: `AutoFlipMod` around an app, `masked` inside its training.
 
-May import `units`, `wire`, `method`, `types` and `errors`: nothing that only a server
-needs.
+May import `units`, `wire`, `method`, `types` and `errors`, but nothing of a server.
 """

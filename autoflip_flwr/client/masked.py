@@ -1,4 +1,4 @@
-"""What an app calls inside its own training: the mask of a message, kept."""
+"""Functions that an app calls to keep the mask of a message while it trains."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr import units
-from autoflip_flwr.errors import MaskError
+from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
 from autoflip_flwr.units.surgery import ExampleInputs
@@ -29,9 +29,9 @@ def masks_from(
     Returns
     -------
     dict
-        Empty where there is no mask: while exploring, or without AutoFLIP.
+        Empty if there is no mask: in an exploration, or without AutoFLIP.
     """
-    config = records.config_of(message) if isinstance(message, Message) else message
+    config = _config_of(message)
     if records.phase_of(config) in (None, "explore"):
         return {}
     return dict(records.Plan.of(config).masks)
@@ -43,30 +43,32 @@ def masked(
     masks_or_message: Masks | Message | Mapping[str, Any],
     example_inputs: ExampleInputs | None = None,
 ) -> Iterator[nn.Module]:
-    """Keep pruned weights at exactly zero inside the block, whatever the optimizer.
+    """Keep pruned weights at exactly zero inside the block, with any optimizer.
 
-    They are zero after each step of a `torch.optim` optimizer and when the block ends.
+    They are zero after each step of a `torch.optim` optimizer and at the block's end.
 
     Parameters
     ----------
     model : nn.Module
-        The model whose weights are wanted when the block ends.
+        It has the trained weights when the block ends.
     masks_or_message : masks, Message, or config of the older API's ``fit``
-        Where there is no mask in it (exploration, plain FedAvg) nothing is pruned.
+        Without a mask (exploration, plain FedAvg) nothing is pruned.
     example_inputs : torch.Tensor, or tuple of arguments of the model, optional
         One sample that the model runs on. With it the block gets a physically smaller
-        model where that pays (`units.pays`), and `model` gets back what it learned.
+        model if that pays (`units.pays`). At its end `model` gets the weights.
 
     Yields
     ------
     nn.Module
-        The model to train or evaluate inside the block, and to give to the optimizer.
+        The model to train or evaluate, and to pass to the optimizer.
 
     Raises
     ------
+    SettingsError
+        If an argument is of another type.
     MaskError
-        If a mask does not fit the model, or an optimizer steps on the whole model's
-        parameters where a smaller one was handed out.
+        If a mask does not fit the model, or an optimizer has the parameters of
+        `model` although the block got a smaller one.
 
     Examples
     --------
@@ -75,6 +77,13 @@ def masked(
         with masked(model, message, example_inputs) as net:
             train(net, loader)
     """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"masked: expected an nn.Module first, got {model!r}")
+    if not isinstance(masks_or_message, Message | Mapping):
+        raise SettingsError(
+            "masked: expected the message, its config or masks by name, got "
+            f"{masks_or_message!r}: with masked(model, message): ..."
+        )
     if isinstance(masks_or_message, Message) or not _is_masks(masks_or_message):
         masks = masks_from(masks_or_message)
     else:
@@ -91,14 +100,17 @@ def masked(
         own = units.small_masks(small, masks)
         with enforce.untouched(model), enforce.enforce(small, own):
             yield small
-    finally:  # also what a block learned before it failed
+    finally:  # keep what the block learned before an error
         units.expand(small, model)
 
 
 def exploring(message: Message | Mapping[str, Any]) -> bool:
     """Tell whether a call of the app is one epoch of an exploration."""
-    config = records.config_of(message) if isinstance(message, Message) else message
-    return records.phase_of(config) == "explore"
+    return records.phase_of(_config_of(message)) == "explore"
+
+
+def _config_of(message: Message | Mapping[str, Any]) -> Mapping[str, Any]:
+    return records.config_of(message) if isinstance(message, Message) else message
 
 
 def _is_masks(value: Mapping[str, Any]) -> bool:

@@ -4,40 +4,36 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, MetricRecord
+from flwr.app import ConfigRecord, Context, Message
 
 from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.method import guidance
 from autoflip_flwr.method.privacy import GuidancePrivacy
-from autoflip_flwr.types import Array, Guidance, Params
+from autoflip_flwr.types import Guidance, Params
 from autoflip_flwr.units import enforce
 from autoflip_flwr.wire import codec, records
 from autoflip_flwr.wire.flower import ClientAppCallable
-from autoflip_flwr.wire.manifest import Manifest
 
 
 class AutoFlipMod:
     """Lets an existing ClientApp take part in AutoFLIP.
 
-    It unpacks a message, calls the app with the dense arrays the app knows, and
-    packs what the app returns. Asked to explore, it calls the app's own train
-    function several times, feeding the weights back, and replies with the local
-    guidance (arXiv:2405.10271, Eq. 2). It keeps no state. Messages that are not
-    AutoFLIP's pass through untouched.
+    It unpacks a message, calls the app with dense arrays and packs the reply. To
+    explore, it calls the app's train function several times, each time with the
+    weights of the call before, and replies with the local guidance (arXiv:2405.10271,
+    Eq. 2). It keeps no state. Messages of other strategies pass unchanged.
 
     While the app trains, pruned weights stay at zero if a `torch.optim` optimizer
-    holds the model's parameters in their own order; `masked` makes sure of it for
-    any other.
+    holds the model's parameters in the model's order. Otherwise use `masked`.
 
     Parameters
     ----------
     loss_key : str, optional
-        Metric of the app's replies that early stopping of the exploration watches.
-        By default the first one with "loss" in its name; without any, exploration
-        goes on for all of its epochs.
+        Metric of the app's replies that stops the exploration early. By default the
+        first one with "loss" in its name; without one, all epochs are done.
     privacy : GuidancePrivacy, or callable of Context that returns one or None, optional
         Clips the guidance and adds noise before it leaves the client. Requests for
-        anything else (gradients, the signs of a warm start) are refused then.
+        gradients or the signs of a warm start are then refused.
 
     Examples
     --------
@@ -81,7 +77,8 @@ class AutoFlipMod:
             reply = call_next(message, context)
         if reply.has_error():
             return reply
-        reply_key, trained = _arrays_of_reply(reply, plan.manifest)
+        reply_key, record = records.only_array_record(reply.content)
+        trained = records.named_arrays(record, plan.manifest, exact=False)
         reply.content[reply_key] = plan.pack(trained)
         return reply
 
@@ -92,7 +89,7 @@ class AutoFlipMod:
         call_next: ClientAppCallable,
         privacy: GuidancePrivacy | None,
     ) -> Message:
-        """Measure what is asked, by the app's own train function, and reply with it."""
+        """Measure what the server asks for with the app's own train function."""
         asked = records.Exploration.of(records.config_of(message))
         if privacy is not None and asked.measure != "deviation":
             raise WireError(
@@ -104,25 +101,24 @@ class AutoFlipMod:
         initial = asked.unpack(record)
         message.content[key] = records.record_of(initial)
         signs: bytes | None = None
-        measured: Guidance = {}
+        measured: Guidance
+        done = 1
         if asked.measure in ("deviation", "update"):
             reply, trained, done = self._train(
                 asked, initial, message, context, call_next
             )
-            if not reply.has_error():
-                names = asked.manifest.shapes
-                start = {name: initial[name] for name in names}
-                measured = guidance.squared_deviation(
-                    start, {name: trained[name] for name in names}
-                )
-                if asked.measure == "update":
-                    rises = {n: trained[n] > value for n, value in start.items()}
-                    signs = codec.pack_mask(rises)
+            if reply.has_error():
+                return reply
+            start = {name: initial[name] for name in asked.manifest.shapes}
+            end = {name: trained[name] for name in start}
+            measured = guidance.squared_deviation(start, end)
+            if asked.measure == "update":
+                rises = {name: end[name] > value for name, value in start.items()}
+                signs = codec.pack_mask(rises)
         else:
             reply, measured = _gradient(asked, initial, message, context, call_next)
-            done = 1
-        if reply.has_error():
-            return reply
+            if reply.has_error():
+                return reply
         reply_key, _ = records.only_array_record(reply.content)
         if privacy is not None:
             measured = privacy.protect(measured)
@@ -140,7 +136,7 @@ class AutoFlipMod:
         context: Context,
         call_next: ClientAppCallable,
     ) -> tuple[Message, Params, int]:
-        """Train for some epochs from W0; return reply, weights and epochs done."""
+        """Train from W0; return the last reply, the weights and the epochs done."""
         config_key, config = records.only_config(message.content)
         key, _ = records.only_array_record(message.content)
         best, stale, done = math.inf, 0, 0
@@ -152,7 +148,8 @@ class AutoFlipMod:
             reply = call_next(message, context)
             if reply.has_error():
                 return reply, trained, done
-            _, trained = _arrays_of_reply(reply, asked.manifest)
+            _, record = records.only_array_record(reply.content)
+            trained = records.named_arrays(record, asked.manifest, exact=False)
             done += 1
             loss = self._loss(reply)
             if loss < best:
@@ -160,27 +157,24 @@ class AutoFlipMod:
             elif not math.isnan(loss):
                 stale += 1
             if done >= asked.epochs or stale >= asked.patience:
-                break
+                return reply, trained, done
             message.content[key] = records.record_of(trained)
-        return reply, trained, done
 
     def _loss(self, reply: Message) -> float:
-        """Return the loss the app reports; NaN if it reports none."""
-        records: list[MetricRecord | ConfigRecord] = [
-            *reply.content.metric_records.values(),
-            *reply.content.config_records.values(),  # the older API's metrics
+        """Return the loss that the app reports; NaN if it reports none."""
+        metrics: list[tuple[str, object]] = [
+            *(i for r in reply.content.metric_records.values() for i in r.items()),
+            # where the older API has its metrics
+            *(i for r in reply.content.config_records.values() for i in r.items()),
         ]
-        for record in records:
-            for name, value in record.items():
-                wanted = (
-                    name == self.loss_key if self.loss_key else "loss" in name.lower()
-                )
-                if wanted and isinstance(value, int | float):
-                    return float(value)
+        for name, value in metrics:
+            wanted = name == self.loss_key if self.loss_key else "loss" in name.lower()
+            if wanted and isinstance(value, int | float):
+                return float(value)
         if self.loss_key:
             raise WireError(
                 f"expected the app to report the metric {self.loss_key!r}, "
-                f"got {sorted({k for r in records for k in r})}"
+                f"got {sorted({name for name, _ in metrics})}"
             )
         return math.nan
 
@@ -192,7 +186,7 @@ def _gradient(
     context: Context,
     call_next: ClientAppCallable,
 ) -> tuple[Message, Guidance]:
-    """Let the app pass over its data at fixed weights, and look at the gradients."""
+    """Let the app go through its data at fixed weights; measure the gradients."""
     trainable = [entry for entry in asked.manifest.entries if entry.trainable]
     with enforce.gradients_of([entry.shape for entry in trainable]) as seen:
         reply = call_next(message, context)
@@ -200,25 +194,17 @@ def _gradient(
         return reply, {}
     if not seen.steps:
         raise MaskError(
-            f"expected an optimizer of torch.optim that holds the {len(trainable)} "
-            "trainable parameters in the model's order, to see their gradients; the "
-            "app made no step with such a one"
+            f"to measure gradients, expected a torch.optim optimizer of the "
+            f"{len(trainable)} trainable parameters in the model's order; the app made "
+            "no step with one"
         )
     squared = asked.measure == "squared-gradient"
     gradients = seen.mean_square() if squared else seen.mean()
-    found = {}
+    sizes = {}
     for entry, gradient in zip(trainable, gradients, strict=True):
         if entry.masked:
             size = np.abs(gradient)
             if asked.measure == "saliency":
                 size = size * np.abs(initial[entry.name]).astype(np.float32)
-            found[entry.name] = size
-    return reply, found
-
-
-def _arrays_of_reply(
-    reply: Message, manifest: Manifest
-) -> tuple[str, dict[str, Array]]:
-    """Return the key and the named arrays the app replied with."""
-    key, record = records.only_array_record(reply.content)
-    return key, records.named_arrays(record, manifest, exact=False)
+            sizes[entry.name] = size
+    return reply, sizes

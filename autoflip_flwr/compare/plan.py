@@ -1,4 +1,4 @@
-"""Strategies side by side, over seeds: `autoflip compare`."""
+"""Strategies compared over seeds: `autoflip compare`."""
 
 import fcntl
 import itertools
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from autoflip_flwr import settings as presets
@@ -25,10 +25,10 @@ from autoflip_flwr.settings import Settings, StrategyName
 STRATEGIES: tuple[StrategyName, ...] = ("fedavg", "autoflip")
 STRATEGY_NAMES: tuple[str, ...] = get_args(StrategyName)
 
-#: How often the progress is looked at, in seconds.
+#: Seconds between two updates of the progress.
 _TICK = 0.5
 
-#: (rounds done, rounds of all runs, what is going on) -> None
+#: (rounds done, rounds of all runs, names of the current runs) -> None
 Progress = Callable[[int, int, str], None]
 
 
@@ -47,16 +47,16 @@ class Planned:
 
     @property
     def finished(self) -> bool:
-        """Whether it was run to its end."""
+        """Whether the run has ended."""
         return (self.directory / "summary.json").exists()
 
     @property
     def partial(self) -> Path:
-        """Where it is run, until it is finished."""
+        """The folder of the run until it is finished."""
         return self.directory.with_name(self.directory.name + ".partial")
 
     def rounds_done(self) -> int:
-        """Count the rounds that it has logged."""
+        """Count the rounds in the run's log."""
         if self.finished:
             return self.settings.rounds
         try:
@@ -81,21 +81,21 @@ def plan(
     preset : str
         A name in conf/.
     output : Path
-        Runs get the folders ``output/<preset>/<strategy>[,<key>=<value>...]-<seed>``.
+        A run's folder is ``output/<preset>/<strategy>[,<key>=<value>...]-<seed>``.
     strategies : sequence of str
         Values of `strategy.name`.
     seeds : int
-        Every arm is run with the seeds 0 to `seeds` - 1.
+        Every arm gets the seeds 0 to `seeds` - 1; at least 1.
     vary : mapping of dotted key -> values, optional
-        All combinations are run; of a strategy that does not read a key, one.
+        All combinations are run. A strategy skips the keys that it does not read.
     overrides : str
         Dotted ``key=value`` pairs for all runs.
 
     Raises
     ------
     SettingsError
-        If a strategy or value is impossible, or a folder holds a finished run of
-        other settings.
+        If a strategy or value is unknown or out of range, or a folder holds a finished
+        run of other settings.
     """
     if seeds < 1:
         raise SettingsError(f"expected one seed or more, got {seeds}")
@@ -105,24 +105,25 @@ def plan(
             f"unknown strategies {unknown}; known: {list(STRATEGY_NAMES)}"
         )
     varied = vary or {}
-    for key in varied:
-        if key in ("seed", "strategy.name"):
-            raise SettingsError(f"{key} is varied by --seeds or --strategies")
+    for key in {"seed", "strategy.name"} & set(varied):
+        raise SettingsError(f"{key} is varied by --seeds or --strategies")
     names = [cast(StrategyName, name) for name in dict.fromkeys(strategies)]
     unread = [k for k in varied if not any(presets.reads(name, k) for name in names)]
     if unread:
         raise SettingsError(
-            f"none of {names} reads {unread}, so there is nothing to vary; check the "
-            "spelling, or add a strategy that does"
+            f"none of {names} reads {unread}; check the spelling, or add a strategy "
+            "that reads it"
         )
-    found: dict[tuple[Settings, int], Planned] = {}
+    runs: dict[tuple[Settings, int], Planned] = {}
     taken: dict[Path, Settings] = {}
     for name, values, seed in itertools.product(
         names, itertools.product(*varied.values()), range(seeds)
     ):
-        pairs = dict(zip(varied, values, strict=True))
-        pairs = {k: v for k, v in pairs.items() if presets.reads(name, k)}
-        words = [f"{key}={value}" for key, value in pairs.items()]
+        words = [
+            f"{key}={value}"
+            for key, value in zip(varied, values, strict=True)
+            if presets.reads(name, key)
+        ]
         chosen = shlex.join([f"strategy.name={name}", *words, f"seed={seed}"])
         every = f"{overrides} {chosen}".strip()
         settings = presets.load(preset, every)
@@ -137,23 +138,24 @@ def plan(
             _check_settings(run, run.directory)
         elif run.directory.exists():
             raise SettingsError(
-                f"{run.directory} is in the way: it holds no finished run; move it "
-                "away, or name another output"
+                f"{run.directory} is in the way: it holds no finished run; move it, or "
+                "name another output"
             )
         if taken.setdefault(run.directory, settings) != settings:
             raise SettingsError(
-                f"two runs of other settings would share the folder {run.directory}; "
-                "make two comparisons of the values that differ in a '/' alone"
+                f"two runs of different settings would share the folder "
+                f"{run.directory}; put values that differ only in a '/' into two "
+                "comparisons"
             )
-        found.setdefault((settings, seed), run)
-    return list(found.values())
+        runs.setdefault((settings, seed), run)
+    return list(runs.values())
 
 
 def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
-    """Run what is not finished: in this process's Ray, clients on all cores.
+    """Do the runs that are not finished, in this process's Ray, on all cores.
 
-    A run is written to a folder of its own that gets its name when it is finished;
-    what an interruption left of one goes on from its last checkpoint.
+    A run is written to a ``.partial`` folder, which gets its final name at the end. An
+    interrupted run goes on from its last checkpoint.
 
     Parameters
     ----------
@@ -166,47 +168,45 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
     ComparisonError
         If runs failed; the others are finished first.
     """
-    for folder in sorted({one.directory.parent for one in planned}):
-        folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
+    with ExitStack() as locks:
         for folder in sorted({one.directory.parent for one in planned}):
-            held.enter_context(_alone_in(folder))
-        _run(planned, progress)
-
-
-def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
-    for one in planned:
-        if one.finished:  # perhaps by another comparison, since this one was planned
-            _check_settings(one, one.directory)
-        elif (one.partial / "summary.json").exists():  # killed before it got its name
-            _check_settings(one, one.partial)
-            one.partial.rename(one.directory)
-    left = [one for one in planned if not one.finished]
-    if not left:
-        return
-    import ray  # seconds to import
-
-    from autoflip_flwr.compare.simulation import simulate
-
-    owned = not ray.is_initialized()
-    if owned:
-        # Clients ask for no GPU; it stays visible, as with `flwr run`, and Ray's hint
-        # about it is not for users.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        _check_cluster()
-        ray.init(
-            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            locks.enter_context(_locked(folder))
+        for one in planned:
+            if one.finished:  # perhaps by another comparison since it was planned
+                _check_settings(one, one.directory)
+            elif (one.partial / "summary.json").exists():  # killed before the rename
+                _check_settings(one, one.partial)
+                one.partial.rename(one.directory)
+        left = [one for one in planned if not one.finished]
+        if not left:
+            return
+        with _ray() as cores:
+            failed = _run_all(planned, left, cores, progress)
+    if failed:
+        reasons = "\n".join(f"{one.partial}: {_reason(error)}" for one, error in failed)
+        raise ComparisonError(
+            f"{len(failed)} of {len(left)} runs failed (see their log.txt):\n{reasons}"
         )
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cores = int(resources.get("CPU", os.cpu_count() or 1))
+
+
+def _run_all(
+    planned: Sequence[Planned],
+    left: Sequence[Planned],
+    cores: int,
+    progress: Progress | None,
+) -> list[tuple[Planned, Exception]]:
+    """Do the runs that are left; return the failed ones."""
+    import ray
+
     total = sum(one.settings.rounds for one in planned)
-    waiting, failed = left[::-1], []
+    waiting = list(left)[::-1]
+    failed: list[tuple[Planned, Exception]] = []
     running: dict[Any, Planned] = {}
     try:
         while waiting or running:
             while waiting and len(running) < _runs_at_once(waiting[-1], cores):
                 one = waiting.pop()
-                running[_start(simulate, one)] = one
+                running[_start(one)] = one
             done, _ = ray.wait(list(running), timeout=_TICK)
             for task in done:
                 one = running.pop(task)
@@ -222,17 +222,33 @@ def _run(planned: Sequence[Planned], progress: Progress | None) -> None:
     finally:
         for task in running:
             ray.cancel(task, force=True)
+    return failed
+
+
+@contextmanager
+def _ray() -> Iterator[int]:
+    """Start Ray unless it runs already; yield the number of cores."""
+    import ray  # takes seconds
+
+    owned = not ray.is_initialized()
+    if owned:
+        # Clients ask for no GPU. It stays visible, as with `flwr run`, and the variable
+        # turns off Ray's hint about it.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        _check_cluster()
+        ray.init(
+            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    try:
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield int(resources.get("CPU", os.cpu_count() or 1))
+    finally:
         if owned:
             ray.shutdown()
-    if failed:
-        told = "\n".join(f"{one.partial}: {_reason(error)}" for one, error in failed)
-        raise ComparisonError(
-            f"{len(failed)} of {len(left)} runs failed (see their log.txt):\n{told}"
-        )
 
 
 def _check_cluster() -> None:
-    """Refuse an address where no Ray is: Ray itself would try for many minutes."""
+    """Refuse an address without a Ray cluster: Ray would try it for many minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.rpartition(":")
     if "/" in address or not port.isdecimal():
@@ -242,15 +258,17 @@ def _check_cluster() -> None:
     except (OSError, UnicodeError) as error:
         raise ComparisonError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; start one with "
-            "`ray start --head`, or set RAY_ADDRESS=local to run on this machine alone"
+            "`ray start --head`, or set RAY_ADDRESS=local to use only this machine"
         ) from error
 
 
-def _start(simulate: Any, run: Planned) -> Any:
-    """Submit a run, or go on with what an interruption left of it."""
+def _start(run: Planned) -> Any:
+    """Start a run, or resume an interrupted one; return its Ray task."""
+    from autoflip_flwr.compare.simulation import simulate
+
     try:
         _check_settings(run, run.partial)
-    except AutoFlipError:  # of other settings, or it had not begun
+    except AutoFlipError:  # a run of other settings, or none
         shutil.rmtree(run.partial, ignore_errors=True)
     run.partial.mkdir(parents=True, exist_ok=True)
     config = {
@@ -264,41 +282,33 @@ def _start(simulate: Any, run: Planned) -> Any:
 
 
 def _runs_at_once(run: Planned, cores: int) -> int:
-    """Return how many runs keep all cores busy.
-
-    While one's server works, another's clients train.
-    """
+    """Return how many runs keep all cores busy: clients train while servers work."""
     chosen = run.settings.strategy
     clients = max(1, round(chosen.fraction_train * chosen.min_nodes))
     return 1 + math.ceil(cores / clients)
 
 
 def _check_settings(run: Planned, folder: Path) -> None:
-    """Refuse to take a run of other settings for this one."""
-    found = presets.read(folder / "settings.yaml")
-    same = found.data.dir == run.settings.data.dir
-    if not same or found.identity() != run.settings.identity():
+    """Refuse a folder that holds a run of other settings."""
+    settings = presets.read(folder / "settings.yaml")
+    same = settings.data.dir == run.settings.data.dir
+    if not same or settings.identity() != run.settings.identity():
         raise SettingsError(
             f"{folder} holds a run of other settings; name another output, or move "
-            "that folder away"
+            "that folder"
         )
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder, so that no other comparison writes to its runs.
-
-    Raises
-    ------
-    ComparisonError
-        If another one does.
-    """
+def _locked(folder: Path) -> Iterator[None]:
+    """Create and lock a folder; refuse one that another comparison has locked."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ComparisonError(
-                f"another comparison is at work in {folder}; wait for it, or name "
+                f"another comparison is running in {folder}; wait for it, or name "
                 "another output"
             ) from error
         yield
@@ -312,14 +322,14 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """Show a progress bar on the terminal that tells what is left."""
+    """Show a progress bar on the terminal."""
     columns = (
-        TextColumn("{task.percentage:3.0f} %"),
+        "{task.percentage:3.0f} %",
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("rounds,"),
+        "rounds,",
         TimeRemainingColumn(),
-        TextColumn("left; {task.description}"),
+        "left; {task.description}",
     )
     with Bar(*columns, console=Console(stderr=True)) as shown:
         task = shown.add_task("starting", total=None)
@@ -338,14 +348,14 @@ def parse_vary(words: Iterable[str]) -> dict[str, list[str]]:
     SettingsError
         If a word has another form.
     """
-    found = {}
+    varied = {}
     for word in words:
-        key, equals, text = word.partition("=")
+        key, _, text = word.partition("=")
         values = [value for value in _split(text) if value]
-        if not (key and equals and values):
+        if not (key and values):
             raise SettingsError(f"--vary: expected key=value,value,..., got {word!r}")
-        found[key] = values
-    return found
+        varied[key] = values
+    return varied
 
 
 def _split(text: str) -> list[str]:

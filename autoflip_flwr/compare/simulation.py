@@ -1,8 +1,8 @@
-"""Runs in simulation, without a server: clients as Ray tasks, one a core.
+"""Simulated runs without a SuperLink: clients are Ray tasks, one per core.
 
-Several runs may share the cores, which may be those of many machines. Flower's own
-`run_simulation` is deprecated, starts Ray anew for each run and takes no run config;
-`flwr run` needs a SuperLink. Both give the same weights as this.
+Several runs can share the cores of one or many machines. Flower's `run_simulation` is
+deprecated, starts Ray for each run and takes no run config; `flwr run` needs a
+SuperLink. All three give the same weights.
 """
 
 import logging
@@ -28,23 +28,23 @@ from autoflip_flwr.wire.flower import (
     set_message_id,
 )
 
-#: A node id must not be 0, nor the SuperLink's, which is 1.
+#: Node ids must not be 0, or 1, which is the SuperLink's.
 _FIRST_NODE = 100
 
-#: Tasks a core: one that runs, one that is there when it ends.
+#: Tasks per core: one that runs, and the next one.
 _QUEUED = 2
 
 
 class RayGrid(Grid):
-    """A Grid whose nodes are tasks of Ray, each on a core of its own.
+    """A Grid whose nodes are Ray tasks, one per core.
 
     Parameters
     ----------
     num_nodes : int
     run_config : mapping
-        As `flwr run` would hand it to the apps.
+        The run config of both apps, as with `flwr run`.
     client_app : callable
-        Makes the app of every node.
+        Returns the app of a node.
     """
 
     def __init__(
@@ -57,17 +57,12 @@ class RayGrid(Grid):
         self._client_app = client_app
         self._run = empty_run()
         self._waiting: deque[Message] = deque()
-        self._running: dict[Any, Message] = {}  # task -> what it answers
-        self._contexts = {
-            _FIRST_NODE + index: Context(
-                run_id=1,
-                node_id=_FIRST_NODE + index,
-                node_config={"partition-id": index, "num-partitions": num_nodes},
-                state=RecordDict(),
-                run_config=dict(run_config),
-            )
-            for index in range(num_nodes)
-        }
+        self._running: dict[Any, Message] = {}  # task -> the message it answers
+        self._contexts: dict[int, Context] = {}
+        for index in range(num_nodes):
+            node_id = _FIRST_NODE + index
+            config = {"partition-id": index, "num-partitions": num_nodes}
+            self._contexts[node_id] = _context(node_id, config, run_config)
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes."""
@@ -76,14 +71,14 @@ class RayGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Let nodes answer; those that take longer than `timeout` seconds are left."""
+        """Return the replies that arrive within `timeout` seconds."""
         return list(stream(self, messages, timeout=timeout))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand messages to their nodes; return their ids.
+        """Send messages to their nodes; return the ids.
 
-        What nodes are still busy with is given up: nobody waits for it any more, and
-        it would keep the cores from those who are asked now.
+        Earlier messages are given up: nobody waits for their replies any more, and
+        their tasks would take the cores from the new ones.
         """
         batch = list(messages)
         self.give_up()
@@ -94,14 +89,14 @@ class RayGrid(Grid):
         return [message.metadata.message_id for message in batch]
 
     def give_up(self) -> None:
-        """End what nodes are still busy with."""
+        """Cancel all tasks."""
         self._waiting.clear()
         for task in self._running:
             ray.cancel(task, force=True)
         self._running.clear()
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies that are there, each once."""
+        """Return the replies that have arrived, each once."""
         asked = set(message_ids)
         tasks = [t for t, m in self._running.items() if m.metadata.message_id in asked]
         replies = []
@@ -120,9 +115,10 @@ class RayGrid(Grid):
         return replies
 
     def _feed(self) -> None:
-        """Start no more tasks than keep all cores busy: Ray copies what they are given.
+        """Start only as many tasks as keep all cores busy.
 
-        A thousand explorers at once would be a thousand models in its object store.
+        Ray copies the messages of its tasks: a thousand explorers at once would put a
+        thousand models into its object store.
         """
         if not self._waiting:
             return
@@ -159,7 +155,7 @@ class RayGrid(Grid):
 def _answer(
     client_app: Callable[[], ClientAppCallable], message: Message, context: Context
 ) -> tuple[Message, Context]:
-    """Be a node; an exception becomes an error reply, as a SuperNode's does."""
+    """Act as a node: an exception becomes an error reply, as with a SuperNode."""
     become_task()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
@@ -169,16 +165,15 @@ def _answer(
 
 
 def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> Any:
-    """Start one run, its log in a file; return the Ray task that is its ServerApp.
+    """Start one run; return the Ray task of its ServerApp.
 
-    The cores of the cluster are for its clients. The ServerApp is on this machine,
-    where its files are wanted.
+    The ServerApp takes no core and runs on this machine, so its files are here.
 
     Parameters
     ----------
     num_nodes : int
     run_config : mapping
-        `preset`, `overrides` and `output-dir`.
+        With `preset`, `overrides` and `output-dir`.
     log : str
         Path of the file for Flower's log.
     """
@@ -194,19 +189,18 @@ def _serve(num_nodes: int, run_config: Mapping[str, Any], log: str) -> None:
     logger, file = logging.getLogger("flwr"), logging.FileHandler(log)
     logger.handlers = [file]
     logger.setLevel(logging.INFO)
-    context = Context(
-        run_id=1,
-        node_id=1,
-        node_config={},
-        state=RecordDict(),
-        run_config=dict(run_config),
-    )
     try:
-        serve(grid, context)
+        serve(grid, _context(1, {}, run_config))
     except Exception:
         logger.exception("the run failed")
         raise
-    finally:  # the process may be a node's next
+    finally:  # Ray may use the process for a node next
         grid.give_up()
         logger.handlers = []
         file.close()
+
+
+def _context(
+    node_id: int, node_config: dict[str, Any], run_config: Mapping[str, Any]
+) -> Context:
+    return Context(1, node_id, node_config, RecordDict(), dict(run_config))

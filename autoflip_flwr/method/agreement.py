@@ -1,32 +1,31 @@
-"""What clients agree on, mixed into the score.
+"""The agreement of clients, mixed into the score.
 
-Ours: the paper's later version names "client agreement" without a definition.
+The definition is ours: the paper's later version names "client agreement" without one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoflip_flwr.method import mask as masking
-from autoflip_flwr.types import Guidance, Masks, Mode, Scores
+from autoflip_flwr.types import Float32, Guidance, Masks, Mode, Scores
 
-#: How much of the earlier evidence a round leaves.
+#: Weight of the earlier rounds in the exponential average.
 MEMORY = 0.8
 
-_Arrays = dict[str, NDArray[np.float32]]
+_Arrays: TypeAlias = dict[str, Float32]
 
 
 class Votes:
-    """The share of explorers whose own guidance alone would keep a parameter."""
+    """The share of explorers whose guidance alone would keep a parameter."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
         self.forget()
 
     def forget(self) -> None:
-        """Begin without a vote: somebody has changed theirs, or all have."""
+        """Drop all votes, because a node's guidance has changed."""
         self._sums = {n: np.zeros(s, np.float32) for n, s in self._shapes.items()}
         self._voted: set[int] = set()
 
@@ -38,15 +37,9 @@ class Votes:
         threshold: float,
         mode: Mode,
     ) -> _Arrays:
-        """Return the shares, in [0, 1]; who has not voted yet does so now.
+        """Add the votes of new explorers and return the shares, in [0, 1].
 
-        Parameters
-        ----------
-        explorers : iterable of int
-        guidance : callable
-            Returns an explorer's dense guidance, which may be written over.
-        threshold, mode
-            See `mask.from_scores`.
+        `guidance` returns the dense guidance of an explorer, which is overwritten.
         """
         for node_id in explorers:
             if node_id in self._voted:
@@ -62,10 +55,10 @@ class Votes:
 
 
 class Signs:
-    """How far the updates of the rounds so far had one direction.
+    """How much the clients' updates agree in sign.
 
     ``|sum_k w_k sign(update_k)|`` of a round, as an exponential average over the rounds
-    that kept the entry. Where no round has, the mean of all others: no opinion.
+    that kept the entry. An entry that no round has kept gets the mean of all others.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -73,15 +66,15 @@ class Signs:
         self._seen = {n: np.zeros(s, np.bool_) for n, s in shapes.items()}
 
     def state(self) -> dict[str, Any]:
-        """Return the averages, and where they are of anything."""
+        """Return the averages, and where there is one."""
         return {"average": self._average, "seen": self._seen}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue from a `state`."""
         self._average, self._seen = state["average"], state["seen"]
 
-    def learn(self, agreement: NDArray[np.float32], masks: Masks) -> None:
-        """Take a round's, flat, of the kept entries in the mask's order."""
+    def learn(self, agreement: Float32, masks: Masks) -> None:
+        """Add a round: the kept entries, flat, in the mask's order."""
         start = 0
         for name, keep in masks.items():
             stop = start + int(np.count_nonzero(keep))
@@ -106,12 +99,12 @@ class Signs:
 
 
 def mixed(
-    scores: Scores, agreement: Mapping[str, NDArray[np.float32]], *, weight: float
+    scores: Scores, agreement: Mapping[str, Float32], *, weight: float
 ) -> _Arrays:
     """Mix scores with an agreement in [0, 1].
 
-    ``(1 - weight) * s / (s + m) + weight * agreement`` with the scores' mean `m`: the
-    first part, too, is in [0, 1) then, whatever the scale and tail of the scores.
+    ``(1 - weight) * s / (s + m) + weight * agreement`` with the scores' mean `m`. The
+    first term maps scores of any scale to [0, 1).
     """
     size = sum(score.size for score in scores.values())
     total = sum(float(score.sum(dtype=np.float64)) for score in scores.values())

@@ -6,21 +6,22 @@ As in Federated Dynamic Sparse Training (Bibikar et al., arXiv:2112.09824).
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-#: Rounds from one exchange to the next where nobody says.
+from autoflip_flwr.types import Float32, Mask
+
+#: Default number of rounds from one exchange to the next.
 EVERY = 10
 
 
 def due(server_round: int, every: int) -> bool:
-    """Tell whether weights are exchanged before this round."""
+    """Tell whether this round is the first of another `every` rounds."""
     return server_round > 1 and (server_round - 1) % every == 0
 
 
 def cosine_share(first: float, server_round: int, *, until: int | None) -> float:
-    """Return the share to exchange: from `first` in round 1 as a cosine to 0.
+    """Return the share to exchange: a cosine from `first` in round 1 to 0.
 
-    None: always `first`. After round `until` it is 0.
+    After round `until` it is 0. Without `until` it is always `first`.
     """
     if until is None:
         return first
@@ -31,15 +32,15 @@ def cosine_share(first: float, server_round: int, *, until: int | None) -> float
 
 
 def adjusted(
-    keep: NDArray[np.bool_],
-    size: NDArray[np.float32],
-    gradient: NDArray[np.float32],
+    keep: Mask,
+    size: Float32,
+    gradient: Float32,
     share: float,
     *,
-    free: NDArray[np.bool_] | None = None,
+    free: Mask | None = None,
     back: bool = False,
-) -> NDArray[np.bool_]:
-    """Drop the smallest kept weights of a tensor, grow as many others.
+) -> Mask:
+    """Drop the smallest kept weights of a tensor and grow as many others.
 
     Parameters
     ----------
@@ -48,11 +49,11 @@ def adjusted(
     size, gradient : float32 array
         Magnitudes of weights and gradients, of the same shape.
     share : float
-        Of the kept weights, in [0, 1].
+        Share of the kept weights to drop, in [0, 1].
     free : bool array, optional
-        What may grow; all by default.
+        True = may grow; all by default.
     back : bool
-        What is dropped may grow at once, too.
+        Whether dropped weights may grow again at once.
     """
     closed = keep if free is None else keep | ~free
     kept = int(np.count_nonzero(keep))
@@ -68,8 +69,8 @@ def adjusted(
     return stay | grown
 
 
-def top(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """Keep the `count` largest entries; of equal ones the first."""
+def top(scores: Float32, count: int) -> Mask:
+    """Keep the `count` largest entries; among equal entries the first win."""
     keep = np.zeros(scores.size, np.bool_)
     order = np.argsort(-scores.reshape(-1), kind="stable")
     keep[order[:count]] = True

@@ -8,22 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import GuidanceError, SettingsError
-from autoflip_flwr.types import Combination, Guidance, Normalization, Params
+from autoflip_flwr.types import Combination, Float32, Guidance, Normalization, Params
 
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
-#: A mean or spread this small counts as zero: its inverse would not be a float32.
+#: A mean or range below this counts as zero: its inverse would overflow float32.
 _LEAST = 1e-30
 
-#: Entries that are summed at a time: in the cache, and long enough for threads.
+#: Entries per block of a sum: they fit the cache, and threads stay busy.
 _BLOCK = 1 << 17
 
-#: (entries, buffer of their number) -> the buffer, filled with their scaled values.
+#: (entries, buffer of the same length) -> the buffer, with their scaled values.
 Values: TypeAlias = Callable[[slice, NDArray[Any]], NDArray[Any]]
 
 
-def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.float32]]:
-    """Local guidance of one explorer (Eq. 2): ``G_i,m = (W0_m - W_i,m)^2``.
+def squared_deviation(initial: Params, final: Params) -> dict[str, Float32]:
+    """Compute one explorer's local guidance (Eq. 2): ``G_i,m = (W0_m - W_i,m)^2``.
 
     Parameters
     ----------
@@ -40,25 +40,19 @@ def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.fl
     GuidanceError
         If names or shapes differ, or a deviation is not finite in float32.
     """
-    if set(initial) != set(final):
-        raise GuidanceError(
-            f"expected the parameters {sorted(initial)}, got {sorted(final)}"
-        )
-    guidance: dict[str, NDArray[np.float32]] = {}
+    _check_names(initial, final)
+    guidance: dict[str, Float32] = {}
     for name, start in initial.items():
         end = np.asarray(final[name])
-        if np.shape(start) != end.shape:
-            raise GuidanceError(
-                f"{name}: expected shape {np.shape(start)}, got {end.shape}"
-            )
+        _check_shape(name, np.shape(start), end.shape)
         with np.errstate(over="ignore", invalid="ignore"):
             moved = np.asarray(np.subtract(start, end, dtype=np.float32))
             np.square(moved, out=moved)
         if not np.isfinite(moved).all():
             raise GuidanceError(
                 f"{name}: expected finite weights after exploration, got NaN, Inf or a "
-                "deviation whose square overflows float32; the exploration has "
-                "diverged (lower the learning rate)"
+                "square that overflows float32; the exploration has diverged (lower "
+                "the learning rate)"
             )
         guidance[name] = moved
     return guidance
@@ -66,23 +60,15 @@ def squared_deviation(initial: Params, final: Params) -> dict[str, NDArray[np.fl
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What normalization needs to know of one explorer's matrix.
+    """Mean and extremes of one explorer's matrix, for normalization."""
 
-    Attributes
-    ----------
-    mean : float
-        Mean over all parameters.
-    low, high : mapping of name -> float
-        Least and largest value of each tensor.
-    """
-
-    mean: float
-    low: dict[str, float]
-    high: dict[str, float]
+    mean: float  # over all parameters
+    low: dict[str, float]  # least value of each tensor
+    high: dict[str, float]  # largest value of each tensor
 
 
 def statistics(matrix: Guidance) -> Statistics:
-    """Return mean and extremes of one local matrix."""
+    """Compute mean and extremes of one local matrix."""
     count = sum(values.size for values in matrix.values())
     if count == 0:
         raise GuidanceError("expected guidance for at least one parameter, got none")
@@ -96,7 +82,7 @@ def statistics(matrix: Guidance) -> Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Rescaling:
-    """Normalization as one affine map: ``sum_k scale_k * G_k + offset``."""
+    """An affine map, ``sum_k scale_k * G_k + offset``, that normalizes and averages."""
 
     scales: Sequence[float]
     offset: float
@@ -105,19 +91,16 @@ class Rescaling:
 def rescaling(
     explorers: Sequence[Statistics], name: str, *, normalization: Normalization
 ) -> Rescaling:
-    """How the tensor `name` of the explorers' matrices is normalized and averaged.
+    """Return the map that normalizes and averages one tensor of the explorers.
 
-    All three normalizations are affine in the matrices, so a round's guidance is
-    one weighted sum per tensor and never holds more than one dense matrix.
+    All three normalizations are affine in the matrices. So a round's guidance is one
+    weighted sum per tensor and needs memory for one dense matrix only.
 
-    A matrix (client), a tensor (layer) or all matrices (global) without any
-    spread state no preference: they map to ones, not to 0/0.
+    Where all values are equal, in a tensor (layer) or in all matrices (global), and
+    where a matrix is all zeros (client), the result is one, not 0/0.
     """
     count = len(explorers)
-    if count == 0:
-        raise GuidanceError(
-            "expected local guidance of at least one explorer, got none"
-        )
+    _check_count(count)
     if normalization == "client":
         means = [explorer.mean for explorer in explorers]
         silent = sum(mean <= _LEAST for mean in means)
@@ -141,20 +124,20 @@ def rescaling(
 
 
 class LocalMatrix(Protocol):
-    """One explorer's local guidance, dense or in one byte per parameter."""
+    """One explorer's local guidance, dense or with one byte per parameter."""
 
     def scaled(self, name: str, factor: float) -> Values:
-        """Return a reader of one tensor's flat values, times `factor`."""
+        """Return a reader of one tensor's flat values times `factor`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Local guidance as arrays."""
+    """Local guidance as arrays, a `LocalMatrix`."""
 
     arrays: Guidance
 
     def scaled(self, name: str, factor: float) -> Values:
-        """Return a reader of one tensor's flat values, times `factor`."""
+        """See `LocalMatrix`."""
         flat = np.asarray(self.arrays[name]).reshape(-1)
         return lambda part, out: np.multiply(flat[part], factor, out=out)
 
@@ -167,17 +150,14 @@ def add_normalized(
     *,
     weight: float = 1.0,
 ) -> None:
-    """Add ``weight * (sum_k scale_k * G_k + offset)``, the sum of Eq. 3, in place.
+    """Add ``weight * (sum_k scale_k * G_k + offset)``, the sum of Eq. 3, to `total`.
 
     Parameters
     ----------
     total : floating array of shape (size,)
-        Of the tensor `name`; its type is that of the sum.
-    name : str
+        Flat values of the tensor `name`; the sum has its dtype.
     matrices : sequence of LocalMatrix
         One per scale of `rescale`.
-    rescale : Rescaling
-    weight : float
     """
     readers = [
         matrix.scaled(name, scale * weight)
@@ -191,10 +171,8 @@ def add_normalized(
             block += values(slice(start, start + block.size), buffer[: block.size])
 
 
-def middle(
-    stack: NDArray[np.float32], *, combination: Combination, trim: float = 0.2
-) -> NDArray[np.float32]:
-    """Combine explorers' values entry by entry so that few of them cannot move it far.
+def middle(stack: Float32, *, combination: Combination, trim: float = 0.2) -> Float32:
+    """Combine explorers' values per entry so that a few explorers have little effect.
 
     Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
     (arXiv:1803.01498, Definitions 1 and 2).
@@ -205,7 +183,7 @@ def middle(
         One row per explorer, normalized.
     combination : {"mean", "median", "trimmed-mean"}
     trim : float
-        In [0, 0.5): share of the rows that is left out at either end.
+        Share of the rows to leave out at each end, in [0, 0.5).
     """
     if combination == "median":
         return np.asarray(np.median(stack, axis=0), np.float32)
@@ -222,8 +200,8 @@ def combine(
     normalization: Normalization = "client",
     combination: Combination = "mean",
     trim: float = 0.2,
-) -> dict[str, NDArray[np.float32]]:
-    """Guidance of a round (Eq. 3): the mean of the normalized local matrices.
+) -> dict[str, Float32]:
+    """Compute the guidance of a round (Eq. 3): the mean of normalized local matrices.
 
     Parameters
     ----------
@@ -232,10 +210,10 @@ def combine(
     normalization : {"client", "global", "layer"}
         ``global`` is Eq. 3 as written: ``mean_k (G_k - min) / (max - min)`` with min
         and max over all matrices and all parameters. ``layer`` takes them per
-        tensor. ``client`` divides each matrix by its own mean, so that no client
-        outweighs another.
+        tensor. ``client`` divides each matrix by its own mean, so that all clients
+        have the same weight.
     combination : {"mean", "median", "trimmed-mean"}
-        The paper's is the mean. The others, see `middle`, need ``client``.
+        The paper uses the mean. The others (see `middle`) need ``client``.
     trim : float
         In [0, 0.5), for ``trimmed-mean``.
 
@@ -247,27 +225,18 @@ def combine(
     if combination != "mean" and normalization != "client":
         raise SettingsError(
             f"{combination} needs the normalization client: with {normalization} one "
-            "explorer sets the scale of all"
+            "explorer can set the scale of all"
         )
     explorers = list(matrices)
-    if not explorers:
-        raise GuidanceError(
-            "expected local guidance of at least one explorer, got none"
-        )
+    _check_count(len(explorers))
     first = explorers[0]
     for matrix in explorers[1:]:
-        if set(matrix) != set(first):
-            raise GuidanceError(
-                f"expected the parameters {sorted(first)}, got {sorted(matrix)}"
-            )
+        _check_names(first, matrix)
         for name, values in first.items():
-            if matrix[name].shape != values.shape:
-                raise GuidanceError(
-                    f"{name}: expected shape {values.shape}, got {matrix[name].shape}"
-                )
+            _check_shape(name, values.shape, matrix[name].shape)
     every = [statistics(matrix) for matrix in explorers]
     dense = [Dense(matrix) for matrix in explorers]
-    combined: dict[str, NDArray[np.float32]] = {}
+    combined: dict[str, Float32] = {}
     for name, values in first.items():
         if combination == "mean":
             total: NDArray[Any] = np.zeros(values.size, np.float64)
@@ -279,6 +248,25 @@ def combine(
                 alone = rescaling([one], name, normalization="client")
                 add_normalized(row, name, [local], alone)
             total = middle(rows, combination=combination, trim=trim)
-        # Rounding may leave a least value a hair below zero.
+        # Rounding can make the least value slightly negative.
         combined[name] = np.maximum(total, 0).astype(np.float32).reshape(values.shape)
     return combined
+
+
+def _check_count(explorers: int) -> None:
+    if explorers == 0:
+        raise GuidanceError(
+            "expected local guidance of at least one explorer, got none"
+        )
+
+
+def _check_names(expected: Params, got: Params) -> None:
+    if set(got) != set(expected):
+        raise GuidanceError(
+            f"expected the parameters {sorted(expected)}, got {sorted(got)}"
+        )
+
+
+def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if got != expected:
+        raise GuidanceError(f"{name}: expected shape {expected}, got {got}")

@@ -1,4 +1,4 @@
-"""From scores to a mask (Eq. 4 of AutoFLIP, arXiv:2405.10271), and what it does.
+"""Masks from scores (Eq. 4 of AutoFLIP, arXiv:2405.10271), and their use.
 
 A mask is bool, True = keep.
 """
@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.method.parallel import parallel_map
-from autoflip_flwr.types import Array, Masks, Mode, Params, Scores
+from autoflip_flwr.types import Array, Float32, Mask, Masks, Mode, Params, Scores
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-_SAMPLE = 1 << 16  # entries that bracket the cut
+_SAMPLE = 1 << 16  # entries in the sample that brackets the cut
 
 
 def from_scores(
@@ -27,13 +26,13 @@ def from_scores(
     floor: float = 0.0,
     units: Masks | None = None,
     overwrite: bool = False,
-) -> dict[str, NDArray[np.bool_]]:
+) -> dict[str, Mask]:
     """Keep the parameters with the largest scores (Eq. 4).
 
     Parameters
     ----------
     scores : mapping of name -> array
-        No NaN. Compared as float32 across all tensors (``value``: as they are).
+        No NaN. Compared as float32 across all tensors (``value``: in their own dtype).
     threshold : float
         ``quantile``: the share to prune, in [0, 1]; exactly ``round(threshold * n)``
         of the `n` entries are pruned. ``value``: keep where ``score >= threshold``
@@ -41,15 +40,15 @@ def from_scores(
         ``round(n / threshold)`` entries are kept.
     mode : {"quantile", "value", "compression"}
     floor : float
-        In [0, 1]. Of every tensor at least ``ceil(floor * size)`` entries are kept,
-        its best ones; where the number of pruned entries is fixed, the other
-        tensors give up as many.
+        In [0, 1]. Each tensor keeps at least its best ``ceil(floor * size)`` entries.
+        Except for ``value`` the other tensors keep fewer in return.
     units : mapping of name -> bool array, optional
-        A mask that prunes whole units (`groups.Units`): what it prunes goes first,
-        then single weights until as many are pruned as without it. Of a tensor that
-        it leaves less than the floor of, that is kept.
+        A mask of whole units (`structured.Units`). Its entries are pruned first, then
+        single weights, up to the same number as without it. The floor of a tensor is
+        at most what `units` keeps of it.
     overwrite : bool
-        The scores of what `units` prunes may be lost: saves a copy of all scores.
+        Whether the scores of entries that `units` prunes may be overwritten. This
+        saves a copy of all scores.
 
     Returns
     -------
@@ -59,16 +58,16 @@ def from_scores(
     Raises
     ------
     SettingsError
-        If mode, threshold or floor is impossible.
+        If mode, threshold or floor is invalid.
     MaskError
-        If a score is NaN, the floor does not leave enough to prune, or ``value``
+        If a score is NaN, the floor leaves too few entries to prune, or ``value``
         empties a tensor.
 
     Notes
     -----
-    Ties at the cut are broken by position: of `t` equal entries in a row (tensors in
-    order, C order within) of which `p` are pruned, the `p` go at even distances, so
-    that no tensor pays for its place in the model.
+    Ties at the cut are broken by position. If `p` of `t` equal entries must be pruned,
+    the `p` are spread evenly over the `t` (tensors in order, C order within each), so
+    that the position of a tensor in the model does not matter.
     """
     _check(threshold, mode, floor)
     if not scores:
@@ -104,7 +103,7 @@ def from_scores(
 
 
 def pruned_count(scores: Scores, *, threshold: float, mode: Mode) -> int:
-    """Count the entries that a threshold prunes, before any floor."""
+    """Count the entries that a threshold prunes, without a floor."""
     if mode == "value":
         return sum(int((np.asarray(s) < threshold).sum()) for s in scores.values())
     total = sum(np.size(score) for score in scores.values())
@@ -112,7 +111,7 @@ def pruned_count(scores: Scores, *, threshold: float, mode: Mode) -> int:
 
 
 def apply(params: Params, masks: Masks) -> dict[str, Array]:
-    """Return new arrays with pruned entries zero; names without a mask are copied."""
+    """Return copies of the arrays in which pruned entries are zero."""
     unknown = sorted(set(masks) - set(params))
     if unknown:
         raise MaskError(f"the mask names unknown parameters {unknown}")
@@ -130,7 +129,7 @@ def apply(params: Params, masks: Masks) -> dict[str, Array]:
 
 
 def density(masks: Masks) -> float:
-    """Share of kept entries, in [0, 1]; 1.0 for an empty mask."""
+    """Return the share of kept entries, in [0, 1]; 1.0 for an empty mask."""
     total = sum(keep.size for keep in masks.values())
     if total == 0:
         return 1.0
@@ -138,7 +137,7 @@ def density(masks: Masks) -> float:
 
 
 def change(before: Masks, after: Masks) -> float:
-    """Share of entries that differ between two masks of one model, in [0, 1]."""
+    """Return the share of entries in which two masks differ, in [0, 1]."""
     total = sum(keep.size for keep in after.values())
     if total == 0:
         return 0.0
@@ -149,14 +148,9 @@ def change(before: Masks, after: Masks) -> float:
 
 
 def check_layers(masks: Masks) -> None:
-    """Refuse a mask that cuts a layer off, whatever made it.
+    """Raise a MaskError if a mask cuts a layer off.
 
     A layer is a tensor of two or more dimensions; a bias may lose all its entries.
-
-    Raises
-    ------
-    MaskError
-        Names the layer, its share and the remedy.
     """
     for name, keep in masks.items():
         if keep.ndim >= 2 and keep.size and not keep.any():
@@ -171,17 +165,9 @@ def check_layers(masks: Masks) -> None:
 def check_floor(
     sizes: Sequence[int], *, threshold: float, mode: Mode, floor: float
 ) -> None:
-    """Refuse a floor that leaves too little to prune, before there are scores.
+    """Raise a MaskError if the floor leaves too few entries to prune.
 
-    Parameters
-    ----------
-    sizes : sequence of int
-        Number of entries of each tensor; the rest as in `from_scores`.
-
-    Raises
-    ------
-    MaskError
-        With the arithmetic.
+    `sizes` are the numbers of entries of the tensors; the rest as in `from_scores`.
     """
     if mode == "value":
         return
@@ -219,10 +205,7 @@ def _check(threshold: float, mode: str, floor: float) -> None:
 
 
 def _raise_if_emptied(
-    names: Sequence[str],
-    keeps: Sequence[NDArray[np.bool_]],
-    threshold: float,
-    least: Sequence[int],
+    names: Sequence[str], keeps: Sequence[Mask], threshold: float, least: Sequence[int]
 ) -> None:
     pruned = sum(int(keep.size - np.count_nonzero(keep)) for keep in keeps)
     total = sum(keep.size for keep in keeps)
@@ -238,13 +221,13 @@ def _raise_if_emptied(
 
 def _keep_highest(
     flats: Sequence[Array], kept: int, least: Sequence[int]
-) -> list[NDArray[np.bool_]]:
-    """Keep exactly `kept` entries, and of each tensor at least its share of `least`.
+) -> list[Mask]:
+    """Keep exactly `kept` entries, and at least ``least[i]`` of tensor `i`.
 
-    A tensor that a common cut would leave below its minimum keeps its own best
-    instead and leaves the contest; the others compete for what remains.
+    A tensor that falls below its minimum at the common cut keeps its own best entries.
+    The other tensors share the rest by a new common cut.
     """
-    keeps: dict[int, NDArray[np.bool_]] = {}
+    keeps: dict[int, Mask] = {}
     contest = list(range(len(flats)))
     while True:
         remaining = kept - sum(least[index] for index in keeps)
@@ -266,8 +249,8 @@ def _keep_highest(
             contest.remove(index)
 
 
-def _lowest(flats: Sequence[Array], count: int) -> list[NDArray[np.bool_]]:
-    """Mark exactly `count` lowest entries of all arrays together."""
+def _lowest(flats: Sequence[Array], count: int) -> list[Mask]:
+    """Mark the `count` lowest entries of all arrays together."""
     if count <= 0:
         return [np.zeros(flat.size, np.bool_) for flat in flats]
     values = [flat.astype(np.float32, copy=False) for flat in flats]
@@ -284,10 +267,10 @@ def _lowest(flats: Sequence[Array], count: int) -> list[NDArray[np.bool_]]:
     return marks
 
 
-def _smallest(values: Sequence[NDArray[np.float32]], rank: int) -> np.float32:
-    """Return the `rank`-th smallest entry (from 1), as a rule without copying all.
+def _smallest(values: Sequence[Float32], rank: int) -> np.float32:
+    """Return the `rank`-th smallest entry (from 1), usually without a copy of all.
 
-    An even sample brackets the entry; only what lies in the bracket is sorted out.
+    An even sample brackets the entry; only the entries in the bracket are partitioned.
     """
     total = sum(flat.size for flat in values)
     stride = max(1, total // _SAMPLE)
@@ -306,6 +289,6 @@ def _smallest(values: Sequence[NDArray[np.float32]], rank: int) -> np.float32:
     return _partitioned(np.concatenate(values), rank)
 
 
-def _partitioned(values: NDArray[np.float32], rank: int) -> np.float32:
+def _partitioned(values: Float32, rank: int) -> np.float32:
     values.partition(rank - 1)
     return np.float32(values[rank - 1])

@@ -1,4 +1,4 @@
-"""Which of several clients is far from the others, and by what."""
+"""Find clients that are far from the others."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ import numpy as np
 
 from autoflip_flwr.types import Params
 
-#: Fewer values have no middle to be far from.
+#: With fewer values the median is not used.
 FEW = 3
 
 
@@ -19,17 +19,17 @@ def far_off(
     limit: float | None,
     others: Sequence[float] = (),
 ) -> dict[int, str]:
-    """Return the reasons against sizes that are far above the median.
+    """Return an error text for each size that is far above the median.
 
     Parameters
     ----------
     what : str
-        What a size says of a client: ``moved``.
+        The verb for a size in the text: ``moved``.
     sizes : mapping of key -> float
     limit : float or None
-        Times the median that is still usual, >= 1; None: all is.
+        Largest accepted multiple of the median, >= 1; None: accept all.
     others : sequence of float
-        Earlier sizes that count in the median.
+        Earlier sizes, which count in the median.
     """
     every = [*sizes.values(), *others]
     if limit is None or len(every) < FEW:
@@ -46,20 +46,13 @@ def far_off(
 def update_sizes(
     arrays: Params, before: Params, group_of: Callable[[str], str], names: Iterable[str]
 ) -> dict[str, float]:
-    """Return the L2 norms of a client's update, by group of arrays.
+    """Return the L2 norm of a client's update for each group of the arrays `names`.
 
-    Parameters
-    ----------
-    arrays, before : mapping of name -> floating array
-        What came back, and what it began with.
-    group_of : callable
-        Name -> group.
-    names : iterable of str
-        The arrays that count.
+    `arrays` and `before` are floating, from after and before training.
     """
     squares: dict[str, float] = {}
     for name in names:
-        with np.errstate(over="ignore"):  # infinitely far is far
+        with np.errstate(over="ignore"):  # an infinite norm is far off
             update = np.subtract(
                 arrays[name], before[name], dtype=np.float32, casting="same_kind"
             ).reshape(-1)

@@ -1,7 +1,7 @@
 """One small thread pool for loops over tensors.
 
-NumPy lets go of the interpreter's lock inside its own loops, so a model's
-tensors can be packed, unpacked and scored on all cores of the machine.
+NumPy releases the interpreter's lock in its loops, so threads can pack, unpack and
+score a model's tensors on all cores.
 """
 
 import os

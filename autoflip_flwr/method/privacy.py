@@ -1,30 +1,24 @@
-"""Differential privacy for local guidance: clip it, add noise, before it leaves."""
+"""Differential privacy for local guidance: clip it and add noise on the client."""
 
 import math
 import secrets
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoflip_flwr.errors import SettingsError
-from autoflip_flwr.types import Guidance
+from autoflip_flwr.types import Float32, Guidance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidancePrivacy:
-    """The Gaussian mechanism, on the client: the server sees noised guidance alone.
+    """The Gaussian mechanism on the client: the server sees only noisy guidance.
 
-    Parameters
-    ----------
-    clip : float
-        > 0: a client's whole guidance is scaled down to this L2 norm at most.
-    noise : float
-        > 0: standard deviation of the noise on each entry, as a multiple of `clip`.
+    A client's whole guidance is scaled down to the L2 norm `clip` at most.
     """
 
-    clip: float
-    noise: float
+    clip: float  # > 0
+    noise: float  # standard deviation per entry, as a multiple of `clip`, > 0
 
     def __post_init__(self) -> None:
         for name in ("clip", "noise"):
@@ -34,7 +28,7 @@ class GuidancePrivacy:
 
     def protect(
         self, guidance: Guidance, rng: np.random.Generator | None = None
-    ) -> dict[str, NDArray[np.float32]]:
+    ) -> dict[str, Float32]:
         """Return guidance that may leave the client.
 
         Parameters
@@ -42,13 +36,13 @@ class GuidancePrivacy:
         guidance : mapping of name -> float array
             >= 0.
         rng : Generator, optional
-            For tests. By default one that nobody can foresee: a seed that the server
-            knows would let it take the noise off again.
+            For tests. By default the seed is secret: a server that knows the seed can
+            subtract the noise.
 
         Returns
         -------
         dict of name -> float32 array
-            >= 0: entries that the noise made negative are set to zero.
+            >= 0: negative entries are set to zero.
         """
         rng = rng or np.random.default_rng(secrets.randbits(128))
         squares = sum(
@@ -67,7 +61,7 @@ class GuidancePrivacy:
     def epsilon(
         self, delta: float, *, releases: int = 1, replace: bool = True
     ) -> float:
-        """Return the epsilon that clipping and noise buy, at a `delta` in (0, 1).
+        """Return the epsilon of the mechanism for a `delta` in (0, 1).
 
         Exact for the Gaussian mechanism: Balle and Wang, Improving the Gaussian
         Mechanism for Differential Privacy (arXiv:1805.06530, Theorem 8).
@@ -76,11 +70,11 @@ class GuidancePrivacy:
         ----------
         delta : float
         releases : int
-            How often the client explores.
+            Number of explorations of the client.
         replace : bool
-            Whether any other data of the client must look much the same (its guidance
-            moves by sqrt(2) times `clip` at most, since it is not negative); else
-            whether it took part at all (`clip`).
+            Whether a neighbouring data set replaces the client's data. The guidance is
+            not negative, so it changes by at most sqrt(2) times `clip`. Otherwise the
+            neighbour leaves the client out, a change of at most `clip`.
         """
         if not 0 < delta < 1:
             raise SettingsError(f"privacy: expected delta in (0, 1), got {delta}")

@@ -7,7 +7,8 @@ form a group. NumPy alone; `autoflip_flwr.units` finds the units of a PyTorch mo
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -23,6 +24,12 @@ Owners: TypeAlias = Mapping[str, Mapping[int, NDArray[np.int64]]]
 
 #: One bool per unit; True = keep.
 Keep: TypeAlias = NDArray[np.bool_]
+
+#: Units by number.
+Numbers: TypeAlias = NDArray[np.int64]
+
+#: Kept indices along each dimension; None: all of them.
+Indices: TypeAlias = tuple[NDArray[np.int64] | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,15 @@ class Group:
     def units(self) -> slice:
         """The group's units among all."""
         return slice(self.start, self.stop)
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of its units."""
+        return range(self.start, self.stop)
+
+
+#: Groups that lose units together, and the rows of units that lose equally many.
+Cluster: TypeAlias = tuple[list[Group], list[Numbers]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +83,8 @@ class Units:
     Attributes
     ----------
     groups : tuple of Group
-        Units are numbered through all groups in their order.
+        Groups that may lose units. Units are numbered through all groups in their
+        order; groups that are left whole keep their numbers.
     parameters : Owners
         Which unit an index along a parameter's dimension belongs to. An entry of a
         weight belongs to at most two units: its row's and its column's.
@@ -79,7 +96,7 @@ class Units:
         How often a weight is used for the example inputs: the pixels a convolution
         makes, the steps of a recurrent layer.
     level : tuple of tuples of int arrays
-        Sets of rows of units that must stay equally many: the layers of one
+        Sets of rows of units that must stay equally long: the layers of one
         `nn.LSTM` share one hidden size.
     whole : mapping of module name -> reason
         What is left whole.
@@ -93,73 +110,61 @@ class Units:
     buffers: Owners
     shapes: Mapping[str, tuple[int, ...]]
     uses: Mapping[str, int] = field(default_factory=dict)
-    level: tuple[tuple[NDArray[np.int64], ...], ...] = ()
+    level: tuple[tuple[Numbers, ...], ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     columns: frozenset[str] = frozenset()
 
     @property
     def count(self) -> int:
-        """How many units there are."""
-        return sum(group.size for group in self.groups)
+        """How many units are numbered, those that are left whole among them."""
+        owners = [o for owners in self.parameters.values() for o in owners.values()]
+        return 1 + max((int(owner.max(initial=-1)) for owner in owners), default=-1)
 
     def only(self, prunable: Iterable[str]) -> "Units":
         """Leave out the groups that a parameter outside `prunable` belongs to."""
         names = set(prunable)
-        fixed = {
-            unit
-            for name, dimensions in self.parameters.items()
-            if name not in names
-            for owner in dimensions.values()
-            for unit in np.unique(owner[owner >= 0]).tolist()
-        }
-        if not fixed:
-            return self
-        left = [g for g in self.groups if fixed.isdisjoint(range(g.start, g.stop))]
-        return self._with(left)
+        free = np.ones(self.count + 1, np.bool_)  # the last one stands for -1
+        for name, dimensions in self.parameters.items():
+            for owner in dimensions.values() if name not in names else ():
+                free[owner] = False
+        left = tuple(group for group in self.groups if free[group.units].all())
+        return replace(self, groups=left)
 
     def without(self, reasons: Mapping[str, str]) -> "Units":
         """Leave the named groups whole, and note why."""
-        left = [group for group in self.groups if group.name not in reasons]
-        return replace(self._with(left), whole={**self.whole, **reasons})
+        left = tuple(group for group in self.groups if group.name not in reasons)
+        return replace(self, groups=left, whole={**self.whole, **reasons})
 
-    def clusters(self) -> list[list[Group]]:
-        """Return the groups, together those that share rows of equal length."""
-        unit_of = {u: g for g in self.groups for u in range(g.start, g.stop)}
-        together: list[set[Group]] = []
-        for rows in self.level:
-            found = {unit_of[u] for row in rows for u in row.tolist() if u >= 0}
-            for other in [each for each in together if each & found]:
-                together.remove(other)
-                found |= other
-            together.append(found)
-        alone = set(self.groups).difference(*together)
-        return [
-            *([group] for group in self.groups if group in alone),
-            *([g for g in self.groups if g in found] for found in together if found),
+    def clusters(self) -> list[Cluster]:
+        """Return the groups, together those whose rows must stay equally long.
+
+        Most groups are alone, with one row. A cluster has no rows where one of them
+        has a unit that is left whole, or two overlap: then none of its units may go.
+        """
+        joined: list[tuple[set[Group], set[tuple[int, ...]]]] = []
+        for level in self.level:
+            rows = {tuple(row.tolist()) for row in level}
+            units = {unit for row in rows for unit in row}
+            groups = {g for g in self.groups if not units.isdisjoint(g.numbers)}
+            for other in [each for each in joined if each[0] & groups]:
+                joined.remove(other)
+                groups |= other[0]
+                rows |= other[1]
+            if groups:
+                joined.append((groups, rows))
+        together = set().union(*(groups for groups, _ in joined))
+        clusters = [
+            ([group], [np.array(group.numbers)])
+            for group in self.groups
+            if group not in together
         ]
-
-    def _with(self, groups: Sequence[Group]) -> "Units":
-        """Return the units of some groups, numbered anew."""
-        number = np.full(self.count + 1, -1, np.int64)  # the last one stands for -1
-        renamed, start = [], 0
-        for group in groups:
-            number[group.units] = np.arange(start, start + group.size)
-            renamed.append(replace(group, start=start))
-            start += group.size
-
-        def renumbered(owners: Owners) -> Owners:
-            return {
-                name: {dim: number[owner] for dim, owner in dimensions.items()}
-                for name, dimensions in owners.items()
-            }
-
-        return replace(
-            self,
-            groups=tuple(renamed),
-            parameters=renumbered(self.parameters),
-            buffers=renumbered(self.buffers),
-            level=tuple(tuple(number[row] for row in rows) for rows in self.level),
-        )
+        for groups, rows in joined:
+            free = {unit for group in groups for unit in group.numbers}
+            numbers = [unit for row in rows for unit in row]
+            able = len(set(numbers)) == len(numbers) and free.issuperset(numbers)
+            members = [group for group in self.groups if group in groups]
+            clusters.append((members, [np.array(r) for r in sorted(rows) if able]))
+        return clusters
 
     def means(self, scores: Scores) -> NDArray[np.float64]:
         """Return each unit's score: the mean over all entries that go with it.
@@ -170,35 +175,34 @@ class Units:
         """
         total, size = np.zeros(self.count), np.zeros(self.count)
         places = [
-            (name, dim, owner)
+            (name, dim, owner + 1)  # 0 stands for no unit
             for name, dimensions in self.parameters.items()
             if name in scores
             for dim, owner in dimensions.items()
         ]
 
-        def sums(place: tuple[str, int, NDArray[np.int64]]) -> NDArray[np.float64]:
+        def sums(place: tuple[str, int, Numbers]) -> NDArray[np.float64]:
             name, dim, _ = place
             score = np.asarray(scores[name])
             others = tuple(d for d in range(score.ndim) if d != dim)
             return np.asarray(score.sum(axis=others, dtype=np.float64))
 
-        summed = parallel_map(sums, places)
-        for (name, _, owner), along in zip(places, summed, strict=True):
-            owned = owner >= 0
+        for (name, _, owner), along in zip(
+            places, parallel_map(sums, places), strict=True
+        ):
             each = np.size(scores[name]) // max(1, owner.size)
-            total += np.bincount(owner[owned], along[owned], self.count)
-            size += each * np.bincount(owner[owned], minlength=self.count)
+            total += np.bincount(owner, along, self.count + 1)[1:]
+            size += each * np.bincount(owner, minlength=self.count + 1)[1:]
         return total / np.maximum(size, 1)
 
     def pruned(self, keep: Keep, prunable: Iterable[str] | None = None) -> int:
         """Count the parameters that go when the other units do."""
         names = self.parameters if prunable is None else prunable
-        count = 0
-        for name in names:
-            if name not in self.parameters:
-                continue
-            count += math.prod(self.shapes[name]) - self._left(name, keep)
-        return count
+        return sum(
+            math.prod(self.shapes[name]) - self._left(name, keep)
+            for name in names
+            if name in self.parameters
+        )
 
     def _left(self, name: str, keep: Keep) -> int:
         """Count what is left of a parameter."""
@@ -234,32 +238,24 @@ class Units:
         scores : mapping of name -> array
             Parameters without a score keep their groups whole.
         budget : int
-            Parameters to prune, at most.
         limits : Limits
         means : float64 array, optional
-            A score per unit; by default the mean over the entries that go with it.
+            A score per unit instead of `means(scores)`.
         """
-        units = self.only(scores)
         if means is None:
-            means = units.means(scores)
-        elif units is not self:
-            means = means[self._numbers(units)]
-        going, sizes = units._steps(means, limits)
-        ends = np.concatenate([[0], np.cumsum(sizes)])
+            means = self.means(scores)
+        going, sizes = self.only(scores)._steps(means, limits)
+        ends = np.cumsum([0, *sizes])
 
-        def without(count: int) -> Keep:
-            keep = np.ones(units.count, np.bool_)
-            keep[going[: ends[count]]] = False
+        def kept(steps: int) -> Keep:
+            keep = np.ones(self.count, np.bool_)
+            keep[going[: ends[steps]]] = False
             return keep
 
-        low, high = 0, len(sizes)
-        while low < high:  # the most steps that stay within the budget
-            middle = (low + high + 1) // 2
-            if units.pruned(without(middle), scores) <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        return self._of(units, without(low))
+        def pruned(steps: int) -> int:
+            return self.pruned(kept(steps), scores)
+
+        return kept(bisect_right(range(1, len(ends)), budget, key=pruned))
 
     def prune(
         self,
@@ -276,54 +272,21 @@ class Units:
     def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
         """Count the parameters that whole units can prune, at most."""
         names = list(prunable)
-        units = self.only(names)
-        going, _ = units._steps(np.zeros(units.count), limits)
-        keep = np.ones(units.count, np.bool_)
-        keep[going] = False
-        return units.pruned(keep, names)
-
-    def _rows(self) -> list[list[NDArray[np.int64]]]:
-        """Return the rows of units that compete, together those of equal length.
-
-        Of rows that must stay equally long the lowest units of all go at once; where
-        one of them is not free to go, or they overlap, none of them goes.
-        """
-        levelled: list[list[NDArray[np.int64]]] = []
-        taken = np.zeros(self.count, np.bool_)
-        for cluster in self.clusters():
-            units = {u for group in cluster for u in range(group.start, group.stop)}
-            rows = {
-                tuple(row.tolist())
-                for each in self.level
-                for row in each
-                if not units.isdisjoint(row.tolist())
-            }
-            if not rows:
-                continue
-            taken[list(units)] = True
-            numbers = [unit for row in rows for unit in row]
-            bound = any(
-                (row < 0).any()
-                for each in self.level
-                if any(tuple(r.tolist()) in rows for r in each)
-                for row in each
-            )
-            if not bound and len(set(numbers)) == len(numbers):
-                levelled.append([np.array(row) for row in sorted(rows)])
-        free = [g for g in self.groups if not taken[g.units].any()]
-        return [[np.arange(g.start, g.stop)] for g in free] + levelled
+        keep = np.ones(self.count, np.bool_)
+        keep[self.only(names)._steps(np.zeros(self.count), limits)[0]] = False
+        return self.pruned(keep, names)
 
     def _steps(
         self, means: NDArray[np.float64], limits: Limits
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ) -> tuple[Numbers, NDArray[np.int64]]:
         """Return all units that may go, the lowest first, and how many go at once.
 
         Those that go at once are of one group, so that it stays at a multiple, or of
         rows that stay equally long; among all they go by their mean. Ties go by group.
         """
         orders, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for rows in self._rows():
-            size = len(rows[0])
+        for _, rows in self.clusters():
+            size = len(rows[0]) if rows else 0
             least = max(limits.min_units, math.ceil(limits.floor * size))
             first = size % limits.multiple or limits.multiple
             ends = np.arange(first, size - least + 1, limits.multiple)
@@ -338,8 +301,7 @@ class Units:
         by_mean = np.argsort(
             np.add.reduceat(means[order], starts) / size_of, kind="stable"
         )
-        rank = np.empty(size_of.size, np.int64)
-        rank[by_mean] = np.arange(size_of.size)
+        rank = np.argsort(by_mean)
         going = order[np.argsort(np.repeat(rank, size_of), kind="stable")]
         return going, size_of[by_mean]
 
@@ -372,30 +334,14 @@ class Units:
                 "whole units, or lower the limits, or exclude less"
             )
 
-    def _of(self, units: "Units", keep: Keep) -> Keep:
-        """Translate a choice among some of the groups to all of them."""
-        if units is self:
-            return keep
-        whole = np.ones(self.count, np.bool_)
-        whole[self._numbers(units)] = keep
-        return whole
-
-    def _numbers(self, units: "Units") -> NDArray[np.int64]:
-        """Return the numbers here of the units of some of the groups."""
-        here = {group.name: np.arange(group.start, group.stop) for group in self.groups}
-        found = [here[group.name] for group in units.groups]
-        return np.concatenate([np.empty(0, np.int64), *found])
-
     def masks(self, keep: Keep, names: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
         """Return the mask that prunes the other units, of the named parameters."""
-        return {name: self._mask(name, keep) for name in names}
-
-    def _mask(self, name: str, keep: Keep) -> NDArray[np.bool_]:
-        mask = np.ones(self.shapes[name], np.bool_)
-        for dim, owner in self.parameters.get(name, {}).items():
-            along = _kept(owner, keep)
-            mask &= along.reshape([-1 if d == dim else 1 for d in range(mask.ndim)])
-        return mask
+        masks = {name: np.ones(self.shapes[name], np.bool_) for name in names}
+        for name, mask in masks.items():
+            for dim, owner in self.parameters.get(name, {}).items():
+                shape = [-1 if d == dim else 1 for d in range(mask.ndim)]
+                mask &= _kept(owner, keep).reshape(shape)
+        return masks
 
     def used(self, masks: Masks) -> Keep:
         """Tell which units a mask leaves anything of.
@@ -405,20 +351,19 @@ class Units:
         MaskError
             If a shape is not the parameter's, or a group has lost all its units.
         """
-        used = np.zeros(self.count, np.bool_)
+        used = np.ones(self.count, np.bool_)
+        for group in self.groups:
+            used[group.units] = False
         for name, dimensions in self.parameters.items():
-            mask = masks.get(name)
-            if mask is not None and mask.shape != self.shapes[name]:
+            shape = self.shapes[name]
+            mask = masks[name] if name in masks else np.ones(shape, np.bool_)
+            if mask.shape != shape:
                 raise MaskError(
-                    f"{name}: expected a mask of shape {self.shapes[name]}, "
-                    f"got {mask.shape}"
+                    f"{name}: expected a mask of shape {shape}, got {mask.shape}"
                 )
             for dim, owner in dimensions.items():
-                owned = owner >= 0
-                if mask is not None:
-                    others = tuple(d for d in range(mask.ndim) if d != dim)
-                    owned &= mask.any(axis=others)
-                used[owner[owned]] = True
+                others = tuple(d for d in range(mask.ndim) if d != dim)
+                used[owner[(owner >= 0) & mask.any(axis=others)]] = True
         for group in self.groups:
             if not used[group.units].any():
                 raise MaskError(
@@ -427,39 +372,33 @@ class Units:
                 )
         return used
 
-    def indices(
-        self, name: str, keep: Keep
-    ) -> tuple[NDArray[np.int64] | None, ...] | None:
-        """Return the kept indices along each dimension of a parameter or buffer.
+    def indices(self, keep: Keep) -> dict[str, Indices]:
+        """Return the kept indices of each parameter and buffer that loses some.
 
-        None for a dimension, or for the whole tensor, that loses nothing.
+        One array per dimension; None for a dimension that loses nothing.
         """
-        owners = self.parameters.get(name) or self.buffers.get(name) or {}
-        found: list[NDArray[np.int64] | None] = [None] * len(self.shapes.get(name, ()))
-        for dim, owner in owners.items():
-            kept = _kept(owner, keep)
-            if not kept.all():
-                found[dim] = np.flatnonzero(kept)
-        return tuple(found) if any(index is not None for index in found) else None
+        indices = {}
+        for name, dimensions in {**self.parameters, **self.buffers}.items():
+            along: list[Numbers | None] = [None] * len(self.shapes[name])
+            for dim, owner in dimensions.items():
+                kept = _kept(owner, keep)
+                if not kept.all():
+                    along[dim] = np.flatnonzero(kept)
+                    indices[name] = along
+        return {name: tuple(along) for name, along in indices.items()}
 
     def levelled(self, keep: Keep) -> Keep:
         """Take back units until rows that must be equally long are so."""
-        keep = keep.copy()
-        changed = True
-        while changed:
-            changed = False
+        before, keep = np.zeros_like(keep), keep.copy()
+        while (before != keep).any():
+            before = keep.copy()
             for rows in self.level:
                 widest = max(int(np.count_nonzero(_kept(row, keep))) for row in rows)
                 for row in rows:
-                    missing = widest - int(np.count_nonzero(_kept(row, keep)))
-                    if missing:
-                        keep[row[~_kept(row, keep)][:missing]] = True
-                        changed = True
+                    lost = row[~_kept(row, keep)]
+                    keep[lost[: max(0, widest - row.size + lost.size)]] = True
         return keep
 
 
-def _kept(owner: NDArray[np.int64], keep: Keep) -> Keep:
-    kept = np.ones(owner.size, np.bool_)
-    owned = owner >= 0
-    kept[owned] = keep[owner[owned]]
-    return kept
+def _kept(owner: Numbers, keep: Keep) -> Keep:
+    return np.append(keep, True)[owner]  # -1, of no unit, is kept

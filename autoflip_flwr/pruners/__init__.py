@@ -1,8 +1,8 @@
-"""What makes the masks: AutoFLIP, and the baselines it is compared with.
+"""AutoFLIP and its baselines, which make the masks.
 
-`Pruner` is the interface, also for a pruner of yours; `store` keeps what nodes measured
-on the server's disk. May import `method`, `wire.codec`, `settings`, `types` and
-`errors`; knows neither torch nor Flower.
+`Pruner` is the interface, also for your own pruner. `store` keeps the nodes' answers on
+the server's disk. May import `method`, `wire.codec`, `settings`, `types` and `errors`;
+imports neither torch nor Flower.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ _JUDGES_WEIGHTS: dict[MethodName, Callable[..., Pruner]] = {
 
 
 def build(method: MethodName, settings: BaselineSettings | None = None) -> Pruner:
-    """Return the pruner of a method, by the name that presets have for it."""
+    """Return the pruner of a method, by its name in presets."""
     if method not in METHODS:
         raise SettingsError(f"unknown method {method!r}; known: {list(METHODS)}")
     chosen = settings or BaselineSettings()

@@ -1,13 +1,12 @@
-"""AutoFLIP (Internò et al., arXiv:2405.10271): local guidance in, masks out.
+"""AutoFLIP (Internò et al., arXiv:2405.10271): masks from local guidance.
 
-Data moves one way: exploration replies -> guidance -> scores -> mask.
+Exploration replies -> guidance -> scores -> mask.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoflip_flwr.errors import ExplorationError, GuidanceError
 from autoflip_flwr.method import agreement as agreements
@@ -25,24 +24,32 @@ from autoflip_flwr.method.parallel import parallel_map
 from autoflip_flwr.method.scores import SCORES, weight_size
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
-from autoflip_flwr.types import Masks, Params, Scores
+from autoflip_flwr.types import Float32, Masks, Nodes, Params, Scores
 
-#: Values of all explorers that are compared at a time.
+#: Values, over all explorers, that robust combination reads at a time.
 _ROBUST_BLOCK = 1 << 22
+
+#: Name of a tensor -> its combined guidance, flat.
+_Combined: TypeAlias = Callable[[str], Float32]
 
 
 class AutoFlipPruner(Pruner):
-    """Keeps the explorers' local guidance and makes the mask of a round.
+    """Keeps the explorers' local guidance and makes the mask of each round.
 
     Notes
     -----
-    Memory does not grow with the number of explorers: their matrices stay on disk,
-    and the mean over all of them is kept as one running sum. A round's guidance is
-    summed tensor by tensor out of the explorers' one-byte codes.
+    Memory does not grow with the number of explorers. Their matrices stay on disk; the
+    sum over all explorers is one running sum. A round sums the one-byte codes of its
+    explorers tensor by tensor.
     """
 
+    _saved = (
+        *("_asked", "_renewing", "initial", "_gradients", "_masks", "_refreshed"),
+        *("kept_guidance", "_signs", "_store"),
+    )
+
     def prepare(self, problem: Problem) -> None:
-        """Begin without guidance; refuse more units than there are."""
+        """Start without guidance; check that the model has enough units to prune."""
         super().prepare(problem)
         settings = problem.pruning
         self.restores = settings.pruned_weights == "keep"
@@ -54,65 +61,45 @@ class AutoFlipPruner(Pruner):
         self._refreshing = False
         self._gradients = WeightedMean()
         self._store = GuidanceStore(problem.directory, self.shapes)
-        self._population: dict[str, NDArray[np.float32]] | None = None
+        self._population: dict[str, Float32] | None = None
         self._masks: Masks | None = None
-        self._refreshed = False  # whether that mask has been refreshed
+        self._refreshed = False  # whether a refresh has changed `_masks`
         voted = settings.agreement == "vote"
         self._votes = agreements.Votes(self.shapes if voted else {})
         signed = settings.agreement == "sign"
         self._signs = agreements.Signs(self.shapes if signed else {})
 
     def start(self) -> None:
-        """Delete the guidance that an earlier run may have left."""
+        """Delete the guidance of an earlier run."""
         self._store.clear()
 
     def state(self) -> dict[str, Any]:
-        """Return who explored, and what their guidance on disk does not tell.
+        """Return the state that the guidance on disk does not contain.
 
-        The mean over all explorers and the votes are summed anew, in the same order.
+        A resumed run sums the population and the votes again, in the same order.
         """
-        return {
-            **super().state(),
-            "asked": np.array([*self._asked], np.uint64),
-            "renewing": self._renewing,
-            "initial": self.initial,
-            "gradients": self._gradients.state(),
-            "masks": self._masks,
-            "refreshed": self._refreshed,
-            "kept_guidance": self.kept_guidance,
-            "signs": self._signs.state(),
-            "store": self._store.state(),
-        }
+        return {**super().state(), "asked": np.array([*self._asked], np.uint64)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        super().restore(state)
-        self._store.restore(state["store"])
-        self._asked = set(state["asked"].tolist())
-        self._renewing = state["renewing"]
-        self.initial = state["initial"]
-        self._gradients.restore(state["gradients"])
-        self._masks = state["masks"]
-        self._refreshed = state["refreshed"]
-        self.kept_guidance = state["kept_guidance"]
-        self._signs.restore(state["signs"])
+        """Continue from a `state`."""
+        super().restore({**state, "asked": set(state["asked"].tolist())})
 
     @property
     def explorers(self) -> int:
-        """How many nodes have explored."""
+        """Number of nodes that have explored."""
         return len(self._store)
 
     def asks(
-        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+        self, server_round: int, *, connected: Nodes, sampled: Nodes
     ) -> Ask | None:
-        """Tell who explores: a share of all, later of those sampled for the first time.
+        """Return who explores: a share of all nodes, later of newly sampled nodes.
 
-        Every `exploration.every` rounds all begin anew, from the global model.
+        Every `exploration.every` rounds all nodes explore again, from the global model.
         """
         every, fraction = self._exploration.every, self._exploration.fraction
-        if every and server_round > 1 and (server_round - 1) % every == 0:
+        if every and due(server_round, every):
             self._asked.clear()
-            self._renewing = True  # the old guidance stays until there is new
+            self._renewing = True  # the old guidance stays until the first new answer
         first = not self._asked
         candidates = connected if first else sampled
         new = [node_id for node_id in candidates if node_id not in self._asked]
@@ -141,7 +128,7 @@ class AutoFlipPruner(Pruner):
     def add(self, node_id: int, measured: Measured, start: Params) -> None:
         """Take a node's local guidance, or its gradients for a refresh.
 
-        In the guidance nodes count alike, whatever the number of their examples.
+        In the guidance all nodes have the same weight.
         """
         if self._refreshing:
             self._gradients.add(measured.guidance().dense(), measured.examples)
@@ -152,9 +139,9 @@ class AutoFlipPruner(Pruner):
             self._renewing = False
         replaced = node_id in self._store
         self._store.put(node_id, measured)
-        if not self._refreshed:  # else a newcomer would undo what was exchanged
+        if not self._refreshed:  # a new mask would undo the exchanges
             self._masks = None
-        if replaced:  # summed anew from disk when next needed
+        if replaced:  # the next mask sums all guidance on disk again
             self._population = None
             self._votes.forget()
         elif self.settings.combination == "mean" and (
@@ -163,21 +150,15 @@ class AutoFlipPruner(Pruner):
             self._add_to_population(node_id, measured.guidance())
 
     def explored(self) -> list[float]:
-        """Return the means of the guidance in the store."""
-        if self._renewing:
-            return []  # from other weights
-        return self._store.means()
+        """Return the mean guidance of each explorer in the store."""
+        # While renewing, the store has guidance from other initial weights.
+        return [] if self._renewing else self._store.means()
 
     def check(self, reasons: Mapping[int, str]) -> None:
-        """Refuse to go on without guidance, or with parameters nobody trains.
+        """Check that there is guidance, for every trainable tensor.
 
-        Raises
-        ------
-        ExplorationError
-            If nobody's guidance came.
-        GuidanceError
-            If a tensor moved for no explorer and nobody said what is trainable: it
-            is frozen or a buffer, and would be the first to be pruned.
+        If the trainable parameters are unknown, a tensor that no explorer changed is a
+        GuidanceError: pruning would remove it first.
         """
         if self.explorers == 0:
             raise ExplorationError(
@@ -188,25 +169,17 @@ class AutoFlipPruner(Pruner):
         still = [name for name in self.shapes if not moved[name]]
         if still and not self._trainable_known:
             raise GuidanceError(
-                f"{still} moved for none of {self.explorers} explorers: frozen "
-                "parameters or buffers, which pruning would take first; name them in "
-                "`exclude`, or the trainable parameters in `prunable`"
+                f"{still} moved for none of {self.explorers} explorers: they are "
+                "frozen parameters or buffers, and pruning would remove them first; "
+                "name them in `exclude`, or the trainable parameters in `prunable`"
             )
 
-    def masks(
-        self, sampled: Sequence[int], weights: Params, server_round: int
-    ) -> Masks:
+    def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
         """Make the mask for the sampled nodes (Eq. 3, Eq. 4).
 
         The guidance is ``(1 - mu) * mean over the sampled + mu * mean over all
-        explorers``. A sampled node that never explored counts as the mean of all.
-
-        Raises
-        ------
-        ExplorationError
-            If nobody has explored.
-        MaskError
-            If the mask would cut a layer off.
+        explorers``. A sampled node without guidance counts as the mean of all. Without
+        any guidance the error is an ExplorationError.
         """
         if self.explorers == 0:
             raise ExplorationError("expected local guidance of one node or more, got 0")
@@ -218,7 +191,7 @@ class AutoFlipPruner(Pruner):
             if self._gradients.weight:
                 self._masks = self._exchanged(self._masks, weights, server_round)
                 self._refreshed = True
-            return self._masks  # one mask for all rounds until somebody explores
+            return self._masks  # until another node explores
         self._gradients.take()
         scores = self._scores(known, share)
         agreement = self._agreement()
@@ -226,7 +199,7 @@ class AutoFlipPruner(Pruner):
         if agreement is not None:
             weight = self.settings.agreement_weight
             mixture = agreements.mixed(scores, agreement, weight=weight)
-        # Written over is what whole units prune, and no kept entry.
+        # Only scores of pruned units are overwritten; `_guidance_of` needs the others.
         budget = int(self.settings.units * self.pruned_count(mixture))
         masks = self.cut(mixture, unit_budget=budget, overwrite=True)
         self.kept_guidance = self._guidance_of(scores, masks)
@@ -235,7 +208,7 @@ class AutoFlipPruner(Pruner):
         return masks
 
     def _exchanged(self, masks: Masks, weights: Params, server_round: int) -> Masks:
-        """Exchange small weights for such with large gradients, in living units."""
+        """Exchange small weights for others with large gradients, in kept units."""
         share, gradients = self._refresh_share(server_round), self._gradients.take()
         alive: Masks = {}
         if self.units is not None:
@@ -252,15 +225,15 @@ class AutoFlipPruner(Pruner):
             else keep
             for name, keep in masks.items()
         }
-        self.kept_guidance = None  # of the first mask
+        self.kept_guidance = None  # it belongs to the old mask
         return exchanged
 
-    def learn(self, agreement: NDArray[np.float32] | None, masks: Masks) -> None:
-        """Take what the clients of a round agreed on."""
+    def learn(self, agreement: Float32 | None, masks: Masks) -> None:
+        """Take the agreement of the clients of a round."""
         if agreement is not None and self.settings.agreement == "sign":
             self._signs.learn(agreement, masks)
 
-    def _agreement(self) -> Mapping[str, NDArray[np.float32]] | None:
+    def _agreement(self) -> Mapping[str, Float32] | None:
         if self.settings.agreement == "vote":
             return self._votes.of(
                 self._store,
@@ -270,8 +243,8 @@ class AutoFlipPruner(Pruner):
             )
         return self._signs.of() if self.settings.agreement == "sign" else None
 
-    def _guidance_of(self, scores: Scores, masks: Masks) -> NDArray[np.float32]:
-        """Return the guidance of kept entries, flat."""
+    def _guidance_of(self, scores: Scores, masks: Masks) -> Float32:
+        """Return the guidance of the kept entries, flat, computed from their scores."""
         kept = np.concatenate([scores[name][keep] for name, keep in masks.items()])
         if self.settings.score == "saliency":
             kept /= weight_size(
@@ -281,7 +254,7 @@ class AutoFlipPruner(Pruner):
         return kept.astype(np.float32, copy=False)
 
     def _forget(self) -> None:
-        """Start without any guidance."""
+        """Drop all guidance."""
         self._store.forget()
         self._population = None
         self._masks = None
@@ -289,46 +262,53 @@ class AutoFlipPruner(Pruner):
         self._votes.forget()
 
     def _check_units(self) -> None:
-        """Refuse more units than there are, before there are scores."""
+        """Check the number of units to prune; in mode value the scores decide it."""
         settings = self.settings
         if settings.units == 0:
             return
         units = self.known_units()
-        if settings.mode != "value":  # there the scores say how many
+        if settings.mode != "value":
             budget = int(settings.units * self.pruned_count(self.initial))
             units.check_budget(self.initial, budget=budget, limits=limits_of(settings))
 
-    def _scores(
-        self, sampled: Sequence[int], population_share: float
-    ) -> dict[str, NDArray[np.float32]]:
-        if self.settings.combination != "mean":
-            return self._robust_scores(sampled, population_share)
+    def _scores(self, sampled: Nodes, share: float) -> dict[str, Float32]:
+        """Score the guidance, in which the population has the weight `share`."""
         score = SCORES[self.settings.score]
+        robust = self.settings.combination != "mean"
+        combined = (self._robust if robust else self._mean)(sampled, share)
+
+        def one(name: str) -> Float32:
+            initial = self.initial[name].reshape(-1)
+            return score(combined(name), initial).reshape(self.shapes[name])
+
+        return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
+
+    def _mean(self, sampled: Nodes, population_share: float) -> _Combined:
+        """Return a function: name -> mean guidance of the tensor."""
         local = [self._store.get(n) for n in sampled] if population_share < 1 else []
         every = [self._store.statistics(n) for n in sampled]
+        normalization = self.settings.normalization
         everyone = self._population_sum() if population_share > 0 else {}
         overall = self._store.overall()
 
-        def one(name: str) -> NDArray[np.float32]:
-            total = np.zeros(self._size(name), np.float32)
+        def one(name: str) -> Float32:
+            total = np.zeros(self.initial[name].size, np.float32)
             if local:
-                scale = self._rescaling(every, name)
+                scale = rescaling(every, name, normalization=normalization)
                 add_normalized(total, name, local, scale, weight=1 - population_share)
             if everyone:
                 mean = self._population_rescaling(overall, name)
                 total += np.float32(population_share * mean.scales[0]) * everyone[name]
                 total += np.float32(population_share * mean.offset)
-            np.maximum(total, 0, out=total)  # rounding may leave a hair below zero
-            initial = self.initial[name].reshape(-1)
-            return score(total, initial).reshape(self.shapes[name])
+            return np.maximum(total, 0, out=total)  # rounding can go below zero
 
-        return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
+        return one
 
-    def _robust_scores(
-        self, sampled: Sequence[int], population_share: float
-    ) -> dict[str, NDArray[np.float32]]:
-        """Combine matrices by what a few explorers cannot move, read once a mask."""
-        score = SCORES[self.settings.score]
+    def _robust(self, sampled: Nodes, population_share: float) -> _Combined:
+        """Return a function: name -> median or trimmed mean of the tensor's guidance.
+
+        It reads each explorer's file once per mask.
+        """
         parts = [
             (1 - population_share, list(sampled)),
             (population_share, [*self._store]),
@@ -337,8 +317,8 @@ class AutoFlipPruner(Pruner):
         nodes = list(dict.fromkeys(n for _, group in parts for n in group))
         rows = {node_id: row for row, node_id in enumerate(nodes)}
 
-        def one(name: str) -> NDArray[np.float32]:
-            total = np.zeros(self._size(name), np.float32)
+        def one(name: str) -> Float32:
+            total = np.zeros(self.initial[name].size, np.float32)
             tables = self._normalized(nodes, name)
             block = max(1, _ROBUST_BLOCK // len(nodes))
             for start, codes in self._store.codes(nodes, name, block):
@@ -349,13 +329,12 @@ class AutoFlipPruner(Pruner):
                         combination=self.settings.combination,
                         trim=self.settings.trim,
                     )
-            initial = self.initial[name].reshape(-1)
-            return score(total, initial).reshape(self.shapes[name])
+            return total
 
-        return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
+        return one
 
-    def _normalized(self, node_ids: Sequence[int], name: str) -> NDArray[np.float32]:
-        """Return what nodes' codes stand for, divided by each one's own mean."""
+    def _normalized(self, node_ids: Nodes, name: str) -> Float32:
+        """Return the values of nodes' codes, each divided by its node's mean."""
         tables = self._store.tables(node_ids, name)
         for table, node_id in zip(tables, node_ids, strict=True):
             own = [self._store.statistics(node_id)]
@@ -364,8 +343,8 @@ class AutoFlipPruner(Pruner):
             table += np.float32(alone.offset)
         return tables
 
-    def _population_sum(self) -> Mapping[str, NDArray[np.float32]]:
-        """Sum of all explorers' matrices, for `client` each divided by its mean."""
+    def _population_sum(self) -> Mapping[str, Float32]:
+        """Return the sum of all matrices; with `client`, each divided by its mean."""
         if self._population is None:
             for node_id in self._store:
                 self._add_to_population(node_id, self._store.get(node_id))
@@ -375,7 +354,8 @@ class AutoFlipPruner(Pruner):
     def _add_to_population(self, node_id: int, guidance: LocalMatrix) -> None:
         if self._population is None:
             self._population = {
-                name: np.zeros(self._size(name), np.float32) for name in self.shapes
+                name: np.zeros(self.initial[name].size, np.float32)
+                for name in self.shapes
             }
         population = self._population
         if self.settings.normalization == "client":
@@ -388,15 +368,10 @@ class AutoFlipPruner(Pruner):
             self.shapes,
         )
 
-    def _rescaling(self, explorers: Sequence[Statistics], name: str) -> Rescaling:
-        return rescaling(explorers, name, normalization=self.settings.normalization)
-
     def _population_rescaling(self, overall: Statistics, name: str) -> Rescaling:
-        """How the running sum becomes the normalized mean over all explorers."""
-        if self.settings.normalization == "client":
+        """Return the map from the running sum to the normalized mean of all nodes."""
+        normalization = self.settings.normalization
+        if normalization == "client":
             return Rescaling([1.0 / len(self._store)], 0.0)
-        whole = self._rescaling([overall], name)
+        whole = rescaling([overall], name, normalization=normalization)
         return Rescaling([whole.scales[0] / len(self._store)], whole.offset)
-
-    def _size(self, name: str) -> int:
-        return int(np.prod(self.shapes[name], dtype=np.int64))

@@ -1,8 +1,8 @@
-"""What makes the mask of each round: the interface, and what all share."""
+"""`Pruner`, the interface of AutoFLIP and its baselines, and their shared code."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,84 +15,66 @@ from autoflip_flwr.method import mask as masking
 from autoflip_flwr.method.structured import Limits, Units
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
-from autoflip_flwr.types import Array, Masks, Measure, Params, Scores
+from autoflip_flwr.types import (
+    Array,
+    Float32,
+    Mask,
+    Masks,
+    Measure,
+    Nodes,
+    Params,
+    Scores,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What some nodes are to measure before a round.
+    """A request to nodes to measure something before a round."""
 
-    Attributes
-    ----------
-    nodes : sequence of int
-    measure : Measure
-    renew : bool
-        From now on nodes explore from the current global weights, not from `W0`.
-    current : bool
-        From the current global model under its mask, not from dense weights.
-    """
-
-    nodes: Sequence[int]
+    nodes: Nodes
     measure: Measure = "deviation"
-    renew: bool = False
-    current: bool = False
+    renew: bool = False  # explore from the current global weights from now on, not `W0`
+    current: bool = False  # measure the current masked model, not dense weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a pruner is to prune, and how much.
+    """The model and the settings that a pruner gets."""
 
-    Attributes
-    ----------
-    initial : mapping of name -> array
-        The prunable weights of the start (`W0`).
-    pruning : PruningSettings
-    exploration : ExplorationSettings
-    directory : Path
-        Where it may keep what nodes measured.
-    units : Units or None
-        The model's units, where they were asked for and the model is known.
-    seed : int or None
-        Decides all that is drawn.
-    trainable_known : bool
-        Whether somebody said what is trainable.
-    """
-
-    initial: Params
+    initial: Params  # the initial prunable weights (`W0`)
     pruning: PruningSettings = field(default_factory=PruningSettings)
     exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
-    directory: Path = Path()
-    units: Units | None = None
+    directory: Path = Path()  # for measurements on disk
+    units: Units | None = None  # None: not needed, or the model is unknown
     seed: int | None = None
-    trainable_known: bool = True
+    trainable_known: bool = True  # whether the trainable parameters are known
 
 
 class Pruner(ABC):
-    """Makes the mask of each round, from what nodes measure or the server knows.
+    """Makes the mask of each round.
 
-    A subclass writes `masks`, most often as ``return self.cut(scores)``. One that wants
-    nodes to measure something writes `asks` and `add`, too. `AutoFLIP` hands it the
-    model once, by `prepare`; before that it knows its own settings alone.
+    A subclass implements `masks`, usually as ``return self.cut(scores)``. If it needs
+    measurements of nodes, it also implements `asks` and `add`. `AutoFLIP` calls
+    `prepare` once with the model and the settings, before all other methods.
 
     Attributes
     ----------
     needs_units : bool
-        Whether it prunes whole units, so that the model must be handed over.
+        Whether it prunes whole units; then the user must pass the model.
     takes_units : bool
-        Whether it looks at the units where the model is known.
+        Whether it uses the units if the model is known.
     restores : bool
-        Whether the server must remember pruned weights, to offer them again.
+        Whether the server keeps the values of pruned weights, so that they can return.
     settings : PruningSettings
-        How much to prune, and what every layer keeps.
     initial : dict of name -> array
-        The prunable weights of the start (`W0`).
+        The initial prunable weights (`W0`).
     shapes : dict of name -> shape
         Of the prunable weights, in the model's order.
     units : Units or None
     rng : numpy.random.Generator
-        The only source of what is drawn.
+        The only source of randomness.
     kept_guidance : float32 array or None
-        Guidance of the entries the last mask keeps, flat, in the mask's order.
+        Guidance of the entries that the last mask keeps, flat, in the mask's order.
 
     Examples
     --------
@@ -109,10 +91,13 @@ class Pruner(ABC):
     needs_units: ClassVar[bool] = False
     takes_units: ClassVar[bool] = False
     restores = False
-    kept_guidance: NDArray[np.float32] | None = None
+    kept_guidance: Float32 | None = None
+
+    #: Attributes that a checkpoint holds, besides the state of `rng`.
+    _saved: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, problem: Problem) -> None:
-        """Begin anew, with what is to be pruned; wrong settings are refused here."""
+        """Start with a model and settings; raise an error if they do not fit."""
         self.settings = problem.pruning
         self.initial: dict[str, Array] = dict(problem.initial)
         self.shapes = {name: np.shape(value) for name, value in self.initial.items()}
@@ -126,67 +111,60 @@ class Pruner(ABC):
             floor=self.settings.floor,
         )
 
-    def start(self) -> None:  # noqa: B027 - most leave nothing behind
-        """Delete what an earlier run may have left; not called where one goes on."""
+    def start(self) -> None:  # noqa: B027 - most pruners write no files
+        """Delete the files of an earlier run; not called when a run resumes."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a process that goes on has to know: plain values and arrays."""
-        return {"rng": self.rng.bit_generator.state}
+        """Return the state for a checkpoint: plain values and arrays."""
+        parts = {name.lstrip("_"): getattr(self, name) for name in self._saved}
+        return {
+            "rng": self.rng.bit_generator.state,
+            **{k: v.state() if hasattr(v, "state") else v for k, v in parts.items()},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises
-        ------
-        CheckpointError
-            If what it stands on is not there any more.
-        """
+        """Continue from a `state`; a CheckpointError if a file of it has changed."""
         self.rng.bit_generator.state = state["rng"]
+        for name in self._saved:
+            part, value = getattr(self, name), state[name.lstrip("_")]
+            if hasattr(part, "restore"):
+                part.restore(value)
+            else:
+                setattr(self, name, value)
 
     def asks(
-        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+        self, server_round: int, *, connected: Nodes, sampled: Nodes
     ) -> Ask | None:
-        """Tell who is to measure what before this round; None: nobody."""
+        """Return which nodes measure what before this round, or None."""
         del server_round, connected, sampled
         return None
 
     def add(self, node_id: int, measured: Measured, start: Params) -> None:
-        """Take what a node measured.
+        """Take the measurement of a node, which fits the model.
 
-        Parameters
-        ----------
-        node_id : int
-        measured : Measured
-            It fits the model.
-        start : mapping of name -> array
-            The prunable weights it was measured from.
+        `start` are the prunable weights that the node started from.
         """
         del node_id, measured, start
 
     def explored(self) -> list[float]:
-        """Return the means of the guidance that earlier explorers sent."""
+        """Return the mean guidance of each earlier explorer."""
         return []
 
     def check(self, reasons: Mapping[int, str]) -> None:
-        """Refuse to go on if no mask can be made; `reasons` say why nodes failed.
+        """Raise an ExplorationError if no mask can be made.
 
-        Raises
-        ------
-        ExplorationError
-            If it needs what nodes measure, and nobody's came.
+        `reasons` tell why nodes failed to measure.
         """
         del reasons
 
     @abstractmethod
-    def masks(
-        self, sampled: Sequence[int], weights: Params, server_round: int
-    ) -> Masks:
+    def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
         """Make the mask of a round.
 
         Parameters
         ----------
         sampled : sequence of int
-            The nodes of the round.
+            Ids of the nodes of the round.
         weights : mapping of name -> array
             The server's prunable weights.
         server_round : int
@@ -198,16 +176,11 @@ class Pruner(ABC):
             If the mask would cut a layer off.
         """
 
-    def learn(self, agreement: NDArray[np.float32] | None, masks: Masks) -> None:
-        """Take what the clients of a round showed.
+    def learn(self, agreement: Float32 | None, masks: Masks) -> None:
+        """Take the agreement of the clients of a round, float32 in [0, 1].
 
-        Parameters
-        ----------
-        agreement : float32 array or None
-            ``|sum_k w_k sign(update_k)|`` with weights that sum to 1, in [0, 1], of the
-            kept entries, flat, in the mask's order; None if nobody asked for it.
-        masks : mapping of name -> bool array
-            The round's.
+        ``|sum_k w_k sign(update_k)|`` with weights that sum to 1, of the entries that
+        `masks` keep, flat, in their order. None if the settings do not use it.
         """
         del agreement, masks
 
@@ -218,30 +191,32 @@ class Pruner(ABC):
         unit_budget: int = 0,
         unit_scores: NDArray[np.float64] | None = None,
         overwrite: bool = False,
-    ) -> dict[str, NDArray[np.bool_]]:
-        """Keep the highest scores, at the density of the settings.
+    ) -> dict[str, Mask]:
+        """Keep the largest scores, at the density of the settings.
 
         Parameters
         ----------
         scores : mapping of name -> array
         unit_budget : int
-            How many of the pruned entries fall on whole units, at most.
+            At most so many of the pruned entries belong to whole pruned units.
         unit_scores : float64 array, optional
-            One score per unit; by default the mean over the entries that go with it.
+            One score per unit; by default the mean over the entries of the unit.
         overwrite : bool
-            The scores may be written over.
+            Whether the scores may be overwritten.
         """
         settings = self.settings
+        unit_masks = None
+        if unit_budget:
+            limits = limits_of(settings)
+            unit_masks = self.known_units().prune(
+                scores, budget=unit_budget, limits=limits, means=unit_scores
+            )
         masks = masking.from_scores(
             scores,
             threshold=settings.threshold,
             mode=settings.mode,
             floor=settings.floor,
-            units=(
-                self._unit_masks(scores, unit_budget, unit_scores)
-                if unit_budget
-                else None
-            ),
+            units=unit_masks,
             overwrite=overwrite,
         )
         masking.check_layers(masks)
@@ -249,59 +224,34 @@ class Pruner(ABC):
 
     def pruned_count(self, scores: Scores) -> int:
         """Count the entries that the settings prune."""
-        settings = self.settings
-        return masking.pruned_count(
-            scores, threshold=settings.threshold, mode=settings.mode
-        )
-
-    def _unit_masks(
-        self, scores: Scores, budget: int, unit_scores: NDArray[np.float64] | None
-    ) -> Masks:
-        """Prune whole units, of at most so many entries."""
-        return self.known_units().prune(
-            scores, budget=budget, limits=limits_of(self.settings), means=unit_scores
-        )
-
-    def _what_for(self) -> str:
-        """Say what needs the model's units."""
-        return f"units={self.settings.units} prunes whole units, which"
+        threshold, mode = self.settings.threshold, self.settings.mode
+        return masking.pruned_count(scores, threshold=threshold, mode=mode)
 
     def known_units(self) -> Units:
-        """Return the model's units.
-
-        Raises
-        ------
-        SettingsError
-            If the model was not handed over.
-        """
+        """Return the model's units; a SettingsError if the model is unknown."""
         if self.units is None:
+            named = type(self).__name__
+            cause = named if self.needs_units else f"units={self.settings.units}"
             raise SettingsError(
-                f"{self._what_for()} needs the model: AutoFLIP(..., model=Net(), "
-                "example_inputs=one_sample)"
+                f"{cause} prunes whole units, which needs the model: "
+                "AutoFLIP(..., model=Net(), example_inputs=one_sample)"
             )
         return self.units
 
 
 class FixedPruner(Pruner):
-    """Holds on to one mask until there is reason to choose another."""
+    """Keeps one mask until the subclass chooses another."""
+
+    _saved: ClassVar[tuple[str, ...]] = ("_chosen",)
 
     def prepare(self, problem: Problem) -> None:
-        """Begin without a mask."""
+        """Start without a mask."""
         super().prepare(problem)
         self._chosen: Masks | None = None
 
-    def state(self) -> dict[str, Any]:
-        """Return the mask, too."""
-        return {**super().state(), "chosen": self._chosen}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        super().restore(state)
-        self._chosen = state["chosen"]
-
 
 def limits_of(settings: PruningSettings) -> Limits:
-    """Return what every group of units keeps."""
+    """Return what every group of units keeps at least."""
     return Limits(
         floor=settings.floor,
         min_units=settings.min_units,

@@ -1,15 +1,13 @@
-"""Baselines that ask nodes for gradients, at fixed weights and over one epoch.
+"""Baselines that prune by nodes' gradients, of one epoch at fixed weights.
 
-All are pruned to the density of the settings. Biases and scales of normalization are
-kept, as in the sources.
+All prune to the density of the settings and keep biases and scales of normalization,
+as their sources do.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
 from autoflip_flwr.method.exchange import EVERY, adjusted, cosine_share, due, top
@@ -18,33 +16,26 @@ from autoflip_flwr.pruners.base import Ask, FixedPruner, Problem
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
 from autoflip_flwr.settings import BaselineSettings
-from autoflip_flwr.types import Masks, Params
+from autoflip_flwr.types import Float32, Masks, Nodes, Params
 
 
 class GradientPruner(FixedPruner):
-    """Means what nodes measure, weighted by their examples."""
+    """Averages the nodes' measurements, weighted by their numbers of examples."""
+
+    _saved = ("_chosen", "_measured")
 
     def prepare(self, problem: Problem) -> None:
-        """Begin without a measurement."""
+        """Start without a measurement."""
         super().prepare(problem)
         self._measured = WeightedMean()
 
-    def state(self) -> dict[str, Any]:
-        """Return the mask, and what has not gone into it."""
-        return {**super().state(), "measured": self._measured.state()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        super().restore(state)
-        self._measured.restore(state["measured"])
-
     def add(self, node_id: int, measured: Measured, start: Params) -> None:
-        """Add to the weighted mean."""
+        """Add a measurement to the weighted mean."""
         del node_id, start
         self._measured.add(measured.guidance().dense(), measured.examples)
 
     def check(self, reasons: Mapping[int, str]) -> None:
-        """Refuse to go on without any mask."""
+        """Check that there is a mask or a measurement."""
         if self._chosen is None and not self._measured.weight:
             raise ExplorationError(
                 f"none of {len(reasons)} nodes measured its gradients, so no mask can "
@@ -53,27 +44,24 @@ class GradientPruner(FixedPruner):
 
 
 class SSFL(GradientPruner):
-    """One mask from the saliency |gradient x weight| of all clients at the start.
+    """One mask from the saliency |gradient x weight| of all clients before round 1.
 
     Ohib et al., SSFL: Discovering Sparse Unified Subnetworks at Initialization for
-    Efficient Federated Learning (arXiv:2405.09037): ranked over all layers, the mean
-    weighted by the clients' examples; here the gradient is the mean over the batches
-    of all local samples.
+    Efficient Federated Learning (arXiv:2405.09037). Saliency is ranked over all layers;
+    clients are weighted by their numbers of examples. Here the gradient is the mean
+    over the batches of all local samples.
     """
 
     def asks(
-        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+        self, server_round: int, *, connected: Nodes, sampled: Nodes
     ) -> Ask | None:
-        """Ask all nodes, once."""
+        """Ask all nodes once."""
         del server_round, sampled
-        if self._chosen is not None:
-            return None
-        return Ask(nodes=connected, measure="saliency")
+        first = self._chosen is None
+        return Ask(nodes=connected, measure="saliency") if first else None
 
-    def masks(
-        self, sampled: Sequence[int], weights: Params, server_round: int
-    ) -> Masks:
-        """Return the one mask."""
+    def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
+        """Return the mask."""
         del sampled, weights, server_round
         if self._chosen is None:
             measured = self._measured.take()
@@ -82,21 +70,20 @@ class SSFL(GradientPruner):
 
 
 class PruneFL(GradientPruner):
-    """Squared gradient over time: first at one client, then with regrowth.
+    """Prunes by squared gradient per time, first at one client, then with regrowth.
 
     Jiang et al., Model Pruning Enables Efficient Federated Learning on Edge Devices
-    (arXiv:1909.12326; jiangyuang/PruneFL). Importance is ``g^2 / t``; `t` is the time
-    a parameter costs, here one share for its bytes and one for each thirty
-    multiplications it is used for, which fits the authors' constants for the second
-    convolution of their FEMNIST network; as in their constants the first layer costs
-    bytes alone. In an adjustment all pruned weights compete with the smallest 30 % of
-    each layer's kept ones; a weight that comes back has the value it had.
+    (arXiv:1909.12326; jiangyuang/PruneFL). The importance is ``g^2 / t``; `t` is the
+    time that a parameter costs. Here it is 1 for its bytes plus 1 per 30
+    multiplications that use it, which fits the authors' constants for the second
+    convolution of their FEMNIST network. As in their constants, the first layer costs
+    only its bytes. In an adjustment all pruned weights compete with the smallest 30 %
+    of each layer's kept weights. A weight that returns has its last value.
 
     Notes
     -----
-    The authors let the number of weights follow from the importance; here it is the
-    density asked for. Their first client prunes step by step for hundreds of steps;
-    here it measures once, at `W0`.
+    In the paper the importance decides the number of weights; here the settings do.
+    Their first client prunes in many small steps; here it measures once, at `W0`.
     """
 
     takes_units = True
@@ -108,9 +95,9 @@ class PruneFL(GradientPruner):
         self.every = int(BaselineSettings(every=every).every or EVERY)
 
     def prepare(self, problem: Problem) -> None:
-        """Note what each parameter costs."""
+        """Compute the time that each parameter costs."""
         super().prepare(problem)
-        # Without the model all cost the same. Weights stand in the order of their use.
+        # Without the model all times are 1. The first layer has the time 1, too.
         uses = dict(self.units.uses) if self.units else {}
         uses.pop(next(iter(uses), ""), None)
         self._time = {
@@ -118,19 +105,17 @@ class PruneFL(GradientPruner):
         }
 
     def asks(
-        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+        self, server_round: int, *, connected: Nodes, sampled: Nodes
     ) -> Ask | None:
-        """Ask one node at the start, and those sampled at every adjustment."""
+        """Ask one node before round 1, and the sampled nodes at each adjustment."""
         if self._chosen is None:
             return Ask(nodes=connected[:1], measure="squared-gradient")
         if due(server_round, self.every):
             return Ask(nodes=sampled, measure="squared-gradient", current=True)
         return None
 
-    def masks(
-        self, sampled: Sequence[int], weights: Params, server_round: int
-    ) -> Masks:
-        """Return the mask, adjusted where new gradients have come."""
+    def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
+        """Return the mask, adjusted if there are new gradients."""
         del sampled, server_round
         if self._measured.weight:
             scores = {
@@ -144,11 +129,11 @@ class PruneFL(GradientPruner):
         return self._chosen
 
     def _protect(
-        self, scores: dict[str, NDArray[np.float32]], weights: Params, kept: Masks
+        self, scores: dict[str, Float32], weights: Params, kept: Masks
     ) -> None:
-        """Keep all but the smallest kept weights out of the contest."""
+        """Protect all but the smallest kept weights: their scores become infinite."""
         for name, keep in kept.items():
-            size = magnitudes({name: weights[name]})[name]
+            size = np.abs(weights[name], dtype=np.float32)
             active = size[keep]
             going = int(self._competing * active.size)
             if going < active.size:
@@ -157,22 +142,22 @@ class PruneFL(GradientPruner):
 
 
 class FedDST(GradientPruner):
-    """A sparse mask that drops by magnitude and grows by gradient.
+    """A sparse mask that drops weights by magnitude and grows them by gradient.
 
     Bibikar et al., Federated Dynamic Sparse Training: Computing Less, Communicating
-    Less, Yet Learning Better (arXiv:2112.09824; bibikar/feddst). It starts with the
-    largest weights of the random start, layer by layer at the densities of
-    Erdos-Renyi-Kernel (Evci et al., arXiv:1911.11134). Every `every` rounds, until
-    round `until`, the smallest weights of a layer are dropped and as many grow, from
-    zero, where the mean gradient is largest; what was just dropped may come back. The
-    share falls as a cosine from `replaced` to 0.
+    Less, Yet Learning Better (arXiv:2112.09824; bibikar/feddst). The first mask keeps
+    the largest initial weights of each layer, at the densities of Erdos-Renyi-Kernel
+    (Evci et al., arXiv:1911.11134). Every `every` rounds until `until`, each layer
+    drops its smallest weights. As many grow, from zero, where the mean gradient is
+    largest; a weight that was just dropped may grow again. The share falls as a cosine
+    from `replaced` to 0.
 
     Notes
     -----
-    In the paper clients adjust their own masks and the server cuts their union back.
-    Here the server adjusts the one mask by the gradients of the sampled clients, so
-    that both sides know it and only kept values travel. A weight that comes back at
-    once keeps its value, which the authors' code sets to zero.
+    In the paper clients adjust their own masks and the server prunes their union. Here
+    the server adjusts one mask by the gradients of the sampled clients, so that both
+    sides know the mask and only kept values travel. A weight that grows again at once
+    keeps its value; the authors' code sets it to zero.
     """
 
     def __init__(
@@ -183,7 +168,7 @@ class FedDST(GradientPruner):
         self.replaced = checked.replaced
 
     def prepare(self, problem: Problem) -> None:
-        """Begin with the largest weights of the random start."""
+        """Choose the largest initial weights."""
         super().prepare(problem)
         if self.settings.mode == "value":
             raise SettingsError(
@@ -197,18 +182,16 @@ class FedDST(GradientPruner):
         self._chosen = {n: top(sizes[n], budgets[n]) for n in self.shapes}
 
     def asks(
-        self, server_round: int, *, connected: Sequence[int], sampled: Sequence[int]
+        self, server_round: int, *, connected: Nodes, sampled: Nodes
     ) -> Ask | None:
-        """Ask those sampled, at every adjustment."""
+        """Ask the sampled nodes at each adjustment."""
         del connected
         if due(server_round, self.every) and self._share(server_round) > 0:
             return Ask(nodes=sampled, measure="gradient", current=True)
         return None
 
-    def masks(
-        self, sampled: Sequence[int], weights: Params, server_round: int
-    ) -> Masks:
-        """Return the mask, adjusted where new gradients have come."""
+    def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
+        """Return the mask, adjusted if there are new gradients."""
         del sampled
         assert self._chosen is not None
         if self._measured.weight:
@@ -227,11 +210,11 @@ class FedDST(GradientPruner):
 def layer_budgets(
     shapes: Mapping[str, tuple[int, ...]], kept: int, *, floor: float = 0.0
 ) -> dict[str, int]:
-    """Divide kept weights among layers: Erdos-Renyi-Kernel.
+    """Divide the kept weights among layers by Erdos-Renyi-Kernel.
 
-    A layer's density is in proportion to the sum of its dimensions over their product
-    (arXiv:1911.11134, section 3), at least `floor` and one weight, at most 1; vectors
-    are kept whole.
+    A layer's density is proportional to the sum of its dimensions over their product
+    (arXiv:1911.11134, section 3), at most 1. A layer keeps at least the share `floor`
+    and one weight. Vectors are kept whole.
 
     Returns
     -------
@@ -241,7 +224,7 @@ def layer_budgets(
     Raises
     ------
     MaskError
-        If `kept` is not enough for the vectors and the least of every layer.
+        If `kept` is too small for the vectors and the minimum of every layer.
     """
     sizes = np.array([math.prod(shape) for shape in shapes.values()], np.int64)
     whole = np.array([len(shape) < 2 for shape in shapes.values()])
@@ -249,7 +232,7 @@ def layer_budgets(
     least = np.minimum(least, sizes)
     if not least.sum() <= kept <= sizes.sum():
         raise MaskError(
-            f"expected to keep {least.sum()} (the vectors, and the least of every "
+            f"expected to keep {least.sum()} (the vectors and the minimum of every "
             f"layer) to {sizes.sum()} weights, got {kept}; prune less, or lower the "
             "floor"
         )

@@ -1,4 +1,4 @@
-"""What nodes measured, on the server's disk: each answer checked and written once."""
+"""The nodes' answers on the server's disk, each checked and written once."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.errors import CheckpointError, WireError
 from autoflip_flwr.method.guidance import Statistics, statistics
+from autoflip_flwr.types import Float32, Mask
 from autoflip_flwr.wire.codec import (
     HEADER_BYTES,
     QuantizedGuidance,
@@ -25,20 +27,20 @@ from autoflip_flwr.wire.codec import (
     unpack_mask,
 )
 
-#: Frames of a node on the disk: of the round, and of the two checkpoints before it.
+#: Frames of a node on disk: that of the round, and those of the last two checkpoints.
 _SLOTS = 3
 
 
 class GuidanceStore:
-    """Local guidance by node id, one byte per parameter, outside of memory.
+    """Local guidance by node id, on disk, one byte per parameter.
 
-    What stays in memory per explorer is a row of numbers: its mean, two per tensor.
+    Memory holds one row of numbers per explorer: the mean, and two per tensor.
 
     Parameters
     ----------
     directory : Path
-        Made when needed. Files are written atomically. A node's later frame does not
-        overwrite the two before it, which the checkpoints that are kept may stand on.
+        Created when needed. Files are written atomically. A node's new frame does not
+        overwrite its last two, because the kept checkpoints may need them.
     shapes : mapping of name -> shape
         The prunable parameters, in order.
     """
@@ -48,9 +50,9 @@ class GuidanceStore:
         self._shapes = shapes
         self._rows: dict[int, int] = {}
         self._crcs = np.empty(0, np.uint32)
-        #: Of a row: the mean, the least and then the largest values of all tensors.
+        #: One row: the mean, the least value of each tensor, the largest of each.
         self._numbers = np.empty((0, 1 + 2 * len(shapes)))
-        self._slots: dict[int, int] = {}  # also of nodes whose guidance is forgotten
+        self._slots: dict[int, int] = {}  # kept by `forget`
 
     def __contains__(self, node_id: int) -> bool:
         return node_id in self._rows
@@ -62,37 +64,27 @@ class GuidanceStore:
         return iter(self._rows)
 
     def put(self, node_id: int, measured: "Measured") -> None:
-        """Keep a node's guidance in place of an earlier one, as a link to its file."""
+        """Replace a node's guidance by a link to the new file."""
         slot = (self._slots.get(node_id, -1) + 1) % _SLOTS
         _link(measured.path, self._path(node_id, slot))
         self._slots[node_id] = slot
-        numbers = measured.statistics
+        new = measured.statistics
         row = self._rows.setdefault(node_id, len(self._rows))
         if row == len(self._crcs):
             size = max(16, 2 * row)
             self._crcs = np.resize(self._crcs, size)
             self._numbers = np.resize(self._numbers, (size, self._numbers.shape[1]))
         self._crcs[row] = measured.checksum
-        self._numbers[row] = (
-            numbers.mean,
-            *numbers.low.values(),
-            *numbers.high.values(),
-        )
+        self._numbers[row] = [new.mean, *new.low.values(), *new.high.values()]
 
     def get(self, node_id: int) -> QuantizedGuidance:
-        """Return a node's guidance, read from disk as it is used.
-
-        Raises
-        ------
-        KeyError
-            If the node has none.
-        """
+        """Map a node's guidance from disk; KeyError if the node has none."""
         if node_id not in self._rows:
             raise KeyError(f"no local guidance of node {node_id}")
         return _read(self._path(node_id, self._slots[node_id]), self._shapes)
 
-    def tables(self, node_ids: Sequence[int], name: str) -> NDArray[np.float32]:
-        """Return what the codes of one tensor stand for, shape (nodes, 256)."""
+    def tables(self, node_ids: Sequence[int], name: str) -> Float32:
+        """Return the values of the codes of one tensor, shape (nodes, 256)."""
         offset = _FRAME_AT + HEADER_BYTES * list(self._shapes).index(name)
         tables = np.empty((len(node_ids), 256), np.float32)
         for row, path in zip(tables, self._paths(node_ids), strict=True):
@@ -103,28 +95,27 @@ class GuidanceStore:
     def codes(
         self, node_ids: Sequence[int], name: str, block: int
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Read one tensor of many nodes a block at a time.
+        """Read one tensor of many nodes, one block at a time.
 
         Yields
         ------
         start : int
-            Of the block in the flat tensor.
+            First entry of the block in the flat tensor.
         codes : uint8 array, shape (nodes, <= block)
         """
-        sizes = {each: math.prod(shape) for each, shape in self._shapes.items()}
-        before = list(sizes)[: list(sizes).index(name)]
-        header = _FRAME_AT + HEADER_BYTES * len(sizes)
-        offset = header + sum(sizes[each] for each in before)
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        index = list(self._shapes).index(name)
+        offset = _FRAME_AT + HEADER_BYTES * len(sizes) + sum(sizes[:index])
         paths = self._paths(node_ids)
-        for start in range(0, sizes[name], block):
-            count = min(block, sizes[name] - start)
+        for start in range(0, sizes[index], block):
+            count = min(block, sizes[index] - start)
             codes = np.empty((len(paths), count), np.uint8)
             for row, path in zip(codes, paths, strict=True):
                 row[:] = np.fromfile(path, np.uint8, count, offset=offset + start)
             yield start, codes
 
     def statistics(self, node_id: int) -> Statistics:
-        """Mean and extremes of a node's guidance, without reading it."""
+        """Return mean and extremes of a node's guidance without reading its file."""
         return self._statistics(self._numbers[self._rows[node_id]])
 
     def means(self) -> list[float]:
@@ -133,7 +124,7 @@ class GuidanceStore:
         return means
 
     def overall(self) -> Statistics:
-        """Mean and extremes of all nodes' guidance together; of one or more."""
+        """Return mean and extremes over all nodes, of which there is at least one."""
         numbers, tensors = self._numbers[: len(self)], len(self._shapes)
         mean = numbers[:, 0].mean()
         low = numbers[:, 1 : 1 + tensors].min(axis=0)
@@ -147,17 +138,17 @@ class GuidanceStore:
         return Statistics(mean=mean, low=low, high=high)
 
     def forget(self) -> None:
-        """Hold no guidance any more; the files stay, for an earlier checkpoint."""
+        """Drop all guidance from memory; an earlier checkpoint may need the files."""
         self._rows.clear()
 
     def clear(self) -> None:
-        """Forget all guidance, and delete what an earlier run may have left."""
-        self._rows.clear()
+        """Drop all guidance, and delete the files of an earlier run."""
+        self.forget()
         self._slots.clear()
         _delete(self._directory, "*.guidance", "*.partial")
 
     def state(self) -> dict[str, Any]:
-        """Return what stays in memory."""
+        """Return the part in memory, for a checkpoint."""
         return {
             "nodes": np.array([*self._rows], np.uint64),
             "crcs": self._crcs[: len(self)].copy(),
@@ -167,12 +158,9 @@ class GuidanceStore:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the files of an earlier process for this one's.
+        """Use the files of an earlier process.
 
-        Raises
-        ------
-        CheckpointError
-            If a file is missing, or not the one that the state was made with.
+        A file that is missing, torn or newer than the checkpoint is a CheckpointError.
         """
         written, slots = state["written"].tolist(), state["slots"].tolist()
         self._slots = dict(zip(written, slots, strict=True))
@@ -188,7 +176,7 @@ class GuidanceStore:
                 ) from error
             if got != expected:
                 raise CheckpointError(
-                    f"{path} is torn or of a later round: expected the checksum "
+                    f"{path} is torn or from a later round: expected the checksum "
                     f"{expected:08x}, got {got:08x}"
                 )
 
@@ -201,87 +189,65 @@ class GuidanceStore:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a node replied that was asked to explore, or to measure."""
+    """The reply of a node that was asked to explore or to measure."""
 
     frame: bytes
-    signs: bytes | None = None  # which weights rose, for a warm start
-    examples: float = 1.0  # 1 where the app does not say
+    signs: bytes | None = None  # the weights that rose, for a warm start
+    examples: float = 1.0  # 1 if the app does not report them
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An answer that fits the model, checked, summed up and on the disk.
-
-    Attributes
-    ----------
-    path : Path
-    checksum : int
-        CRC-32 of the file behind its first four bytes.
-    shapes : mapping of name -> shape
-    examples : float
-        How many the node has, > 0.
-    statistics : Statistics
-        Mean and extremes of the whole matrix.
-    """
+    """An answer that fits the model, on disk."""
 
     path: Path
-    checksum: int
+    checksum: int  # CRC-32 of the file after its first four bytes
     shapes: Shapes
-    examples: float
-    statistics: Statistics
+    examples: float  # of the node, > 0
+    statistics: Statistics  # of the whole matrix
 
     def guidance(self) -> QuantizedGuidance:
-        """Return what was measured, read from the disk as it is used."""
+        """Map the measured guidance from disk."""
         return _read(self.path, self.shapes)
 
-    def signs(self) -> dict[str, NDArray[np.bool_]]:
-        """Return which weights rose.
+    def signs(self) -> dict[str, Mask]:
+        """Return a bool array per parameter, True where the weight rose.
 
-        Raises
-        ------
-        WireError
-            If the node did not say, or its bits do not fit.
+        Signs that are missing or do not fit the model are a WireError.
         """
-        size = frame_bytes(self.shapes)
-        bits = self.path.read_bytes()[_FRAME_AT + size :]
+        bits = self.path.read_bytes()[_FRAME_AT + frame_bytes(self.shapes) :]
         if not bits:
             raise WireError("expected signs beside the guidance, got none")
         return unpack_mask(bits, self.shapes)
 
 
 class Answers:
-    """The answers of one round, on disk as they come.
+    """The answers of one round, written to disk as they arrive.
 
-    So a server that is killed while nodes explore asks only those again whose answer
-    had not come, and memory does not grow with the size of the answers.
-
-    Parameters
-    ----------
-    directory : Path
-    shapes : mapping of name -> shape
-        The prunable parameters, in order.
+    A server that is killed during an exploration later asks only the nodes whose
+    answers are missing. Memory does not grow with the size of the answers. The
+    parameters are those of `GuidanceStore`.
     """
 
     def __init__(self, directory: Path, shapes: Shapes) -> None:
         self._directory = directory
         self._shapes = shapes
         self._round = 0
-        self._measured: dict[int, Measured] = {}
-        self._reasons: dict[int, str] = {}
+        self._results: dict[int, Measured | str] = {}  # str: why there is no answer
 
     def __contains__(self, node_id: int) -> bool:
-        """Tell whether a node has answered, or failed to, in this round."""
-        return node_id in self._measured or node_id in self._reasons
+        """Tell whether a node has answered or failed in this round."""
+        return node_id in self._results
 
     def begin(self, server_round: int) -> None:
-        """Go on with this round: with what an earlier process has of it.
+        """Start a round with the answers that an earlier process received in it.
 
-        The answers of the round before stay: a run that falls back to the checkpoint
-        before the newest begins with that round.
+        The files of the last round stay: a run that falls back to the older checkpoint
+        starts with that round.
         """
         self._round = server_round
-        self._measured, self._reasons = {}, {}
-        _delete(self._directory, "*.partial")  # of a server that was killed
+        self.forget()
+        _delete(self._directory, "*.partial")  # left by a killed server
         for path in self._directory.glob("*-*.answer*"):
             of_round, _, node_id = path.stem.partition("-")
             if not server_round - 1 <= int(of_round) <= server_round:
@@ -290,39 +256,39 @@ class Answers:
                 self._recall(int(node_id), path)
 
     def put(self, node_id: int, answer: Answer) -> None:
-        """Check what a node answered in this round; keep it, or why it is of no use."""
+        """Check and keep a node's answer, or the reason why it is not valid."""
         try:
             examples = float(answer.examples)
             if not (examples > 0 and math.isfinite(examples)):
-                raise WireError(f"expected examples, got {answer.examples}")
+                raise WireError(f"expected examples > 0, got {answer.examples}")
             guidance = dequantize(answer.frame, self._shapes)
         except (TypeError, ValueError, OverflowError) as error:
             self.fail(node_id, str(error))
             return
-        path = self._path(node_id, ".answer")
-        parts = _EXAMPLES.pack(examples), answer.frame, answer.signs or b""
-        checksum = self._write(path, *parts)
-        self._measured[node_id] = Measured(
+        body = b"".join([_EXAMPLES.pack(examples), answer.frame, answer.signs or b""])
+        path, checksum = self._write(f"{node_id}.answer", body)
+        self._results[node_id] = Measured(
             path, checksum, self._shapes, examples, statistics_of(guidance)
         )
 
     def get(self, node_id: int) -> Measured | None:
-        """Return what a node measured in this round; None: nothing that is of use."""
-        return self._measured.get(node_id)
+        """Return a node's valid answer of this round, or None."""
+        result = self._results.get(node_id)
+        return result if isinstance(result, Measured) else None
 
     def fail(self, node_id: int, reason: str) -> None:
-        """Keep why there is nothing of a node in this round."""
-        path = self._path(node_id, ".answerless")
-        self._write(path, reason.encode(errors="replace"))
-        self._reasons[node_id] = reason
+        """Keep the reason why a node has no valid answer in this round."""
+        self._write(f"{node_id}.answerless", reason.encode(errors="replace"))
+        self._results[node_id] = reason
 
     def failure(self, node_id: int) -> str | None:
-        """Return why there is nothing of a node; None: it may still answer."""
-        return self._reasons.get(node_id)
+        """Return the reason why a node failed; None if it has not failed."""
+        result = self._results.get(node_id)
+        return result if isinstance(result, str) else None
 
     def forget(self) -> None:
-        """Hold no answers any more; the files stay, for a run that goes on."""
-        self._measured, self._reasons = {}, {}
+        """Drop all answers from memory; a resumed run may need the files."""
+        self._results = {}
 
     def clear(self) -> None:
         """Delete all answers."""
@@ -330,91 +296,76 @@ class Answers:
         _delete(self._directory, "*-*.answer*", "*.partial")
 
     def _recall(self, node_id: int, path: Path) -> None:
-        """Take an earlier process's file of this round, if it is whole."""
+        """Read an earlier process's file of this round, if its checksum fits."""
         data = path.read_bytes()
         body, checksum = data[_CRC.size :], zlib.crc32(data[_CRC.size :])
         if data[: _CRC.size] != _CRC.pack(checksum):
             return
         if path.suffix == ".answerless":
-            self._reasons[node_id] = body.decode(errors="replace")
+            self._results[node_id] = body.decode(errors="replace")
             return
         (examples,) = _EXAMPLES.unpack_from(body)
         frame = body[_EXAMPLES.size : _EXAMPLES.size + frame_bytes(self._shapes)]
         guidance = dequantize(frame, self._shapes)
-        self._measured[node_id] = Measured(
+        self._results[node_id] = Measured(
             path, checksum, self._shapes, examples, statistics_of(guidance)
         )
 
-    def _write(self, path: Path, *parts: bytes) -> int:
-        body = b"".join(parts)
-        checksum = zlib.crc32(body)
-        write(path, _CRC.pack(checksum) + body, sync=True)
-        return checksum
-
-    def _path(self, node_id: int, suffix: str) -> Path:
-        return self._directory / f"{self._round}-{node_id}{suffix}"
+    def _write(self, name: str, body: bytes) -> tuple[Path, int]:
+        path, checksum = self._directory / f"{self._round}-{name}", zlib.crc32(body)
+        write(path, _CRC.pack(checksum) + body)
+        return path, checksum
 
 
-#: An answer's file: checksum of the rest, examples, frame, signs. A failure's:
-#: checksum, reason.
+#: File of an answer: checksum of the rest, examples, frame, signs.
+#: File of a failure: checksum of the rest, reason.
 _CRC, _EXAMPLES = struct.Struct("<I"), struct.Struct("<d")
 _FRAME_AT = _CRC.size + _EXAMPLES.size
 
 
 def _read(path: Path, shapes: Shapes) -> QuantizedGuidance:
-    """Map the frame of an answer's file; signs may follow it."""
+    """Map the frame in the file of an answer; signs may follow it."""
     size = frame_bytes(shapes)
     frame = np.memmap(path, np.uint8, mode="r", offset=_FRAME_AT, shape=(size,))
     return dequantize(frame.data, shapes)
 
 
-def _link(path: Path, to: Path) -> None:
-    """Give a file a second name, in place of what has it; or copy it there.
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give the block another path to write to; rename that file when it is complete.
 
-    Raises
-    ------
-    CheckpointError
-        If the disk does not take it.
-    """
-    partial = to.with_suffix(".partial")
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        try:
-            partial.hardlink_to(path)
-        except OSError:  # a file system without such names
-            shutil.copyfile(path, partial)
-        partial.replace(to)
-    except OSError as error:
-        raise _not_written(to, error) from error
-
-
-def write(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Write a file whole or not at all; with `sync` it is on the disk then.
-
-    Raises
-    ------
-    CheckpointError
-        If the disk does not take it.
+    If the disk refuses it, the error is a CheckpointError and the old file stays.
     """
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
+        partial.unlink(missing_ok=True)  # it may be a link to another file
+        yield partial
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
+        with suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}; make room, then go "
+            "on with resume=true"
+        ) from error
 
 
-def _not_written(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write {path}: {error.strerror}; make room, then go on with resume=true"
-    )
+def _link(path: Path, to: Path) -> None:
+    """Give a file a second name, or copy it where the disk has no hard links."""
+    with _replacing(to) as partial:
+        try:
+            partial.hardlink_to(path)
+        except OSError:
+            shutil.copyfile(path, partial)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file to disk atomically."""
+    with _replacing(path) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _delete(directory: Path, *patterns: str) -> None:
@@ -424,7 +375,7 @@ def _delete(directory: Path, *patterns: str) -> None:
 
 
 def statistics_of(guidance: QuantizedGuidance) -> Statistics:
-    """Statistics of the whole matrix, holding one dense tensor at a time."""
+    """Return mean and extremes; only one dense tensor is in memory at a time."""
     total, count = 0.0, 0
     low: dict[str, float] = {}
     high: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A checkpoint after every round, and runs that go on from it, for any strategy."""
+"""A checkpoint after every round, and runs that resume from it, for any strategy."""
 
 import json
 import logging
@@ -19,23 +19,23 @@ from autoflip_flwr.server.tree import SCALARS, read, storable, write
 
 _log = logging.getLogger("flwr")
 
-#: How many checkpoints a run keeps: the last one, and one to fall back on.
+#: Checkpoints that a run keeps: the last one, and one to fall back on.
 _KEPT = 2
 
 
 class Part(Protocol):
-    """What has a state of its own besides the strategy: a meter, a log."""
+    """What has a state besides the strategy, such as a meter or a log."""
 
     def state(self) -> dict[str, Any]:
-        """Return what goes into a checkpoint: plain values, arrays, records."""
+        """Return plain values, arrays and records for a checkpoint."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on from `state`."""
 
 
 @runtime_checkable
 class _Stateful(Protocol):
-    """A strategy that says what it has to know to go on."""
+    """A strategy that provides its own state."""
 
     def state(self, arrays: ArrayRecord) -> dict[str, Any]: ...
 
@@ -45,20 +45,20 @@ class _Stateful(Protocol):
 class Checkpointed(Strategy):
     """Any strategy of Flower's Message API, with a checkpoint after every round.
 
-    `start` begins a run, or goes on with the one whose checkpoints it finds: with its
-    weights, mask, guidance, optimizer at the server and random states. What a strategy
-    holds besides its configuration is found by itself: arrays, records, numbers and
-    collections of them, down through strategies inside strategies.
+    `start` begins a run, or resumes it from the checkpoints in `directory`: weights,
+    mask, guidance, server optimizer and random states. The state of a strategy is
+    whatever it holds besides its configuration: arrays, records, numbers and
+    collections of them. Strategies inside it are saved the same way.
 
     Parameters
     ----------
     strategy : Strategy
     directory : Path or str
-        Where the checkpoints are; made if missing.
+        Folder of the checkpoints; created if missing.
     settings : mapping, optional
-        What the run depends on. A checkpoint of other settings is refused.
+        What the run depends on. A checkpoint with other settings is refused.
     parts : mapping of name -> Part, optional
-        What else goes into the checkpoints.
+        Further objects whose state the checkpoints include.
 
     Examples
     --------
@@ -70,8 +70,8 @@ class Checkpointed(Strategy):
     Raises
     ------
     CheckpointError
-        By `start`: the checkpoints are another run's, none of them is whole, or one
-        cannot be written. Whatever happens, the last whole one stays.
+        By `start`: the checkpoints belong to another run, all of them are torn, or one
+        cannot be written. The last intact checkpoint always stays.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class Checkpointed(Strategy):
         self._settings = _plain(settings or {})
         self._parts = dict(parts or {})
         self._done = 0  # rounds, before this process
-        # As `Result` has them; a process that goes on returns them whole.
+        # Named as in `Result`, which gets the metrics of all rounds.
         self._metrics: dict[str, dict[int, MetricRecord]] = {
             "train_metrics_clientapp": {},
             "evaluate_metrics_clientapp": {},
             "evaluate_metrics_serverapp": {},
         }
-        # Strategies from the outermost in, with what they were made with.
+        # Strategies from the outermost inwards -> their attributes at the start.
         self._built: dict[Any, dict[str, Any]] = {
             one: dict(vars(one)) for one in chain(strategy)
         }
@@ -110,15 +110,15 @@ class Checkpointed(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds that are left; parameters and result are `Strategy.start`'s.
+        """Run the remaining rounds; parameters and result are `Strategy.start`'s.
 
-        `initial_arrays` are those of a new run; one that goes on has its own.
+        A resumed run ignores `initial_arrays`: its weights are in the checkpoint.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        layout = _layout(initial_arrays)
-        found = self._go_on(layout)
-        arrays = initial_arrays if found is None else found
-        if found is not None:
+        layout = {n: [a.dtype, list(a.shape)] for n, a in initial_arrays.items()}
+        resumed = self._resume(layout)
+        arrays = initial_arrays if resumed is None else resumed
+        if resumed is not None:
             _log.info(
                 "going on after round %d of %d: [ROUND 1] is round %d",
                 self._done,
@@ -127,7 +127,7 @@ class Checkpointed(Strategy):
             )
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            if server_round == 0 and found is not None:
+            if server_round == 0 and resumed is not None:
                 return None
             current = self._done + server_round
             metrics = evaluate_fn(current, arrays) if evaluate_fn else None
@@ -141,21 +141,28 @@ class Checkpointed(Strategy):
         )
         if not len(result.arrays):
             result.arrays = arrays
-        for name, noted in self._metrics.items():  # of all rounds, by their numbers
-            setattr(result, name, dict(noted))
+        for name, metrics in self._metrics.items():
+            setattr(result, name, dict(metrics))
         return result
+
+    # The inner strategy gets the number of a round in the whole run.
 
     def summary(self) -> None:
         """Log the settings of the strategy."""
         self.strategy.summary()
 
     def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self, server_round: int, *args: Any, **kwargs: Any
     ) -> Iterable[Message]:
-        """Let the strategy configure the round, by its number in the whole run."""
-        return self.strategy.configure_train(
-            self._done + server_round, arrays, config, grid
-        )
+        """Let the strategy configure the round."""
+        return self.strategy.configure_train(self._done + server_round, *args, **kwargs)
+
+    def configure_evaluate(
+        self, server_round: int, *args: Any, **kwargs: Any
+    ) -> Iterable[Message]:
+        """Let the strategy configure the evaluation."""
+        current = self._done + server_round
+        return self.strategy.configure_evaluate(current, *args, **kwargs)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -166,14 +173,6 @@ class Checkpointed(Strategy):
         self._note("train_metrics_clientapp", current, metrics)
         return arrays, metrics
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Let the strategy configure the evaluation."""
-        return self.strategy.configure_evaluate(
-            self._done + server_round, arrays, config, grid
-        )
-
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
@@ -183,9 +182,9 @@ class Checkpointed(Strategy):
         self._note("evaluate_metrics_clientapp", current, metrics)
         return metrics
 
-    def _note(self, name: str, server_round: int, found: MetricRecord | None) -> None:
-        if found is not None:
-            self._metrics[name][server_round] = found
+    def _note(self, name: str, server_round: int, metrics: MetricRecord | None) -> None:
+        if metrics is not None:
+            self._metrics[name][server_round] = metrics
 
     # --- the checkpoints ---------------------------------------------------------
 
@@ -193,140 +192,122 @@ class Checkpointed(Strategy):
         self, server_round: int, arrays: ArrayRecord, layout: dict[str, Any]
     ) -> None:
         write(
-            self._path(server_round),
+            self.directory / f"round-{server_round:06d}.safetensors",
             {
                 "round": server_round,
                 "settings": self._settings,
                 "layout": layout,
                 "arrays": arrays,
-                "strategies": [
-                    self._state_of(strategy, arrays) for strategy in self._built
-                ],
+                "strategies": [self._state_of(one, arrays) for one in self._built],
                 "parts": {name: part.state() for name, part in self._parts.items()},
                 "metrics": self._metrics,
                 "random": _random_states(),
             },
         )
-        for path in self._paths()[_KEPT:]:
+        for path in self._newest_first()[_KEPT:]:
             path.unlink()
 
     def _state_of(self, strategy: Strategy, arrays: ArrayRecord) -> dict[str, Any]:
-        """Return what a strategy holds besides what it was made with."""
+        """Return what a strategy holds besides its configuration."""
         name = type(strategy).__name__
         if isinstance(strategy, _Stateful):
             return {"name": name, "state": strategy.state(arrays)}
-        state = {}
+        built, state = self._built[strategy], {}
         for key, value in vars(strategy).items():
             if isinstance(value, Strategy) or callable(value):
                 continue
             if not storable(value):
-                if f"{name}.{key}" not in self._unsaved:
-                    _log.warning(
-                        "checkpoints leave out %s.%s, a %s; a strategy that needs it "
-                        "to go on can have methods state and restore as AutoFLIP has",
-                        name,
-                        key,
-                        type(value).__name__,
-                    )
-                self._unsaved.add(f"{name}.{key}")
-            elif (
-                not isinstance(value, SCALARS)
-                or key not in self._built[strategy]
-                or value != self._built[strategy][key]
+                self._warn_unsaved(f"{name}.{key}", value)
+            elif not (
+                isinstance(value, SCALARS) and key in built and value == built[key]
             ):
                 state[key] = value
         return {"name": name, "state": state}
 
-    def _restore(self, found: dict[str, Any]) -> ArrayRecord:
-        """Go on where a checkpoint was written; return the global model."""
-        arrays: ArrayRecord = found["arrays"]
-        for strategy, saved in zip(self._built, found["strategies"], strict=True):
+    def _warn_unsaved(self, name: str, value: object) -> None:
+        if name not in self._unsaved:
+            self._unsaved.add(name)
+            _log.warning(
+                "checkpoints leave out %s, a %s; if the strategy needs it to go on, "
+                "give it the methods state and restore, as AutoFLIP has them",
+                name,
+                type(value).__name__,
+            )
+
+    def _restore(self, saved: dict[str, Any]) -> ArrayRecord:
+        """Go on from the contents of a checkpoint; return the global model."""
+        arrays: ArrayRecord = saved["arrays"]
+        for strategy, own in zip(self._built, saved["strategies"], strict=True):
             if isinstance(strategy, _Stateful):
-                strategy.restore(saved["state"], arrays)
+                strategy.restore(own["state"], arrays)
             else:
-                vars(strategy).update(saved["state"])
+                vars(strategy).update(own["state"])
         for name, part in self._parts.items():
-            part.restore(found["parts"][name])
-        _set_random_states(found["random"])
-        self._metrics = found["metrics"]
-        self._done = found["round"]
+            part.restore(saved["parts"][name])
+        _set_random_states(saved["random"])
+        self._metrics = saved["metrics"]
+        self._done = saved["round"]
         return arrays
 
-    def _go_on(self, layout: dict[str, Any]) -> ArrayRecord | None:
-        """Go on with the last checkpoint that is whole; None: there is none at all."""
+    def _resume(self, layout: dict[str, Any]) -> ArrayRecord | None:
+        """Go on from the last intact checkpoint; None if there is no checkpoint."""
         torn: list[str] = []
-        for path in self._paths():
+        for path in self._newest_first():
             try:
-                found = read(path)
+                saved = read(path)
             except CheckpointError as error:
                 torn.append(str(error))
             else:
-                self._check(path, found, layout)
+                self._check(path, saved, layout)
                 try:
-                    return self._restore(found)
-                except CheckpointError as error:  # guidance that it stands on
+                    return self._restore(saved)
+                except CheckpointError as error:  # its local guidance is missing
                     torn.append(f"{path}: {error}")
-            _log.error("%s; the checkpoint before it is taken", torn[-1])
+            _log.error("%s; trying the checkpoint before it", torn[-1])
         if torn:
             raise CheckpointError(
-                "no whole checkpoint is left; begin the run anew in another folder: "
+                "no whole checkpoint is left; begin the run again in another folder: "
                 + "; ".join(torn)
             )
         return None
 
-    def _check(self, path: Path, found: dict[str, Any], layout: dict[str, Any]) -> None:
+    def _check(self, path: Path, saved: dict[str, Any], layout: dict[str, Any]) -> None:
         """Refuse a checkpoint of another run."""
-        remedy = "go on with the settings it was made with, or name another folder"
-        settings = found["settings"]
-        other = [
-            f"{key}: {settings.get(key, 'nothing')!r} there, "
-            f"{self._settings.get(key, 'nothing')!r} here"
-            for key in sorted({*settings, *self._settings})
-            if settings.get(key) != self._settings.get(key)
-        ]
-        if other:
-            raise CheckpointError(
-                f"{path} is of other settings ({'; '.join(other)}); {remedy}"
-            )
-        names = [type(strategy).__name__ for strategy in self._built]
-        saved = [state["name"] for state in found["strategies"]]
-        if names != saved:
-            raise CheckpointError(
-                f"{path} is of other strategies: {saved} there, {names} here; {remedy}"
-            )
-        if found["layout"] != layout:
-            differ = [
-                f"{name}: {found['layout'].get(name, 'nothing')} there, "
-                f"{layout.get(name, 'nothing')} here"
-                for name in [*layout, *(set(found["layout"]) - set(layout))]
-                if found["layout"].get(name) != layout.get(name)
+        names = {"strategies": [type(strategy).__name__ for strategy in self._built]}
+        saved_names = {"strategies": [one["name"] for one in saved["strategies"]]}
+        for what, there, here in (
+            ("other settings", saved["settings"], self._settings),
+            ("other strategies", saved_names, names),
+            ("another model", saved["layout"], layout),
+        ):
+            differences = [
+                f"{key}: {_shown(there, key)} there, {_shown(here, key)} here"
+                for key in dict.fromkeys([*here, *there])
+                if there.get(key) != here.get(key)
             ]
-            raise CheckpointError(
-                f"{path} is of another model ({'; '.join(differ[:5])}); {remedy}"
-            )
+            if differences:
+                raise CheckpointError(
+                    f"{path} was written with {what} ({'; '.join(differences[:9])}); "
+                    "use those, or name another folder"
+                )
 
-    def _path(self, server_round: int) -> Path:
-        return self.directory / f"round-{server_round:06d}.safetensors"
-
-    def _paths(self) -> list[Path]:
-        """Return the checkpoints, the newest first."""
+    def _newest_first(self) -> list[Path]:
         return sorted(self.directory.glob("round-*.safetensors"), reverse=True)
 
 
-def _layout(arrays: ArrayRecord) -> dict[str, Any]:
-    """Return name -> type and shape of a model's arrays."""
-    return {n: [array.dtype, list(array.shape)] for n, array in arrays.items()}
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "nothing"
 
 
 def _plain(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted keys, as JSON brings them back."""
-    found: dict[str, Any] = {}
+    """Return nested settings under dotted keys, with the types JSON gives back."""
+    plain: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found.update(_plain(value, f"{prefix}{key}."))
+            plain.update(_plain(value, f"{prefix}{key}."))
         else:
-            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
-    return found
+            plain[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return plain
 
 
 def _random_states() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who measures what before a round, and what is made of the answers."""
+"""The exploration before a round: requests to nodes, and their answers."""
 
 import logging
 import math
@@ -19,25 +19,25 @@ from autoflip_flwr.wire.records import Exploration, Plan
 
 _log = logging.getLogger("flwr")
 
-#: Bytes of answers that may wait at the SuperLink, and in this process.
+#: Bytes of answers: at most so many wait at the SuperLink, and in this process.
 _BATCH_BYTES, _PULL_BYTES = 1 << 30, 1 << 25
 _LEAST_BATCH = 8
 
-#: (arrays, entries of the config, nodes) -> what each node answered, as it comes; a
-#: text is the reason why there is nothing.
+#: (arrays, entries of the config, nodes) -> (node, its answer) as they arrive. A text
+#: in place of the answer is the reason of a failure.
 Send: TypeAlias = Callable[
     [ArrayRecord, dict[str, Any], Sequence[int]], Iterable[tuple[int, Answer | str]]
 ]
 
 
 class Intake:
-    """Lets nodes explore, or measure gradients, and hands the pruner what they found.
+    """Lets nodes explore, or measure gradients, and passes the results to the pruner.
 
     Parameters
     ----------
     rounds : Rounds
     outlier : float or None
-        Answers so many times as large as their median are left out.
+        Answers of more than this multiple of their median are left out.
     """
 
     def __init__(self, rounds: Rounds, *, outlier: float | None = None) -> None:
@@ -48,11 +48,11 @@ class Intake:
         self._warm = False  # whether the weights have been moved
 
     def state(self) -> dict[str, Any]:
-        """Return what a process that goes on has to know."""
+        """Return the state for a checkpoint."""
         return {"warm": self._warm}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on from `state`."""
         self._warm = state["warm"]
 
     def explore(
@@ -63,11 +63,11 @@ class Intake:
         sampled: Sequence[int],
         send: Send,
     ) -> bool:
-        """Ask whom the pruner wants to ask; tell whether the weights changed.
+        """Let the pruner's choice of nodes explore; tell whether the weights changed.
 
-        Answers are taken in the order of asking. Whose answer an interrupted run has
-        already is not asked again. With a warm start the weights are then where the
-        explorers on average ended, weighted by their examples.
+        Answers are used in the order of the requests. A resumed run asks only the
+        nodes that have not answered. A warm start moves the weights to the mean of the
+        explorers' weights, weighted by their examples.
 
         Raises
         ------
@@ -94,13 +94,13 @@ class Intake:
                 else:
                     answers.put(node_id, answer)
         for node_id in ask.nodes:
-            if node_id not in answers:  # so that nobody is asked after a restart
+            if node_id not in answers:  # recorded, so a resumed run does not ask again
                 answers.fail(node_id, "no reply in time")
         self._take(ask, answers)
         return self._move()
 
     def at_once(self) -> int:
-        """Return how many answers to hold before they are on disk."""
+        """Return how many answers may be in memory before they are on disk."""
         return max(1, _PULL_BYTES // self._answer_bytes())
 
     def _answer_bytes(self) -> int:
@@ -109,37 +109,33 @@ class Intake:
 
     def _answers(self) -> Answers:
         if self._kept is None:
-            rounds = self._rounds
-            folder = rounds.directory / "answers"
-            self._kept = Answers(folder, rounds.manifest.shapes)
-            if rounds.fresh:
+            folder = self._rounds.directory / "answers"
+            self._kept = Answers(folder, self._rounds.manifest.shapes)
+            if self._rounds.fresh:
                 self._kept.clear()
         return self._kept
 
     def _request(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
-        """Return what nodes need to measure: arrays, and entries of the config."""
+        """Return the arrays and the entries of the config that nodes need."""
         rounds, settings = self._rounds, self._rounds.exploration
         trains = ask.measure == "deviation"
         measure: Measure = "update" if self._warms(ask) else ask.measure
+        plan = rounds.plan if ask.current else None
+        if not ask.current and rounds.values != "float32":  # dense, of smaller values
+            shapes = rounds.manifest.shapes
+            ones = {name: np.ones(shape, np.bool_) for name, shape in shapes.items()}
+            plan = Plan(rounds.manifest, ones, rounds.values)
         exploration = Exploration(
             manifest=rounds.manifest,
-            plan=rounds.plan if ask.current else self._dense_plan(),
+            plan=plan,
             epochs=settings.epochs if trains else 1,
             patience=settings.patience if trains else 1,
             measure=measure,
         )
         return exploration.pack(self._start_of(ask)), exploration.entries()
 
-    def _dense_plan(self) -> Plan | None:
-        """Return how dense weights are packed; None: as they are."""
-        rounds = self._rounds
-        if rounds.values == "float32":
-            return None  # a mask of ones would only add to them
-        whole = {n: np.ones(s, np.bool_) for n, s in rounds.manifest.shapes.items()}
-        return Plan(rounds.manifest, whole, rounds.values)
-
     def _warms(self, ask: Ask) -> bool:
-        """Tell whether these explorers' weights are to be the start of the training."""
+        """Tell whether training starts from the weights of these explorers."""
         wanted = self._rounds.exploration.warm_start and ask.measure == "deviation"
         return wanted and not self._warm
 
@@ -147,7 +143,7 @@ class Intake:
         return self._rounds.arrays if ask.current else self._rounds.initial
 
     def _take(self, ask: Ask, answers: Answers) -> None:
-        """Hand the pruner what can be used; name the rest."""
+        """Pass the valid answers to the pruner; log why others are left out."""
         rounds = self._rounds
         start = rounds.weights(self._start_of(ask))
         odd = self._odd(ask, answers)
@@ -166,14 +162,13 @@ class Intake:
             except ValueError as error:
                 reasons[node_id] = str(error)
                 _log.warning("exploration: node %d is left out: %s", node_id, error)
-        asked = len(ask.nodes)
-        explored = asked - len(reasons)
-        _log.info("exploration: %d of %d nodes explored", explored, asked)
+        explored = len(ask.nodes) - len(reasons)
+        _log.info("exploration: %d of %d nodes explored", explored, len(ask.nodes))
         answers.forget()
         rounds.pruner.check(reasons)
 
     def _odd(self, ask: Ask, answers: Answers) -> dict[int, str]:
-        """Return the reasons to leave out answers that are far from the others."""
+        """Return the reason for each answer that is far from the others."""
         squared = ask.measure in ("deviation", "squared-gradient")
         moved: dict[int, float] = {}
         examples: dict[int, float] = {}
@@ -183,16 +178,16 @@ class Intake:
                 mean = measured.statistics.mean
                 moved[node_id] = math.sqrt(mean) if squared else mean
                 examples[node_id] = measured.examples
-        pruner, limit = self._rounds.pruner, self._outlier
-        earlier = pruner.explored() if ask.measure == "deviation" else []
-        others = [math.sqrt(mean) for mean in earlier]
+        limit, others = self._outlier, []
+        if ask.measure == "deviation":
+            others = [math.sqrt(mean) for mean in self._rounds.pruner.explored()]
         return {
             **far_off("moved", moved, limit=limit, others=others),
             **far_off("has examples", examples, limit=limit),
         }
 
     def _move(self) -> bool:
-        """Begin where the explorers on average ended, if it was asked for."""
+        """Move the weights to the mean of the explorers' if a warm start wants it."""
         rounds, moved = self._rounds, self._warmth.take()
         self._warm = self._warm or bool(moved)
         for name, value in moved.items():
@@ -203,7 +198,7 @@ class Intake:
 
 
 def _movement(measured: Measured) -> Params:
-    """Return how far an explorer's weights moved, with their signs."""
+    """Return how far an explorer's weights moved, with signs."""
     rises = measured.signs()
     moved = measured.guidance().dense()
     for name, value in moved.items():

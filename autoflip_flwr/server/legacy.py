@@ -1,19 +1,19 @@
 """AutoFLIP for projects on Flower's older API (`flwr.server.strategy`).
 
-The same state, guidance, mask and handling of replies as `autoflip_flwr.AutoFLIP`,
-behind ``configure_fit`` / ``aggregate_fit``; clients use the same `AutoFlipMod`::
+State, guidance, mask and checks of replies are those of `autoflip_flwr.AutoFLIP`.
+Clients use the same `AutoFlipMod`::
 
     from autoflip_flwr.legacy import AutoFLIP
 
     strategy = AutoFLIP(FedAvg(...), model=Net())
 
-There are no checkpoints on this API.
+This API has no checkpoints.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord
@@ -36,13 +36,14 @@ from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
-
-_log = logging.getLogger("flwr")
+from autoflip_flwr.wire.records import Phase, Plan
 
 _TENSOR_TYPE = "numpy.ndarray"
 
 _Fit = tuple[ClientProxy, FitRes]
 _Evaluation = tuple[ClientProxy, EvaluateRes]
+_Pair = TypeVar("_Pair", _Fit, _Evaluation)
+_Ins = TypeVar("_Ins", FitIns, EvaluateIns)
 
 
 class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
@@ -53,10 +54,10 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     _other_api = "strategies of flwr.serverapp.strategy go into autoflip_flwr.AutoFLIP"
 
     def _begin(self) -> None:
-        # Without a model arrays have numbers, and buffers cannot be told from weights.
+        # Without a model arrays have numbers, and buffers look like weights.
         self._names = None if self.model is None else list(self.model.state_dict())
         self._returned: list[bytes] | None = None
-        self._sent = b""
+        self._values = b""  # the frame of kept values that was sent
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Return the inner strategy's initial parameters."""
@@ -83,14 +84,11 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             return []
         sampled = [_id(client) for client, _ in instructions]
         if self._explore(server_round, sampled, instructions[0][1], client_manager):
-            self._hand_over(list(self.rounds.arrays.values()))
+            self._update_inner()
         plan = self.rounds.begin(server_round, sampled)
-        packed = self._pack(self.rounds.arrays)
-        self._sent = packed.tensors[0]
-        return [
-            (client, FitIns(packed, {**ins.config, **plan.entries("train")}))
-            for client, ins in instructions
-        ]
+        packed = _packed(instructions, self.rounds.arrays, plan, "train")
+        self._values = packed[0][1].parameters.tensors[0]
+        return packed
 
     def aggregate_fit(
         self,
@@ -99,20 +97,12 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         failures: list[_Fit | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Unpack the valid results and let the inner strategy aggregate them."""
-        received = [(_id(pair[0]), pair) for pair in _by_id(results)]
-        valid = self._replies.trained(server_round, received, _read, sent=self._sent)
+        received = _by_id(results)
+        valid = self._replies.trained(server_round, received, _read, sent=self._values)
         if not valid:
             return None, {}
         dense = [
-            (
-                client,
-                FitRes(
-                    status=result.status,
-                    parameters=_parameters_of(reply.arrays),
-                    num_examples=result.num_examples,
-                    metrics=result.metrics,
-                ),
-            )
+            (client, replace(result, parameters=_parameters_of(reply.arrays)))
             for reply in valid
             for client, result in [reply.origin]
         ]
@@ -128,7 +118,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         )
         if aggregated is None:
             return None, metrics
-        self._hand_over(list(self.rounds.arrays.values()))
+        self._update_inner()
         masked = _parameters_of(self.rounds.masked_arrays())
         self._returned = masked.tensors
         return masked, metrics
@@ -143,11 +133,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         plan = self.rounds.plan
         if plan is None or not instructions:
             return instructions
-        packed = self._pack(self._named(parameters))
-        return [
-            (client, EvaluateIns(packed, {**ins.config, **plan.entries("evaluate")}))
-            for client, ins in instructions
-        ]
+        return _packed(instructions, self._named(parameters), plan, "evaluate")
 
     def aggregate_evaluate(
         self,
@@ -156,8 +142,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         failures: list[_Evaluation | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy aggregate the valid results."""
-        received = [(_id(pair[0]), pair) for pair in _by_id(results)]
-        valid = self._replies.readable(server_round, received, _read_evaluation)
+        valid = self._replies.readable(server_round, _by_id(results), _read)
         pairs = [reply.origin for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
 
@@ -174,14 +159,13 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         def send(
             record: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
         ) -> Iterator[tuple[int, Answer | str]]:
-            start = Parameters([array.data for array in record.values()], _TENSOR_TYPE)
-            ins = FitIns(start, {**like.config, **entries})
+            ins = FitIns(_as_parameters(record), {**like.config, **entries})
 
             def one(node_id: int) -> tuple[int, Answer | str]:
                 try:
                     result = proxies[node_id].fit(ins, timeout, server_round)
                     return node_id, _answer_of(result)
-                except Exception as error:  # whatever a client's proxy raises
+                except Exception as error:  # a client's proxy may raise anything
                     return node_id, str(error)
 
             with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
@@ -193,17 +177,13 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             server_round, connected=sorted(proxies), sampled=sampled, send=send
         )
 
-    def _hand_over(self, arrays: list[Array]) -> None:
-        """Set what the strategies with a server optimizer take for the global model."""
+    def _update_inner(self) -> None:
+        """Set the global model inside strategies that have a server optimizer."""
+        arrays = list(self.rounds.arrays.values())
         if isinstance(self.strategy, FedAvgM):
             self.strategy.initial_parameters = ndarrays_to_parameters(arrays)
         if isinstance(self.strategy, FedOpt):
             self.strategy.current_weights = arrays
-
-    def _pack(self, arrays: Params) -> Parameters:
-        assert self.rounds.plan is not None
-        record = self.rounds.plan.pack(arrays)
-        return Parameters([array.data for array in record.values()], _TENSOR_TYPE)
 
     def _named(self, parameters: Parameters) -> dict[str, Array]:
         arrays = parameters_to_ndarrays(parameters)
@@ -215,33 +195,45 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         return dict(zip(names, arrays, strict=True))
 
 
-def _read(node_id: int, pair: _Fit) -> Reply[_Fit]:
-    _, result = pair
-    check_metrics({**_numbers(result.metrics), EXAMPLES: result.num_examples})
+def _packed(
+    instructions: list[tuple[ClientProxy, _Ins]],
+    arrays: Params,
+    plan: Plan,
+    phase: Phase,
+) -> list[tuple[ClientProxy, _Ins]]:
+    """Replace the parameters of instructions by the packed arrays and their plan."""
+    packed = _as_parameters(plan.pack(arrays))
+    return [
+        (client, type(ins)(packed, {**ins.config, **plan.entries(phase)}))
+        for client, ins in instructions
+    ]
+
+
+def _as_parameters(record: ArrayRecord) -> Parameters:
+    return Parameters([array.data for array in record.values()], _TENSOR_TYPE)
+
+
+def _read(node_id: int, pair: _Pair) -> Reply[_Pair]:
+    result = pair[1]
+    metrics = result.metrics or {}
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+    tensors: list[bytes] = []
+    if isinstance(result, FitRes):
+        tensors = result.parameters.tensors
+    else:
+        numbers["loss"] = result.loss
+    check_metrics({**numbers, EXAMPLES: result.num_examples})
     record = ArrayRecord(
         {
             str(index): FlowerArray(dtype="", shape=(), stype=_TENSOR_TYPE, data=tensor)
-            for index, tensor in enumerate(result.parameters.tensors)
+            for index, tensor in enumerate(tensors)
         }
     )
     return Reply(node_id, pair, record, result.num_examples)
 
 
-def _read_evaluation(node_id: int, pair: _Evaluation) -> Reply[_Evaluation]:
-    _, result = pair
-    numbers = {**_numbers(result.metrics), "loss": result.loss}
-    check_metrics({**numbers, EXAMPLES: result.num_examples})
-    return Reply(node_id, pair, ArrayRecord(), result.num_examples)
-
-
-def _numbers(metrics: Mapping[str, Scalar] | None) -> dict[str, float]:
-    """Return the metrics that could go into an average."""
-    found = metrics or {}
-    return {k: v for k, v in found.items() if isinstance(v, int | float)}
-
-
 def _answer_of(result: FitRes) -> Answer:
-    """Return an explorer's guidance frame, and the signs' if it sent them."""
+    """Return an explorer's guidance frame, and its signs if it sent them."""
     tensors = result.parameters.tensors
     if len(tensors) not in (1, 2):
         raise WireError(f"expected 1 guidance frame, got {len(tensors)}")
@@ -250,8 +242,10 @@ def _answer_of(result: FitRes) -> Answer:
     return Answer(frame, signs[0] if signs else None, result.num_examples)
 
 
-def _by_id(results: list[Any]) -> list[Any]:
-    return sorted(results, key=lambda pair: _id(pair[0]))
+def _by_id(results: list[_Pair]) -> list[tuple[int, _Pair]]:
+    """Return (node id, result) in the order of the ids."""
+    pairs = [(_id(pair[0]), pair) for pair in results]
+    return sorted(pairs, key=lambda pair: pair[0])
 
 
 def _parameters_of(arrays: Params) -> Parameters:

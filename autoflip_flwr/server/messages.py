@@ -1,4 +1,4 @@
-"""Messages out and replies in, as they come, and whose they are."""
+"""Messages out, replies in as they arrive, and which node sent a reply."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-#: Seconds from one look for replies to the next: first, and at most.
+#: Seconds between two polls for replies: the first pause and the longest.
 _SOON, _LATER = 0.02, 1.0
 
 
@@ -18,26 +18,25 @@ def stream(
     timeout: float | None = None,
     at_once: int | None = None,
 ) -> Iterator[Message]:
-    """Send messages and yield the replies as they come.
+    """Send messages and yield the replies as they arrive.
 
     Parameters
     ----------
     grid : Grid
     messages : iterable of Message
     timeout : float, optional
-        Seconds after which it waits no longer.
+        Longest wait in seconds.
     at_once : int, optional
-        Replies to hold at a time, at most; the others wait at the SuperLink. By
-        default all that are there.
+        Replies to hold at most; the others wait at the SuperLink. No limit by default.
     """
     left = [n for n in grid.push_messages(list(messages)) if n is not None]
     end = math.inf if timeout is None else time.monotonic() + timeout
     pause = _SOON
     while left:
-        expected = set(left)  # whoever hands over more, of an earlier round or twice
-        for start in range(0, len(left), at_once or len(left)):
-            some = left[start : start + (at_once or len(left))]
-            for reply in grid.pull_messages(some):
+        expected = set(left)  # a grid may return replies twice, or of an earlier round
+        size = at_once or len(left)
+        for start in range(0, len(left), size):
+            for reply in grid.pull_messages(left[start : start + size]):
                 if reply.metadata.reply_to_message_id in expected:
                     expected.remove(reply.metadata.reply_to_message_id)
                     yield reply
@@ -51,7 +50,7 @@ def stream(
 
 
 def nodes_by_message(sent: Iterable[Message]) -> dict[str, int]:
-    """Return message id -> node, of messages that were sent."""
+    """Return message id -> node of messages that were sent."""
     return {
         message.metadata.message_id: message.metadata.dst_node_id
         for message in sent
@@ -60,9 +59,9 @@ def nodes_by_message(sent: Iterable[Message]) -> dict[str, int]:
 
 
 def node_of(reply: Message, nodes: Mapping[str, int]) -> int:
-    """Return the node whose reply this is.
+    """Return the node that a reply is for.
 
-    Where a node is gone the SuperLink replies in its place and under its own id.
+    If a node is gone, the SuperLink replies in its place, under its own id.
     """
     metadata = reply.metadata
     return nodes.get(metadata.reply_to_message_id, metadata.src_node_id)

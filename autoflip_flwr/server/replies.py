@@ -1,4 +1,4 @@
-"""What becomes of clients' replies, on either of Flower's APIs."""
+"""Checks of the clients' replies and of the aggregate, for both of Flower's APIs."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
 
-#: What most apps weight their replies by.
+#: The metric that most apps weight their replies by.
 EXAMPLES = "num-examples"
 
 T = TypeVar("T")
@@ -31,15 +31,16 @@ class Reply(Generic[T]):
     ----------
     node_id : int
     origin : object
-        As the API hands it over.
+        The reply as the API passes it.
     record : ArrayRecord
-        The arrays as they travelled; empty for an evaluation.
+        The arrays as sent by the client; empty for an evaluation.
     examples : float
-        How many it stands for.
+        Number of examples behind the reply, its weight.
     form : str
-        Flower's strategies refuse a whole round over one reply of another form.
+        Names of its records and metrics. Flower's strategies refuse the whole round
+        if one reply has another form.
     arrays : mapping of name -> array
-        What `record` holds, dense: pruned entries have not moved.
+        The dense arrays of `record`; pruned entries have the server's values.
     """
 
     node_id: int
@@ -51,7 +52,7 @@ class Reply(Generic[T]):
 
 
 class Replies:
-    """Drops and names replies that cannot be used; ends the round with the others.
+    """Drops invalid replies with a log line, and ends the round with the others.
 
     Parameters
     ----------
@@ -69,15 +70,15 @@ class Replies:
         received: Iterable[tuple[int, T]],
         read: Callable[[int, T], Reply[T]],
     ) -> list[Reply[T]]:
-        """Read replies, in their order; without those that are broken or odd in form.
+        """Read replies in order, without those that are broken or differ in form.
 
         Parameters
         ----------
         server_round : int
         received : iterable of (node id, object)
-            In the order of asking, which makes sums of floats repeatable.
+            In the order of the requests, which makes sums of floats repeatable.
         read : callable
-            May raise what a hostile reply provokes.
+            May raise the errors that a hostile reply causes.
         """
         replies = []
         for node_id, origin in received:
@@ -104,15 +105,15 @@ class Replies:
         *,
         sent: bytes,
     ) -> list[Reply[T]]:
-        """Return the replies that a round goes on with, dense; none ends it.
+        """Return the dense replies to aggregate; an empty list ends the round.
 
-        `sent` are the values that the clients were given.
+        `sent` is the frame of values that the clients received.
         """
         rounds, plan = self._rounds, self._rounds.plan
 
         def dense(node_id: int, origin: T) -> Reply[T]:
             reply = read(node_id, origin)
-            assert plan is not None, "nobody answers what was not sent"
+            assert plan is not None, "a reply before the first message"
             reply.record = records.named(reply.record, plan)
             reply.arrays = plan.unpack(reply.record, fill=rounds.arrays)
             return reply
@@ -142,31 +143,30 @@ class Replies:
         aggregate: Callable[[], tuple[Any, M]],
         arrays: Callable[[Any], Params],
     ) -> tuple[Any, M]:
-        """Let the inner strategy aggregate, and take what it made as the global model.
+        """Let the inner strategy aggregate; its result becomes the global model.
 
-        Where that is not finite the inner strategy is put back to where it was.
+        If the result is not finite, the inner strategy gets its earlier state back.
         """
         before = [(one, dict(vars(one))) for one in chain(inner)]
         made, metrics = aggregate()
         if made is None:
-            reason = "the inner strategy aggregated nothing"
-            self._rounds.abandon(server_round, reason)
+            self._rounds.abandon(server_round, "the inner strategy aggregated nothing")
             return None, metrics
-        found = arrays(made)
-        if not all(np.isfinite(value).all() for value in found.values()):
-            for one, state in before:  # what it would go on with is not finite either
+        model = arrays(made)
+        if not all(np.isfinite(value).all() for value in model.values()):
+            for one, state in before:  # its own state is not finite either
                 vars(one).clear()
                 vars(one).update(state)
             self._rounds.abandon(server_round, "the aggregate is not finite")
             return None, metrics
-        self._rounds.finish(found)
+        self._rounds.finish(model)
         return made, metrics
 
     def _outliers(self, replies: list[Reply[T]]) -> dict[int, str]:
-        """Return the reasons to drop replies far from the others, by their index.
+        """Return index -> reason of the replies that are far from the others.
 
-        The prunable weights are compared together, every other array alone, so that
-        none hides behind them.
+        The prunable weights are compared together. Every other array is compared on
+        its own: among the many weights a huge value in a small array would not show.
         """
         limit = self._settings.outlier
         entries = {e.name: e for e in self._rounds.manifest.entries}
@@ -197,12 +197,12 @@ def chain(strategy: object) -> Iterator[object]:
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Refuse metrics that would poison an average.
+    """Refuse metrics that would ruin an average.
 
     Raises
     ------
     WireError
-        If one is not finite, or examples are not a number >= 0.
+        If a metric is not finite, or `num-examples` is not a number >= 0.
     """
     for name, value in metrics.items():
         numbers = value if isinstance(value, list) else [value]

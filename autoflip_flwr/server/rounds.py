@@ -1,7 +1,8 @@
-"""The server's state from round to round: global weights, mask, what was dropped."""
+"""The server's state from round to round: global weights, mask, dropped replies."""
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +21,39 @@ from autoflip_flwr.wire.records import Plan
 _log = logging.getLogger("flwr")
 
 
+@dataclass(eq=False, repr=False)
 class Rounds:
-    """What the server knows: the global weights and the round's mask.
+    """The global weights and the mask of the round.
 
     Attributes
     ----------
     arrays : mapping of name -> array
-        The global model. Where pruned weights are kept (`pruned_weights="keep"`)
-        they are in here, and nowhere else.
+        The global model. With `pruned_weights="keep"` it includes the values of
+        pruned weights; no other copy of them exists.
     initial : mapping of name -> array
         The weights that nodes explore from (`W0`).
     plan : Plan or None
         Manifest and mask of the current round.
     diagnostics : Diagnostics
     dropped : dict of node id -> reason
-        Replies of the current round that were left out.
+        Dropped replies of the current round.
     """
 
-    def __init__(
-        self,
-        pruner: Pruner,
-        pruning: PruningSettings,
-        exploration: ExplorationSettings,
-        *,
-        directory: Path,
-        values: ValueType = "float32",
-        units: Units | None = None,
-        seed: int | None = None,
-    ) -> None:
-        self.pruning = pruning
-        self.exploration = exploration
-        self.pruner = pruner
-        self.values = values
-        self.directory = directory
+    pruner: Pruner
+    pruning: PruningSettings
+    exploration: ExplorationSettings
+    directory: Path = field(kw_only=True)
+    values: ValueType = field(default="float32", kw_only=True)
+    units: Units | None = field(default=None, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
         self.arrays: Params = {}
         self.initial: Params = {}
         self.plan: Plan | None = None
-        self.diagnostics = Diagnostics(signs=pruning.agreement == "sign")
+        self.diagnostics = Diagnostics(signs=self.pruning.agreement == "sign")
         self.dropped: dict[int, str] = {}
-        self.fresh = True  # not a run that goes on
-        self._units = units
-        self._seed = seed
+        self.fresh = True  # False in a resumed run
         self._previous: Plan | None = None
         self._manifest: Manifest | None = None
 
@@ -69,11 +62,6 @@ class Rounds:
         """Names, shapes and types of the model's arrays."""
         assert self._manifest is not None, "adopt() first"
         return self._manifest
-
-    @property
-    def restores(self) -> bool:
-        """Whether pruned weights are remembered, to be offered again."""
-        return self.pruner.restores
 
     def adopt(self, arrays: Params) -> None:
         """Take a global model from outside; the first one is `W0`."""
@@ -89,8 +77,8 @@ class Rounds:
                     pruning=self.pruning,
                     exploration=self.exploration,
                     directory=self.directory,
-                    units=self._units,
-                    seed=self._seed,
+                    units=self.units,
+                    seed=self.seed,
                     trainable_known=self.pruning.prunable is not None,
                 )
             )
@@ -99,9 +87,9 @@ class Rounds:
         self.arrays = dict(arrays)
 
     def state(self) -> dict[str, Any]:
-        """Return what a process that goes on has to know, besides the arrays.
+        """Return the state for a checkpoint, without the global model.
 
-        Plain values and arrays. It may be asked for between rounds.
+        Plain values and arrays; to be called between rounds.
         """
         return {
             "initial": self.initial,
@@ -110,12 +98,12 @@ class Rounds:
         }
 
     def restore(self, state: Mapping[str, Any], arrays: Params) -> None:
-        """Go on where `state` was taken, with the global model `arrays`.
+        """Go on from `state` with the global model `arrays`.
 
         Raises
         ------
         CheckpointError
-            If local guidance that it stands on is not there any more.
+            If local guidance that the state needs is missing.
         """
         self.fresh = False
         self.adopt(state["initial"])
@@ -129,19 +117,23 @@ class Rounds:
     def begin(self, server_round: int, sampled: Sequence[int]) -> Plan:
         """Make the mask of a round for the sampled nodes."""
         masks = self.pruner.masks(sampled, self.weights(self.arrays), server_round)
-        seen = self.diagnostics
         if self.plan is not None:
             before = self.plan.masks
-            seen.mask_change = 0.0 if masks is before else masking.change(before, masks)
-        seen.begin()
+            changed = 0.0 if masks is before else masking.change(before, masks)
+            self.diagnostics.mask_change = changed
+        self.diagnostics.begin()
         self._previous = self.plan
         self.plan = Plan(self.manifest, masks, self.values)
         self.dropped = {}
-        _log.info("mask: density %.4f, changed %.4f", self.density, seen.mask_change)
+        _log.info(
+            "mask: density %.4f, changed %.4f",
+            self.density,
+            self.diagnostics.mask_change,
+        )
         return self.plan
 
     def drop(self, server_round: int, node_id: int, reason: str) -> None:
-        """Leave a node's reply out of the round, and say so."""
+        """Leave a node's reply out of the round, with a log line."""
         self.dropped[node_id] = reason
         _log.warning(
             "round %d: the reply of node %d is dropped: %s",
@@ -151,18 +143,17 @@ class Rounds:
         )
 
     def abandon(self, server_round: int, reason: str) -> None:
-        """End a round that changed nothing: the model keeps the mask it has."""
+        """End a round without a change: the model keeps its weights and its mask."""
         self.plan = self._previous
         _log.warning("round %d: %s: the model stays as it was", server_round, reason)
 
     def finish(self, aggregated: Params) -> None:
-        """Take what the inner strategy made of the replies as the global model.
+        """Take the aggregate of the inner strategy as the global model.
 
-        Types are restored (Flower averages integers to floats). Entries the round
-        pruned have learned nothing: they become zero, or keep the value they had.
+        Arrays get their own type back, since Flower averages integers to floats. No
+        client trained the pruned entries: they become zero, or keep their value.
         """
         assert self.plan is not None
-        keep_values = self.restores
         settled: dict[str, Array] = {}
         for entry in self.manifest.entries:
             value = np.asarray(aggregated[entry.name])
@@ -171,10 +162,11 @@ class Rounds:
             value = np.array(value, dtype=entry.dtype)
             if entry.masked:
                 pruned = ~self.plan.masks[entry.name]
-                value[pruned] = self.arrays[entry.name][pruned] if keep_values else 0
+                before = self.arrays[entry.name]
+                value[pruned] = before[pruned] if self.pruner.restores else 0
             settled[entry.name] = value
         self.arrays = settled
-        self._previous = self.plan  # from now on the mask this model has
+        self._previous = self.plan  # the mask of the new model
         agreement = self.diagnostics.finish(self.pruner.kept_guidance)
         self.pruner.learn(agreement, self.plan.masks)
 
@@ -185,7 +177,7 @@ class Rounds:
         return masking.apply(self.arrays, self.plan.masks)
 
     def weights(self, arrays: Params) -> Params:
-        """Return the prunable ones of a model's arrays."""
+        """Return the prunable arrays of a model."""
         return {name: arrays[name] for name in self.manifest.shapes}
 
     @property
@@ -200,9 +192,9 @@ class Rounds:
         return sum(int(keep.size - np.count_nonzero(keep)) for keep in masks.values())
 
     def _check_units(self, arrays: Params) -> None:
-        """Refuse units of another model than the one that travels."""
+        """Refuse units that were traced on another model than the federation's."""
         shapes = {name: np.shape(value) for name, value in arrays.items()}
-        for name, shape in (self._units.shapes if self._units else {}).items():
+        for name, shape in (self.units.shapes if self.units else {}).items():
             if shapes.get(name) != shape:
                 raise SettingsError(
                     f"{name}: expected the shape {shape} of the model that was handed "

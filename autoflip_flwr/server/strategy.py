@@ -14,6 +14,7 @@ from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
 from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
 from autoflip_flwr.server.wrapper import Wrapper
+from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
 
 _log = logging.getLogger("flwr")
@@ -31,13 +32,12 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def _begin(self) -> None:
         self._current: ArrayRecord | None = None  # the inner strategy's global model
         self._returned: ArrayRecord | None = None  # what `start` knows of it
-        # By id of the inner strategy's record, which is held so that no other gets it.
-        self._packed: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
         self._sent: list[Message] = []
+        self._values = b""  # the frame of kept values that was sent
 
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
-        _log.info("\t├──> %s", repr(self))  # a record would hold on to the strategy
+        _log.info("\t├──> %s", repr(self))  # a log record must not keep the strategy
         self.strategy.summary()
 
     def configure_train(
@@ -46,34 +46,28 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         """Let new nodes explore, make the mask, pack the inner strategy's messages."""
         current = self._adopt(arrays)
 
-        def inner_messages() -> list[Message]:
+        def inner_messages() -> tuple[list[Message], list[int]]:
             own = ConfigRecord(dict(config))
-            return list(self.strategy.configure_train(server_round, current, own, grid))
+            messages = self.strategy.configure_train(server_round, current, own, grid)
+            messages = list(messages)
+            return messages, [message.metadata.dst_node_id for message in messages]
 
-        messages = inner_messages()
+        messages, sampled = inner_messages()
         if not messages:
             return []
-        sampled = [message.metadata.dst_node_id for message in messages]
         if self._explore(server_round, sampled, messages[0], grid):
-            # A warm start: FedAvgM holds on to the very record it was given, FedAdam
-            # has copied it, so both are told again.
-            for name, value in self.rounds.arrays.items():
-                current[name] = FlowerArray(value)
-            messages = inner_messages()
-            sampled = [message.metadata.dst_node_id for message in messages]
-        plan = self.rounds.begin(server_round, sampled)
-        self._sent, self._packed = messages, {}
-        return [self._pack(message, plan, "train") for message in messages]
+            # A warm start. FedAvgM keeps the record it got and FedAdam a copy of it,
+            # so the record is changed in place and the messages are made again.
+            _settle(current, self.rounds.arrays)
+            messages, sampled = inner_messages()
+        return self._pack(messages, self.rounds.begin(server_round, sampled), "train")
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Unpack the valid replies and let the inner strategy aggregate them."""
-        packed = [record for _, record in self._packed.values()]
-        sent = packed[0][records.VALUES].data if packed else b""
-        valid = self._replies.trained(
-            server_round, self._in_order(replies), _read, sent=sent
-        )
+        received = self._in_order(replies)
+        valid = self._replies.trained(server_round, received, _read, sent=self._values)
         if not valid:
             return None, None
         for reply in valid:
@@ -88,11 +82,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         )
         if aggregated is None:
             return None, metrics
-        # FedAvgM holds on to the very record it returned: settle it in place.
-        for name, value in self.rounds.arrays.items():
-            aggregated[name] = FlowerArray(value)
+        _settle(aggregated, self.rounds.arrays)  # in place, since FedAvgM keeps it
         self._current = self._returned = aggregated
-        if self.rounds.restores:
+        if self.pruner.restores:
             self._returned = records.record_of(self.rounds.masked_arrays())
         return self._returned, metrics
 
@@ -101,14 +93,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> Iterable[Message]:
         """Pack the inner strategy's messages with the round's mask."""
         own = ConfigRecord(dict(config))
-        messages = list(
-            self.strategy.configure_evaluate(server_round, arrays, own, grid)
-        )
-        self._sent, self._packed = messages, {}
-        plan = self.rounds.plan
-        if plan is None:
-            return messages
-        return [self._pack(message, plan, "evaluate") for message in messages]
+        messages = self.strategy.configure_evaluate(server_round, arrays, own, grid)
+        return self._pack(list(messages), self.rounds.plan, "evaluate")
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -122,9 +108,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         return self.strategy.aggregate_evaluate(server_round, messages)
 
     def state(self, arrays: ArrayRecord) -> dict[str, Any]:
-        """Return what goes into a checkpoint, besides the global model `arrays`.
+        """Return the state for a checkpoint, without the global model `arrays`.
 
-        The inner strategy's own state is not in it.
+        It does not include the state of the inner strategy.
         """
         current = self._adopt(arrays)
         return {
@@ -134,12 +120,12 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         }
 
     def restore(self, state: Mapping[str, Any], arrays: ArrayRecord) -> None:
-        """Go on where `state` was taken; `arrays` is what `start` will be given.
+        """Go on from `state`; `arrays` is the record that `start` will get.
 
         Raises
         ------
         CheckpointError
-            If local guidance that it stands on is not there any more.
+            If local guidance that the state needs is missing.
         """
         kept = state["current"]
         self._current, self._returned = (arrays if kept is None else kept), arrays
@@ -147,9 +133,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._intake.restore(state["intake"])
 
     def _adopt(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Return the record the inner strategy works on."""
+        """Return the record that the inner strategy works on."""
         if arrays is not self._returned or self._current is None:
-            # From outside (the start): never write to the caller's record.
+            # The record is the caller's: work on a copy.
             self._current = ArrayRecord(dict(arrays))
             self._returned = arrays
             self.rounds.adopt(records.arrays_of(self._current))
@@ -158,7 +144,6 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def _explore(
         self, server_round: int, sampled: Sequence[int], like: Message, grid: Grid
     ) -> bool:
-        """Let those who are to explore do so; tell whether the weights changed."""
         config_key, config = records.only_config(like.content)
         array_key, _ = records.only_array_record(like.content)
 
@@ -180,35 +165,49 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 known = known or nodes_by_message(messages)  # sent by now
                 yield node_of(reply, known), _answer_of(reply)
 
+        connected = list(grid.get_node_ids())
         return self._intake.explore(
-            server_round,
-            connected=list(grid.get_node_ids()),
-            sampled=sampled,
-            send=send,
+            server_round, connected=connected, sampled=sampled, send=send
         )
 
     def _pack(
-        self, message: Message, plan: records.Plan, phase: records.Phase
-    ) -> Message:
-        """Replace a message's arrays by what travels; equal ones are packed once."""
-        array_key, record = records.only_array_record(message.content)
-        config_key, config = records.only_config(message.content)
-        if id(record) not in self._packed:
-            packed = plan.pack(records.named_arrays(record, plan.manifest))
-            self._packed[id(record)] = (record, packed)
-        _, packed = self._packed[id(record)]
-        content = RecordDict(dict(message.content))
-        content[array_key] = packed
-        content[config_key] = ConfigRecord({**config, **plan.entries(phase)})
-        message.content = content
-        return message
+        self, messages: list[Message], plan: records.Plan | None, phase: records.Phase
+    ) -> list[Message]:
+        """Replace the messages' arrays by packed ones; a shared record is packed once.
+
+        Without a plan the messages stay as they are.
+        """
+        self._sent, self._values = messages, b""
+        if plan is None:
+            return messages
+        # By id of the record, which is held: so its id stays unique.
+        packed: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
+        for message in messages:
+            array_key, record = records.only_array_record(message.content)
+            config_key, config = records.only_config(message.content)
+            if id(record) not in packed:
+                arrays = records.named_arrays(record, plan.manifest)
+                packed[id(record)] = record, plan.pack(arrays)
+            _, sent = packed[id(record)]
+            self._values = self._values or sent[records.VALUES].data
+            content = RecordDict(dict(message.content))
+            content[array_key] = sent
+            content[config_key] = ConfigRecord({**config, **plan.entries(phase)})
+            message.content = content
+        return messages
 
     def _in_order(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
-        """Return replies with their nodes, in the order of asking."""
+        """Return replies with their nodes, in the order of the requests."""
         nodes = nodes_by_message(self._sent)
         order = {m.metadata.dst_node_id: i for i, m in enumerate(self._sent)}
         pairs = [(node_of(reply, nodes), reply) for reply in replies]
         return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
+
+
+def _settle(record: ArrayRecord, arrays: Params) -> None:
+    """Set the arrays of a record in place."""
+    for name, value in arrays.items():
+        record[name] = FlowerArray(value)
 
 
 def _read(node_id: int, message: Message) -> Reply[Message]:
@@ -227,7 +226,7 @@ def _read_metrics(node_id: int, message: Message) -> Reply[Message]:
 
 
 def _answer_of(reply: Message) -> Answer | str:
-    """Return what an explorer found, or the reason why there is nothing."""
+    """Return the answer of an explorer, or the reason of its failure."""
     try:
         if reply.has_error():
             return f"it carries the error: {reply.error.reason}"
@@ -248,14 +247,14 @@ def _metrics_of(reply: Message) -> MetricRecord:
 
 
 def _examples_of(metrics: MetricRecord) -> float:
-    """Return how many examples a reply stands for; 1 if it does not say."""
+    """Return the number of examples behind a reply; 1 if the app does not say."""
     value = metrics.get(EXAMPLES, 1)
     assert not isinstance(value, list), "checked"
     return value
 
 
 def _form_of(reply: Message) -> str:
-    """Return record keys and metrics, with the length of those that are lists."""
+    """Return keys of records and names of metrics, with the lengths of lists."""
     metrics = {
         name: len(value) if isinstance(value, list) else "number"
         for name, value in sorted(_metrics_of(reply).items())

@@ -3,7 +3,7 @@
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,26 +21,31 @@ _Arrays: TypeAlias = dict[str, NDArray[Any]]
 
 SCALARS = (bool, int, float, str, type(None))
 
+_RECORDS: dict[str, Any] = {
+    "arrays": ArrayRecord,
+    "config": ConfigRecord,
+    "metrics": MetricRecord,
+}
+_COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
+
 
 def write(path: Path, tree: dict[str, Any]) -> None:
     """Write a tree of plain values, arrays and records, whole or not at all.
 
-    The file is one of safetensors: the arrays, each once however often the tree holds
-    it, and the tree as JSON in the metadata, all with checksums. Nothing is pickled.
+    The file has the format of safetensors. It stores each array once, however often
+    the tree holds it. Its metadata has the tree as JSON, and checksums of both.
 
     Raises
     ------
     CheckpointError
-        If the disk does not take it.
+        If the disk is full or fails.
     """
     writer = _Writer()
     text = json.dumps(writer.plain(tree))
-    sums = {key: zlib.crc32(_bytes_of(value)) for key, value in writer.arrays.items()}
-    sums[""] = zlib.crc32(text.encode())
     metadata = {
         "format": _FORMAT,
         "tree": text,
-        "checksums": json.dumps(sums, sort_keys=True),
+        "checksums": _checksums(writer.arrays, text),
     }
     partial = path.with_suffix(".partial")
     try:
@@ -51,7 +56,7 @@ def write(path: Path, tree: dict[str, Any]) -> None:
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write the checkpoint {path}: {error}; the one before it is whole: "
+            f"cannot write the checkpoint {path}: {error}; the previous one is intact: "
             "make room, then go on with resume=true"
         ) from error
 
@@ -62,7 +67,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If the file is torn or none of ours.
+        If the file is torn or has another format.
     """
     try:
         with safe_open(path, "numpy") as file:
@@ -75,25 +80,32 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: expected the format {_FORMAT}, got {metadata.get('format')!r}"
         )
     text = metadata.get("tree", "")
-    found = {key: zlib.crc32(_bytes_of(value)) for key, value in arrays.items()}
-    found[""] = zlib.crc32(text.encode())
-    if json.dumps(found, sort_keys=True) != metadata.get("checksums"):
-        raise CheckpointError(f"{path} is torn: the checksums are not its contents'")
-    tree: dict[str, Any] = _Reader(arrays).value(json.loads(text))
+    if _checksums(arrays, text) != metadata.get("checksums"):
+        raise CheckpointError(f"{path} is torn: its contents do not fit its checksums")
+    tree: dict[str, Any] = _value(json.loads(text), dict(arrays))
     return tree
 
 
+def storable(value: Any) -> bool:
+    """Tell whether `write` accepts a value."""
+    try:
+        _Writer().plain(value)
+    except TypeError:
+        return False
+    return True
+
+
 class _Writer:
-    """Makes JSON of a tree, and gathers its arrays."""
+    """Turns a tree into JSON and collects its arrays."""
 
     def __init__(self) -> None:
         self.arrays: _Arrays = {}
-        self._keys: dict[int, str] = {}  # by id of what is held in `_held`
-        self._held: list[Any] = []
+        # By id. The objects are held, so their ids stay unique.
+        self._stored: dict[int, tuple[str, Any]] = {}
 
     def plain(self, value: Any) -> Any:
-        """Return JSON for a value; a list's first entry tells what it is."""
-        if isinstance(value, np.generic):  # before float, which float64 is, too
+        """Return JSON for a value; the first entry of a list names its type."""
+        if isinstance(value, np.generic):  # before float, since a float64 is a float
             return ["scalar", self.plain(np.asarray(value))]
         if isinstance(value, SCALARS):
             return value
@@ -101,11 +113,11 @@ class _Writer:
             if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
                 raise TypeError(f"a checkpoint cannot hold an array of {value.dtype}")
             if value.dtype == np.bool_:
-                bits = self._key(value, lambda: np.packbits(value))
+                bits = self._store(value, np.packbits(value))
                 return ["bits", bits, list(value.shape)]
-            return ["array", self._key(value, lambda: value)]
+            return ["array", self._store(value, value)]
         if isinstance(value, bytes):
-            return ["bytes", self._key(value, lambda: np.frombuffer(value, np.uint8))]
+            return ["bytes", self._store(value, np.frombuffer(value, np.uint8))]
         if isinstance(value, Array):
             data = self.plain(value.data)
             return ["flower", value.dtype, list(value.shape), value.stype, data]
@@ -120,72 +132,53 @@ class _Writer:
                 return [name, *map(self.plain, value)]
         raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
-    def _key(self, held: Any, array: Callable[[], NDArray[Any]]) -> str:
-        if id(held) not in self._keys:
-            key = self._keys[id(held)] = f"{len(self._keys)}"
-            self._held.append(held)  # so that no other gets its id
-            made = array()
-            little = made.astype(made.dtype.newbyteorder("<"), copy=False)
-            self.arrays[key] = np.ascontiguousarray(little).reshape(made.shape)
-        return self._keys[id(held)]
+    def _store(self, source: Any, array: NDArray[Any]) -> str:
+        """Store the array of a source once; return its key in the file."""
+        if id(source) not in self._stored:
+            key = f"{len(self._stored)}"
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            self.arrays[key] = np.ascontiguousarray(little).reshape(array.shape)
+            self._stored[id(source)] = key, source
+        return self._stored[id(source)][0]
 
 
-class _Reader:
-    """Makes a tree of JSON and arrays."""
-
-    def __init__(self, arrays: _Arrays) -> None:
-        self._arrays = arrays
-        self._bytes: dict[str, bytes] = {}
-
-    def value(self, found: Any) -> Any:
-        """Return what `_Writer.plain` was given."""
-        if not isinstance(found, list):
-            return found
-        kind, *rest = found
-        if kind == "array":
-            return self._arrays[rest[0]]
-        if kind == "scalar":
-            return self.value(rest[0])[()]
-        if kind == "bits":
-            count = int(np.prod(rest[1], dtype=np.int64))
-            bits = np.unpackbits(self._arrays[rest[0]], count=count)
-            return bits.astype(np.bool_).reshape(rest[1])
-        if kind == "bytes":
-            key = rest[0]
-            if key not in self._bytes:
-                self._bytes[key] = self._arrays[key].tobytes()
-            return self._bytes[key]
-        if kind == "flower":
-            dtype, shape, stype, data = rest
-            return Array(
-                dtype=dtype, shape=tuple(shape), stype=stype, data=self.value(data)
-            )
-        if kind in _RECORDS:
-            return _RECORDS[kind](self.value(rest[0]))
-        if kind == "dict":
-            return {self.value(k): self.value(v) for k, v in rest}
-        return _COLLECTIONS[kind](map(self.value, rest))
+def _value(plain: Any, arrays: dict[str, Any]) -> Any:
+    """Return the value that `_Writer.plain` turned into JSON."""
+    if not isinstance(plain, list):
+        return plain
+    kind, *rest = plain
+    if kind == "array":
+        return arrays[rest[0]]
+    if kind == "scalar":
+        return _value(rest[0], arrays)[()]
+    if kind == "bits":
+        key, shape = rest
+        count = int(np.prod(shape, dtype=np.int64))
+        bits = np.unpackbits(arrays[key], count=count)
+        return bits.astype(np.bool_).reshape(shape)
+    if kind == "bytes":
+        key = rest[0]
+        if not isinstance(arrays[key], bytes):  # one object for all that share it
+            arrays[key] = arrays[key].tobytes()
+        return arrays[key]
+    if kind == "flower":
+        dtype, shape, stype, data = rest
+        data = _value(data, arrays)
+        return Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+    if kind in _RECORDS:
+        return _RECORDS[kind](_value(rest[0], arrays))
+    if kind == "dict":
+        return {_value(k, arrays): _value(v, arrays) for k, v in rest}
+    return _COLLECTIONS[kind](_value(item, arrays) for item in rest)
 
 
-_RECORDS: dict[str, Any] = {
-    "arrays": ArrayRecord,
-    "config": ConfigRecord,
-    "metrics": MetricRecord,
-}
-_COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
-
-
-def storable(value: Any) -> bool:
-    """Tell whether `write` takes a value."""
-    try:
-        _Writer().plain(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _bytes_of(array: NDArray[Any]) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
+def _checksums(arrays: _Arrays, text: str) -> str:
+    """Return the CRC-32 of each array and, under "", of the tree, as JSON."""
+    sums = {
+        key: zlib.crc32(array.reshape(-1).view(np.uint8).data)
+        for key, array in arrays.items()
+    }
+    return json.dumps({**sums, "": zlib.crc32(text.encode())}, sort_keys=True)
 
 
 def _sync(path: Path) -> None:

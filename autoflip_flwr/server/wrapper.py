@@ -1,4 +1,4 @@
-"""What AutoFLIP is on either of Flower's APIs: a checked strategy around another."""
+"""AutoFLIP's constructor, for both of Flower's APIs: a strategy around another."""
 
 import logging
 import shutil
@@ -22,7 +22,7 @@ from autoflip_flwr.units.enforce import trainable_names
 
 _log = logging.getLogger("flwr")
 
-#: Strategies of either API that do not take the mean of the replies.
+#: Strategies of both APIs that do not average the replies.
 _ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
 
 
@@ -30,11 +30,11 @@ S = TypeVar("S")
 
 
 class Wrapper(Generic[S]):
-    """Federated pruning from the clients' exploration, around any strategy.
+    """Federated pruning guided by the clients' exploration, around any strategy.
 
     The inner strategy samples nodes, writes its messages and aggregates dense replies
-    as ever; this one lets the nodes explore first, makes the mask of each round, and
-    replaces what travels by the kept values (Internò et al., arXiv:2405.10271, Alg. 1).
+    as without AutoFLIP. AutoFLIP lets the nodes explore first, makes the mask of each
+    round, and sends only the kept values (Internò et al., arXiv:2405.10271, Alg. 1).
 
     Parameters
     ----------
@@ -42,32 +42,32 @@ class Wrapper(Generic[S]):
         Any strategy of the same API; ``FedAvg()`` by default.
     threshold : float, optional
         With the default mode, the share of the parameters to prune, in [0, 1]. At 0
-        nothing is pruned and the result is the inner strategy's. Short for the one of
-        `pruning`, and before it; 0.8 by default.
+        nothing is pruned and the result is the inner strategy's. Overrides the one in
+        `pruning`; 0.8 by default.
     units : float, optional
-        In [0, 1]: share of the pruned parameters that falls on whole units (filters,
-        neurons, hidden units), so that clients can train a smaller network; the rest
-        falls on single weights. Above 0 it needs `model` and `example_inputs`. Short
-        for the one of `pruning`, and before it; 0 by default.
+        Share of the pruned parameters, in [0, 1], to prune as whole units (filters,
+        neurons, hidden units), so that clients can train a smaller network. The rest
+        are single weights. Above 0 it needs `model` and `example_inputs`. Overrides
+        the one in `pruning`; 0 by default.
     model : nn.Module, optional
-        Says what is trainable and, with `example_inputs`, what its units are. On the
-        older API, which numbers arrays, it says their names, too.
+        Tells which parameters are trainable and, with `example_inputs`, what the units
+        are. The older API numbers arrays; there the model gives their names, too.
     example_inputs : torch.Tensor or tuple, optional
         One sample that the model runs on.
     pruner : Pruner, optional
-        What makes the masks; AutoFLIP's own by default. A baseline
-        (``pruner=Magnitude()``, see `autoflip_flwr.pruners`) or one of yours.
+        What makes the masks; AutoFLIP's own by default. Otherwise a baseline
+        (``pruner=Magnitude()``, see `autoflip_flwr.pruners`) or your own.
     pruning : PruningSettings, optional
         How guidance becomes a mask.
     exploration : ExplorationSettings, optional
         Who explores, when, and for how long.
     wire : WireSettings, optional
-        What travels, and which replies are taken.
+        What is sent, and which replies are accepted.
     store : Path or str, optional
-        A folder of this run's own for the local guidance, emptied at the start; a
+        A folder for the local guidance of this run alone, emptied at the start; a
         temporary one by default.
     seed : int, optional
-        Decides all that is drawn: who explores where not all do, random masks.
+        Seed of all random choices: which nodes explore, random masks.
 
     Attributes
     ----------
@@ -79,12 +79,12 @@ class Wrapper(Generic[S]):
     Raises
     ------
     SettingsError
-        If a value is impossible, or of another type.
+        If a value is out of range or has the wrong type.
     """
 
     _api: ClassVar[type[Any]]
     _default: ClassVar[type[Any]]
-    _other_api: ClassVar[str]  # what to say to a strategy of the other API
+    _other_api: ClassVar[str]  # the remedy for a strategy of the other API
 
     def __init__(
         self,
@@ -118,16 +118,15 @@ class Wrapper(Generic[S]):
         _check("wire", wire, WireSettings, "WireSettings(...)")
         _check("store", store, Path | str, "a Path")
         _check("seed", seed, int, "a whole number")
+        values: dict[str, Any] = (pruning or PruningSettings()).model_dump()
         given = {"threshold": threshold, "units": units}
-        pruning = _with(
-            pruning or PruningSettings(),
-            {key: value for key, value in given.items() if value is not None},
-        )
-        if model is not None and pruning.prunable is None:
-            pruning = _with(pruning, {"prunable": tuple(trainable_names(model))})
+        values |= {key: value for key, value in given.items() if value is not None}
+        if model is not None and values["prunable"] is None:
+            values["prunable"] = tuple(trainable_names(model))
+        pruning = PruningSettings(**values)
         exploration = exploration or ExplorationSettings()
         if exploration.warm_start:
-            check_warm_start(self.strategy)
+            _check_warm_start(self.strategy)
         wire = wire or WireSettings()
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))
@@ -152,10 +151,12 @@ class Wrapper(Generic[S]):
         """Prepare what only one API needs."""
 
     def __repr__(self) -> str:
-        """Show what was chosen: all that is not the default."""
+        """Show the arguments that are not the defaults."""
         rounds = self.rounds
-        parts = [f"{type(self.strategy).__name__}()"]
-        parts.append(f"threshold={rounds.pruning.threshold:g}")
+        parts = [
+            f"{type(self.strategy).__name__}()",
+            f"threshold={rounds.pruning.threshold:g}",
+        ]
         if rounds.pruning.units:
             parts.append(f"units={rounds.pruning.units:g}")
         if self.model is not None:
@@ -168,19 +169,18 @@ class Wrapper(Generic[S]):
             ("wire", self._wire),
         ):
             usual = type(chosen)()
-            own = {
-                key: value
+            own = [
+                f"{key}={value!r}"
                 for key, value in chosen.model_dump().items()
                 if value != getattr(usual, key)
                 and key not in ("threshold", "units", "prunable")
-            }
+            ]
             if own:
-                values = ", ".join(f"{key}={value!r}" for key, value in own.items())
-                parts.append(f"{name}={type(chosen).__name__}({values})")
+                parts.append(f"{name}={type(chosen).__name__}({', '.join(own)})")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _check_inner(self, strategy: object) -> None:
-        """Refuse what cannot sit inside, with the cure."""
+        """Refuse what cannot be the inner strategy, with the remedy."""
         name = type(strategy).__name__
         if isinstance(strategy, type):
             raise SettingsError(
@@ -188,7 +188,7 @@ class Wrapper(Generic[S]):
                 f"make one: AutoFLIP({strategy.__name__}())"
             )
         if isinstance(strategy, Wrapper):
-            raise SettingsError("strategy: AutoFLIP is around one already")
+            raise SettingsError("strategy: AutoFLIP is around one already; use it once")
         if name == "Checkpointed":
             raise SettingsError(
                 "strategy: Checkpointed goes around AutoFLIP, not inside it: "
@@ -204,13 +204,13 @@ class Wrapper(Generic[S]):
             )
 
 
-def check_warm_start(inner: object) -> None:
-    """Refuse a warm start that would go around what an inner strategy guards."""
+def _check_warm_start(inner: object) -> None:
+    """Refuse a warm start that would bypass the protection of the inner strategy."""
     name = type(inner).__name__
     if name.startswith("DifferentialPrivacy"):
         raise SettingsError(
-            "warm_start would move the model by the explorers' updates, unclipped "
-            f"and without the noise of {name}; use one or the other"
+            "warm_start would move the model by the explorers' updates, without the "
+            f"clipping and noise of {name}; use one or the other"
         )
     if name in _ROBUST:
         raise SettingsError(
@@ -226,18 +226,13 @@ def _check(name: str, value: object, kind: Any, expected: str) -> None:
         raise SettingsError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _with(settings: PruningSettings, changed: dict[str, Any]) -> PruningSettings:
-    """Return settings with other values, checked."""
-    return PruningSettings(**{**settings.model_dump(), **changed})
-
-
 def _units_of(
     pruner: Pruner,
     share: float,
     model: nn.Module | None,
     example_inputs: ExampleInputs | None,
 ) -> Units | None:
-    """Trace a model whose units are to be pruned, or looked at."""
+    """Trace the units of the model if the pruner needs them or can use them."""
     needed = pruner.needs_units or (share > 0 and isinstance(pruner, AutoFlipPruner))
     if not needed and not pruner.takes_units:
         return None

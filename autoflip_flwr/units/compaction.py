@@ -3,13 +3,13 @@
 import logging
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
 from autoflip_flwr.method.structured import Keep, Limits, Units
 from autoflip_flwr.types import Masks, Scores
+from autoflip_flwr.units import enforce
 from autoflip_flwr.units.graph import trace
 from autoflip_flwr.units.surgery import ExampleInputs, shrink, small_masks
 
@@ -65,22 +65,31 @@ def mask_units(
     if not 0 <= share <= 1:
         raise SettingsError(f"expected a share in [0, 1], got {share}")
     limits = Limits(floor=floor, min_units=min_units, multiple=multiple)
-    _check_names(model, scores, "score")
-    found = trace(model, example_inputs)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, score in scores.items():
+        if name not in shapes or np.shape(score) != shapes[name]:
+            expected = (
+                f"of shape {shapes[name]}"
+                if name in shapes
+                else f"of a parameter, one of {list(shapes)}"
+            )
+            raise MaskError(
+                f"{name}: expected a score {expected}, got shape {np.shape(score)}"
+            )
+    units = trace(model, example_inputs)
     budget = int(share * sum(np.size(score) for score in scores.values()))
-    found.check_budget(scores, budget=budget, limits=limits)
-    return found.prune(scores, budget=budget, limits=limits)
+    units.check_budget(scores, budget=budget, limits=limits)
+    return units.prune(scores, budget=budget, limits=limits)
 
 
 def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn.Module:
-    """Return a physically smaller copy of a masked model.
+    """Return a physically smaller copy of a masked model, without its empty units.
 
-    Units of which the mask leaves nothing are taken out; forward, gradients of kept
-    entries and the weights after training are those of the masked model (kept at zero
-    with `masked`). Apart from what depends on the width itself: dropout's random draws,
-    and rules that look at all of a tensor or model (clipping the norm of gradients,
-    Adafactor). Single weights that are masked are zero in it, and `masked` with
-    `small_masks` keeps them so.
+    Outputs, gradients of kept entries and weights after training are those of the
+    masked model; not so what depends on the width itself: dropout's random draws, and
+    rules that look at a whole tensor or model (clipping the norm of gradients,
+    Adafactor). Masked single weights are zero in it; `masked` with `small_masks` keeps
+    them so.
 
     Parameters
     ----------
@@ -97,9 +106,9 @@ def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn
     ModelError
         If the model cannot be traced.
     """
-    _check_names(model, masks, "mask")
-    found = trace(model, example_inputs)
-    return _small(model, masks, found, found.used(masks))
+    masks = enforce.resolve(model, masks)
+    units = trace(model, example_inputs)
+    return _small(model, masks, units, units.used(masks))
 
 
 def compact_if_it_pays(
@@ -110,8 +119,8 @@ def compact_if_it_pays(
     None as well, with a warning, for a model that cannot be traced, and for one with
     hooks on its parameters: the mask still works, on the whole model.
     """
-    found = _used_if_it_pays(model, masks, example_inputs)
-    return None if found is None else _small(model, masks, *found)
+    used = _used_if_it_pays(model, masks, example_inputs)
+    return None if used is None else _small(model, *used)
 
 
 def operations_left(
@@ -121,35 +130,32 @@ def operations_left(
 
     1 where it trains the whole model, see `compact_if_it_pays`; nothing is made.
     """
-    found = _used_if_it_pays(model, masks, example_inputs)
-    if found is None:
+    used = _used_if_it_pays(model, masks, example_inputs)
+    if used is None:
         return 1.0
-    units, used = found
-    return units.operations(units.levelled(used)) / units.operations()
+    _, units, keep = used
+    return units.operations(units.levelled(keep)) / units.operations()
 
 
 def _used_if_it_pays(
     model: nn.Module, masks: Masks, example_inputs: ExampleInputs
-) -> tuple[Units, Keep] | None:
-    if not loses_units(masks):
-        return None
-    _check_names(model, masks, "mask")
-    if any(p._backward_hooks for p in model.parameters()):
+) -> tuple[Masks, Units, Keep] | None:
+    masks = enforce.resolve(model, masks)
+    if not loses_units(masks) or any(p._backward_hooks for p in model.parameters()):
         return None  # hooks would not see the smaller model's gradients
     try:
-        found = trace(model, example_inputs)
+        units = trace(model, example_inputs)
     except ModelError as error:
         _log.warning("the model is trained whole: %s", error)
         return None
-    used = found.used(masks)
-    return (found, used) if pays(found, used) else None
+    used = units.used(masks)
+    return (masks, units, used) if pays(units, used) else None
 
 
 def pays(units: Units, keep: Keep) -> bool:
-    """Tell whether a compact model is worth making.
+    """Tell whether a compact model needs at most `PAYS` of the multiply-accumulates.
 
-    It is if it needs at most `PAYS` of the whole model's multiply-accumulates:
-    widths that are no multiples of the hardware's vectors cost some of what fewer
+    Widths that are no multiples of the hardware's vectors cost some of what fewer
     operations save.
     """
     return units.operations(units.levelled(keep)) <= PAYS * units.operations()
@@ -165,29 +171,5 @@ def loses_units(masks: Masks) -> bool:
 
 def _small(model: nn.Module, masks: Masks, units: Units, keep: Keep) -> nn.Module:
     small = shrink(model, units, keep)
-    parameters = dict(small.named_parameters())
-    with torch.no_grad():
-        for name, kept in small_masks(small, masks).items():
-            pruned = torch.from_numpy(~kept).to(parameters[name].device)
-            parameters[name].masked_fill_(pruned, 0)
+    enforce.zero(small, small_masks(small, masks))
     return small
-
-
-def _check_names(model: nn.Module, arrays: Masks | Scores, what: str) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, array in arrays.items():
-        if name not in shapes:
-            raise MaskError(
-                f"the {what} names {name!r}, which is no parameter of the model; "
-                f"known: {list(shapes)}"
-            )
-        if what == "mask" and getattr(array, "dtype", None) != np.bool_:
-            raise MaskError(
-                f"{name}: expected a NumPy array of bool (True = keep), got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no type')}"
-            )
-        if np.shape(array) != shapes[name]:
-            raise MaskError(
-                f"{name}: expected a {what} of shape {shapes[name]}, "
-                f"got {np.shape(array)}"
-            )

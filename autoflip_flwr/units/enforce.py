@@ -1,6 +1,6 @@
-"""Masks in somebody's training: pruned weights stay zero, gradients are looked at.
+"""Keep pruned weights at zero and read gradients, in training that is not ours.
 
-All of it by the hooks of `torch.optim`: the training itself is not ours.
+All of it uses the hooks of `torch.optim`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,27 +54,29 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     parameters' size. Gradients stay those of the dense model: where a norm over all
     gradients matters (clipping), pruned entries still count in it.
     """
-    targets = _targets(model, masks)
+    pruned = _pruned(model, masks)
 
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
         for parameter in _parameters_of(optimizer):
-            if id(parameter) in targets:
-                targets[id(parameter)].zero()
+            if id(parameter) in pruned:
+                pruned[id(parameter)].zero()
 
-    def zero() -> None:
-        for target in targets.values():
-            target.zero()
-
-    zero()
-    handle = register_optimizer_step_post_hook(after_step)
-    token = _enforced.set(_enforced.get() | targets.keys())
+    for each in pruned.values():
+        each.zero()
+    token = _enforced.set(_enforced.get() | pruned.keys())
     try:
-        yield model
+        with register_optimizer_step_post_hook(after_step):
+            yield model
     finally:
         _enforced.reset(token)
-        handle.remove()
-        zero()
+        for each in pruned.values():
+            each.zero()
+
+
+def zero(model: nn.Module, masks: Masks) -> None:
+    """Set the pruned weights of a model to zero, once; masks as in `enforce`."""
+    for each in _pruned(model, masks).values():
+        each.zero()
 
 
 @contextmanager
@@ -91,8 +93,7 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
     shapes = [keep.shape for keep in keeps]
     known: WeakKeyDictionary[Optimizer, list[_Pruned]] = WeakKeyDictionary()
 
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
         if optimizer not in known:
             held = _parameters_of(optimizer)
             fits = [tuple(parameter.shape) for parameter in held] == shapes
@@ -101,14 +102,11 @@ def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
                 for parameter, keep in zip(held, keeps, strict=fits)
                 if fits and id(parameter) not in _enforced.get() and not keep.all()
             ]
-        for target in known[optimizer]:
-            target.zero()
+        for each in known[optimizer]:
+            each.zero()
 
-    handle = register_optimizer_step_post_hook(after_step)
-    try:
+    with register_optimizer_step_post_hook(after_step):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -128,18 +126,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     own = {id(parameter) for parameter in model.parameters()}
     before = [parameter._version for parameter in model.parameters()]
 
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
+    def before_step(optimizer: Optimizer, *_: Any) -> None:
         if any(id(parameter) in own for parameter in _parameters_of(optimizer)):
             raise MaskError(f"the optimizer holds the parameters of the {advice}")
 
-    handle = register_optimizer_step_pre_hook(before_step)
-    try:
+    with register_optimizer_step_pre_hook(before_step):
         yield
         if [parameter._version for parameter in model.parameters()] != before:
             raise MaskError(f"the block has changed the {advice}")
-    finally:
-        handle.remove()
 
 
 class Gradients:
@@ -156,17 +150,18 @@ class Gradients:
         self._sums: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
 
-    def add(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Take the gradients of one batch."""
+    def take(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the gradients of one batch away from the parameters."""
         if not self._sums:
-            self._sums = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
+            self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
             self._squares = [torch.zeros_like(total) for total in self._sums]
         self.steps += 1
-        for total, square, gradient in zip(
-            self._sums, self._squares, gradients, strict=True
-        ):
-            total.add_(gradient)
-            square.addcmul_(gradient, gradient)
+        for p, total, square in zip(parameters, self._sums, self._squares, strict=True):
+            if p.grad is not None:
+                gradient = p.grad.detach().to_dense()
+                total.add_(gradient)
+                square.addcmul_(gradient, gradient)
+                p.grad = None  # an optimizer passes over what has no gradient
 
     def mean(self) -> list[Array]:
         """Return the mean gradient over the batches."""
@@ -190,17 +185,7 @@ def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
     shapes : sequence of tuple of int
         Of the trainable parameters, in the model's order.
     """
-    found = Gradients()
-
-    def collect(held: Sequence[nn.Parameter]) -> None:
-        found.add(
-            [
-                torch.zeros_like(p) if p.grad is None else p.grad.detach().to_dense()
-                for p in held
-            ]
-        )
-        for parameter in held:
-            parameter.grad = None  # an optimizer passes over what has no gradient
+    seen = Gradients()
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         held = _parameters_of(optimizer)
@@ -208,21 +193,18 @@ def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            collect(held)
+            seen.take(held)
             return None
 
         def still() -> Any:  # the gradients are there once the closure has run
             loss = closure()
-            collect(held)
+            seen.take(held)
             return loss
 
         return args[:1], {**kwargs, "closure": still}
 
-    handle = register_optimizer_step_pre_hook(before_step)
-    try:
-        yield found
-    finally:
-        handle.remove()
+    with register_optimizer_step_pre_hook(before_step):
+        yield seen
 
 
 #: Parameters whose masks an open `enforce` looks after.
@@ -280,33 +262,29 @@ def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
             hint = (
                 "; give the strategy names=list(model.state_dict()), so that it can "
                 "tell buffers from parameters"
-                if name.isdecimal()
-                else ""
             )
             raise MaskError(
                 f"the mask names {name!r}, which is no parameter of the model; "
-                f"known: {list(parameters)}{hint}"
+                f"known: {list(parameters)}{hint if name.isdecimal() else ''}"
             )
-        parameter = parameters[known]
-        shape = tuple(parameter.shape)
         if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_:
             raise MaskError(
                 f"{name}: expected a NumPy array of bool (True = keep), got "
                 f"{type(keep).__name__} of {getattr(keep, 'dtype', 'no type')}"
             )
+        shape = tuple(parameters[known].shape)
         if shape != keep.shape:
             raise MaskError(
                 f"{name}: expected a mask of shape {shape}, got {keep.shape}"
             )
-        known = first[id(parameter)]
+        known = first[id(parameters[known])]
         resolved[known] = keep & resolved[known] if known in resolved else keep
     return resolved
 
 
-def _targets(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
-    return {
-        id(parameter): _Pruned(parameter, keep)
-        for name, keep in resolve(model, masks).items()
-        if not keep.all()
-        for parameter in [model.get_parameter(name)]
+def _pruned(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
+    """Return the parameters that have pruned entries, by id."""
+    masked = {
+        model.get_parameter(name): keep for name, keep in resolve(model, masks).items()
     }
+    return {id(p): _Pruned(p, k) for p, k in masked.items() if not k.all()}

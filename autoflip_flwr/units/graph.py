@@ -5,29 +5,29 @@ which modules are coupled; `layers` tells what a channel is in a module's tensor
 """
 
 import warnings
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning
-from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.errors import ModelError
-from autoflip_flwr.method.structured import Group, Units
+from autoflip_flwr.method.structured import Group, Numbers, Units
 from autoflip_flwr.units import layers, recurrent
 from autoflip_flwr.units.proof import prove
 from autoflip_flwr.units.signature import signature
 from autoflip_flwr.units.surgery import ExampleInputs, arguments, join, tensors_of, twin
 
-_Owners = dict[str, dict[int, NDArray[np.int64]]]
+_Owners = dict[str, dict[int, Numbers]]
 
 _REMEDY = "use pruning.units=0, which prunes single weights and needs no graph"
 
 _CACHED = 8  # models whose units a process remembers
-_cache: OrderedDict[Hashable, Units | ModelError] = OrderedDict()
+_cache: dict[Hashable, Units | ModelError] = {}  # the latest used last
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
@@ -44,32 +44,30 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
     Returns
     -------
     Units
-        Without the units that make the model's outputs, and those that cannot be
-        taken out exactly; `Units.whole` says which and why.
+        Without the units that make the model's outputs, and those that we cannot
+        take out exactly; `Units.whole` says which and why.
 
     Raises
     ------
     ModelError
-        If the model does not run on the inputs (or on random ones like them), cannot
-        be followed, or holds a module that there is no rule for. Names the module.
+        If the model does not run on the inputs (or on random ones like them), or the
+        graph fails on it, or we have no rule for a module. Names the module.
     """
     with torch.inference_mode(False), torch.enable_grad():
         key = signature(model, example_inputs)
-        found = None if key is None else _cache.get(key)
-        if found is None:
-            found = _found(model, example_inputs)
+        units = _cache.get(key) or _traced(model, example_inputs)
     if key is not None:
-        _cache[key] = found
-        _cache.move_to_end(key)
+        _cache.pop(key, None)
+        _cache[key] = units
         if len(_cache) > _CACHED:
-            _cache.popitem(last=False)
-    if isinstance(found, ModelError):
-        raise found
-    return found
+            del _cache[next(iter(_cache))]
+    if isinstance(units, ModelError):
+        raise units
+    return units
 
 
-def _found(model: nn.Module, example_inputs: ExampleInputs) -> Units | ModelError:
-    """Return the units, or why there are none to be had."""
+def _traced(model: nn.Module, example_inputs: ExampleInputs) -> Units | ModelError:
+    """Return the units, or why they cannot be told."""
     try:
         for path, module in model.named_modules():
             layers.check(path, module)
@@ -77,10 +75,10 @@ def _found(model: nn.Module, example_inputs: ExampleInputs) -> Units | ModelErro
     except ModelError as error:
         return error
     except Exception as error:  # whatever the model's own code or the graph raises
-        inputs = [_described(value) for value in arguments(example_inputs)]
         return ModelError(
             f"{type(model).__name__} could not be traced with the example inputs "
-            f"{inputs}: {type(error).__name__}: {error}; {_REMEDY}"
+            f"{_described(arguments(example_inputs))}: {type(error).__name__}: "
+            f"{error}; {_REMEDY}"
         )
 
 
@@ -105,27 +103,23 @@ class _Tracer:
 
     def _build(self, example_inputs: ExampleInputs) -> Any:
         inputs = arguments(example_inputs, like=self._model)
-        handles = [
-            module.register_forward_hook(self._count_uses)
-            for module in self._model.modules()
-            if isinstance(module, layers.WEIGHTED)
-        ]
         try:
-            self._model.eval()(*inputs)  # so that its own errors are not hidden
+            with ExitStack() as hooks:
+                for module in self._model.modules():
+                    if isinstance(module, layers.WEIGHTED):
+                        hook = module.register_forward_hook(self._count_uses)
+                        hooks.enter_context(hook)
+                self._model.eval()(*inputs)  # so that its own errors are not hidden
         except Exception as error:
             raise ModelError(
                 f"{type(self._model).__name__} must run on the example inputs, here "
-                f"{[_described(value) for value in inputs]}: {error}; {_REMEDY}"
+                f"{_described(inputs)}: {error}; {_REMEDY}"
             ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on torch's own deprecations
             return torch_pruning.DependencyGraph().build_dependency(
                 self._model,
                 inputs,
-                customized_pruners={recurrent.Steps: recurrent.StepsPruner()},
                 # One more operation, so that a last layer is not the output itself.
                 output_transform=lambda out: [t * 1 for t in tensors_of(out)],
                 verbose=False,
@@ -133,20 +127,22 @@ class _Tracer:
 
     def _count_uses(self, module: nn.Module, inputs: Any, output: Any) -> None:
         del inputs
-        for name, uses in layers.uses(module, output):
-            key = join(self._paths[module], name)
-            self._uses[key] = self._uses.get(key, 0) + uses
+        uses = layers.uses(module, output)
+        path = self._paths[module]
+        names = [join(path, "weight")]
+        if isinstance(module, recurrent.Steps):  # for all matrices of its original
+            path = path.rpartition(".")[0]
+            own = self._recurrent[path].named_parameters()
+            names = [join(path, name) for name, matrix in own if matrix.ndim == 2]
+        for name in names:
+            self._uses[name] = self._uses.get(name, 0) + uses
 
     def units(self) -> Units:
         """Walk over all modules that make channels."""
         for module, path in self._paths.items():
             if isinstance(module, layers.ROOTS) and not layers.is_depthwise(module):
                 self._add_groups(path, module)
-        level = []
-        for path, original in self._recurrent.items():
-            rows = self._add_hidden(path, original)
-            if rows:
-                level.append(rows)
+        level = [self._add_hidden(*each) for each in self._recurrent.items()]
         buffers = {name for name, _ in self._model.named_buffers()}
         owners: _Owners = {}
         for name, dimensions in self._owners.items():
@@ -158,8 +154,8 @@ class _Tracer:
             parameters={n: v for n, v in owners.items() if n not in buffers},
             buffers={n: v for n, v in owners.items() if n in buffers},
             shapes=self._shapes,
-            uses=self._renamed_uses(),
-            level=tuple(level),
+            uses=self._uses,
+            level=tuple(rows for rows in level if rows),
             whole=self._whole,
             columns=frozenset(
                 join(path, "weight")
@@ -180,14 +176,12 @@ class _Tracer:
         coupled = self._graph.get_pruning_group(
             module, pruner.prune_out_channels, free.tolist()
         )
-        found: list[tuple[str, int, NDArray[np.int64], NDArray[np.int64]]] = []
+        owned: list[tuple[str, int, Numbers, Numbers]] = []
         for item in coupled:
             node = item.dep.target
             if node.type == torch_pruning.ops.OPTYPE.OUTPUT:
                 self._whole[path] = "its channels are the model's outputs"
                 return
-            if node.type in layers.WITHOUT_TENSORS:
-                continue
             indices = np.asarray(item.idxs, np.int64)
             roots = np.asarray(item.root_idxs, np.int64)
             out = self._graph.is_out_channel_pruning_fn(item.dep.handler)
@@ -205,10 +199,10 @@ class _Tracer:
                 if rows.size and rows.max() >= self._shapes[name][dim]:
                     self._whole[path] = f"the graph misreads the channels of {where}"
                     return
-                found.append((name, dim, rows, roots[places]))
+                owned.append((name, dim, rows, roots[places]))
         number = np.full(int(free.max()) + 1, -1, np.int64)
         number[free] = np.arange(self._count, self._count + len(free))
-        for name, dim, rows, roots in found:
+        for name, dim, rows, roots in owned:
             self._owner(name, dim)[rows] = number[roots]
         self._add_group(path, len(free))
 
@@ -216,7 +210,7 @@ class _Tracer:
         self._groups.append(Group(name, self._count, size))
         self._count += size
 
-    def _free(self, path: str, module: nn.Module, size: int) -> NDArray[np.int64]:
+    def _free(self, path: str, module: nn.Module, size: int) -> Numbers:
         """Return the output channels that belong to no unit yet."""
         free = np.ones(size, np.bool_)
         for name, dim, rows, places in self._tensors(
@@ -228,15 +222,15 @@ class _Tracer:
     def _where(self, module: nn.Module | nn.Parameter) -> str:
         if isinstance(module, nn.Parameter):
             return next(n for n, p in self._model.named_parameters() if p is module)
-        return self._paths[module]
+        return self._paths.get(module, "")  # operations have no path, and no tensors
 
     def _tensors(
-        self, module: Any, path: str, out: bool, channels: NDArray[np.int64]
-    ) -> Iterator[tuple[str, int, NDArray[np.int64], NDArray[np.int64]]]:
+        self, module: Any, path: str, out: bool, channels: Numbers
+    ) -> Iterator[tuple[str, int, Numbers, Numbers]]:
         """Yield tensor, dimension, rows, and each row's place in `channels`."""
         places = np.arange(len(channels))
         if isinstance(module, nn.Parameter):
-            yield path, layers.vector_dim(module), channels, places
+            yield path, int(np.argmax(module.shape)), channels, places
         elif isinstance(module, recurrent.Steps):
             path = path.rpartition(".")[0]
             original = self._recurrent[path]
@@ -246,9 +240,7 @@ class _Tracer:
             for name, dim in layers.tensors(module, out):
                 yield join(path, name), dim, channels, places
 
-    def _add_hidden(
-        self, path: str, module: nn.RNNBase
-    ) -> tuple[NDArray[np.int64], ...]:
+    def _add_hidden(self, path: str, module: nn.RNNBase) -> tuple[Numbers, ...]:
         """Add the hidden units that stay inside a recurrent module."""
         if path in self._whole or join(path, "steps") in self._whole:
             return ()
@@ -259,26 +251,18 @@ class _Tracer:
             self._add_group(join(path, name), module.hidden_size)
         return tuple(
             self._owner(join(path, name), 1)
-            for name in recurrent.hidden_weights(module)
+            for name, _ in module.named_parameters()
+            if name.startswith("weight_hh")  # its columns are the hidden units
         )
 
-    def _owner(self, name: str, dim: int) -> NDArray[np.int64]:
+    def _owner(self, name: str, dim: int) -> Numbers:
         dimensions = self._owners.setdefault(name, {})
         if dim not in dimensions:
             dimensions[dim] = np.full(self._shapes[name][dim], -1, np.int64)
         return dimensions[dim]
 
-    def _renamed_uses(self) -> Mapping[str, int]:
-        """Replace a recurrent stand-in's count by those of its module's weights."""
-        uses = dict(self._uses)
-        for path, module in self._recurrent.items():
-            steps = uses.pop(join(path, "steps.weight"), 0)
-            for name in recurrent.weights(module):
-                uses[join(path, name)] = steps
-        return uses
 
-
-def _visible(tensor: torch.Tensor) -> torch.Tensor:
+def _visible(_: str, tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
         return nn.Parameter(tensor.detach())
     return tensor.detach().clone()
@@ -286,13 +270,15 @@ def _visible(tensor: torch.Tensor) -> torch.Tensor:
 
 def _shared(model: nn.Module) -> set[str]:
     """Return the names of parameters that several modules use."""
-    seen: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        seen.setdefault(id(parameter), []).append(name)
-    return {name for names in seen.values() if len(names) > 1 for name in names}
+    named = list(model.named_parameters(remove_duplicate=False))
+    modules = Counter(id(parameter) for _, parameter in named)
+    return {name for name, parameter in named if modules[id(parameter)] > 1}
 
 
-def _described(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__
+def _described(inputs: tuple[Any, ...]) -> list[str]:
+    return [
+        f"{value.dtype} of shape {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else type(value).__name__
+        for value in inputs
+    ]

@@ -1,5 +1,6 @@
 """What a channel is in the tensors of each kind of module."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,64 +8,33 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch_pruning.ops import OPTYPE
 
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.units.recurrent import Steps
 
-#: Modules that make channels of their own.
-ROOTS = (_ConvNd, nn.Linear, nn.Embedding, Steps)
-
 #: Modules whose weights are multiplied with activations.
-WEIGHTED = (_ConvNd, nn.Linear, Steps)
+WEIGHTED = (_ConvNd, nn.Linear)
+
+#: Modules that make channels of their own.
+ROOTS = (*WEIGHTED, nn.Embedding)
 
 #: Modules whose weight has its output channels along dimension 1.
 COLUMNS = (nn.Embedding, _ConvTransposeNd)
 
-#: Nodes of the graph that hold no tensors.
-WITHOUT_TENSORS = frozenset(
-    {
-        OPTYPE.CONCAT,
-        OPTYPE.SPLIT,
-        OPTYPE.ELEMENTWISE,
-        OPTYPE.RESHAPE,
-        OPTYPE.UNBIND,
-        OPTYPE.EXPAND,
-        OPTYPE.SLICE,
-    }
-)
-
-_KNOWN = (
-    _ConvNd,
-    nn.Linear,
-    nn.Embedding,
-    _NormBase,  # BatchNorm and InstanceNorm
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.PReLU,
-    nn.LSTM,
-    nn.GRU,
-    nn.RNN,
-)
+_KNOWN = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.RNNBase)
 
 
 def check(path: str, module: nn.Module) -> None:
-    """Refuse a module whose parameters nobody has a rule for.
-
-    Raises
-    ------
-    ModelError
-        Names the module, its type, and what works instead.
-    """
+    """Refuse a module with parameters that we have no rule for (`ModelError`)."""
     own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, nn.RNNBase) and "weight_ih_l0" in own:
-        return
-    if isinstance(module, _KNOWN) and set(own) <= {"weight", "bias"}:
-        return
     ours = not type(module).__module__.startswith("torch.nn")
-    if ours and all(_is_vector(parameter) for parameter in own.values()):
-        return  # a scale or shift of its own, which the graph follows
-    if not own:
+    if (
+        not own
+        or (isinstance(module, nn.RNNBase) and "weight_ih_l0" in own)
+        or (isinstance(module, _KNOWN) and set(own) <= {"weight", "bias"})
+        # A scale or shift of the app's own, which the graph follows.
+        or (ours and all(p.numel() == max(p.shape, default=1) for p in own.values()))
+    ):
         return
     raise ModelError(
         f"the units of {path or 'the model'} are not known: there is no rule for the "
@@ -72,15 +42,6 @@ def check(path: str, module: nn.Module) -> None:
         f"{sorted(kind.__name__.lstrip('_') for kind in _KNOWN)} and vectors; use "
         "pruning.units=0, which prunes single weights of any model"
     )
-
-
-def _is_vector(parameter: torch.Tensor) -> bool:
-    return parameter.ndim == 0 or parameter.numel() == max(parameter.shape)
-
-
-def vector_dim(parameter: torch.Tensor) -> int:
-    """Return the dimension along which a vector lies."""
-    return max(range(parameter.ndim), key=lambda dim: parameter.shape[dim])
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -126,17 +87,11 @@ def tensors(module: nn.Module, out: bool) -> Iterator[tuple[str, int]]:
                 yield name, 0
 
 
-def uses(module: nn.Module, output: Any) -> Iterator[tuple[str, int]]:
-    """Yield how often a module's weight was used to make an output."""
-    channels = module.out_features if isinstance(module, nn.Linear) else None
-    if isinstance(module, _ConvNd):
-        channels = module.out_channels
+def uses(module: Any, output: torch.Tensor) -> int:
+    """Return how often a `WEIGHTED` module's weight was used to make an output."""
     if isinstance(module, _ConvTransposeNd):  # each input pixel uses all of it
-        stride = 1
-        for step in module.stride:
-            stride *= int(step)
-        yield "weight", max(1, output.numel() // (module.out_channels * stride))
-    elif channels is not None:
-        yield "weight", output.numel() // channels
-    elif isinstance(module, Steps):
-        yield "weight", output.numel() // output.shape[-1]
+        stride = math.prod(int(step) for step in module.stride)
+        return max(1, output.numel() // (module.out_channels * stride))
+    convolves = isinstance(module, _ConvNd)
+    channels = module.out_channels if convolves else module.out_features
+    return output.numel() // int(channels)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from autoflip_flwr.errors import ModelError
-from autoflip_flwr.method.structured import Group, Keep, Units
+from autoflip_flwr.method.structured import Cluster, Group, Keep, Units
+from autoflip_flwr.units import enforce
 from autoflip_flwr.units.surgery import (
     ExampleInputs,
     arguments,
@@ -36,24 +37,17 @@ _SAMPLES = 3  # BatchNorm trains on more than one
 
 
 def prove(model: nn.Module, example_inputs: ExampleInputs, units: Units) -> Units:
-    """Compare masked and smaller model: random weights and inputs, both modes.
+    """Leave whole the groups for which the masked and the smaller model differ.
 
-    Returns
-    -------
-    Units
-        Without the groups that do not work; `Units.whole` says why.
-
-    Raises
-    ------
-    ModelError
-        If the model does not run on random inputs of the examples' shapes and types.
+    Both have random weights and run on random inputs like the examples, in both modes;
+    a model that does not run on them is a `ModelError`.
     """
     if not units.groups:
         return units
-    trial = _Trial.of(model, example_inputs)
+    trial = _Trial(model, example_inputs)
     reasons: dict[str, str] = {}
-    for clusters in trial.failing(units, units.clusters()):
-        for group, reason in clusters:
+    for groups, reason in trial.failing(units, units.clusters()):
+        for group in groups:
             reasons[group.name] = f"the graph cannot follow its channels: {reason}"
     if not reasons:
         return units
@@ -68,87 +62,74 @@ class _Trial:
     trial, too.
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         self._model = model
-        self._inputs = inputs
-        self._dtype = dtype
-        self.reason = ""
-        trial = _randomized(model, dtype)
-        self.modes = [mode for mode in (False, True) if self._runs(trial, mode)]
-
-    @classmethod
-    def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "_Trial":
-        """Find a type and a number of samples that the model runs on."""
         given = arguments(example_inputs, like=model)
-        for dtype in _TOLERANCES:
-            for samples in (_SAMPLES, 1):
-                trial = cls(model, _noise(given, dtype, samples), dtype)
-                if False in trial.modes:
-                    return trial
+        for dtype, samples in itertools.product(_TOLERANCES, (_SAMPLES, 1)):
+            self._dtype, self._inputs = dtype, _noise(given, dtype, samples)
+            trial = _randomized(model, dtype)
+            self._modes = [mode for mode in (False, True) if self._runs(trial, mode)]
+            if False in self._modes:
+                return
         raise ModelError(
             f"{type(model).__name__} does not run on random inputs like the example "
-            f"inputs, so that its units cannot be tried: {trial.reason}"
+            f"inputs, so that its units cannot be tried: {self._reason}"
         )
 
     def _runs(self, trial: nn.Module, mode: bool) -> bool:
         try:
             self._outputs(trial, mode)
         except Exception as error:  # whatever the model's own code raises
-            self.reason = _first_line(error)
+            self._reason = _first_line(error)
             return False
         return True
 
     def failing(
-        self, units: Units, clusters: Sequence[Sequence[Group]]
-    ) -> Iterator[list[tuple[Group, str]]]:
-        """Find by halves the clusters of groups that do not work."""
-        groups = [group for cluster in clusters for group in cluster]
-        reason = self._difference(units, groups)
+        self, units: Units, clusters: Sequence[Cluster]
+    ) -> Iterator[tuple[list[Group], str]]:
+        """Find by halves the groups that do not work, and why."""
+        reason = self._difference(units, clusters)
         if reason is None:
             return
-        if len(clusters) == 1:
-            yield [(group, reason) for group in groups]
-            return
-        middle = len(clusters) // 2
-        halves = [
-            *self.failing(units, clusters[:middle]),
-            *self.failing(units, clusters[middle:]),
-        ]
-        if not halves:  # only together
-            yield [(group, reason) for group in groups]
-        yield from halves
+        halves: list[tuple[list[Group], str]] = []
+        if len(clusters) > 1:
+            middle = len(clusters) // 2
+            for half in (clusters[:middle], clusters[middle:]):
+                halves.extend(self.failing(units, half))
+        if halves:
+            yield from halves
+        else:  # one cluster, or clusters that fail only together
+            yield [group for groups, _ in clusters for group in groups], reason
 
-    def _difference(self, units: Units, groups: Sequence[Group]) -> str | None:
+    def _difference(self, units: Units, clusters: Sequence[Cluster]) -> str | None:
         """Return None, or how taking units out fails.
 
         Two fifths, then the others; and a third of other draws, as a wrong guess may
         agree on some units by chance.
         """
+        rows = [
+            row
+            for groups, joined in clusters
+            for row in joined or [np.array(group.numbers) for group in groups]
+        ]
         for share, rest in itertools.product((2 / 5, 1 / 3), (False, True)):
             keep: Keep = np.ones(units.count, np.bool_)
             rng = np.random.default_rng(round(100 * share))
-            for group in groups:
-                order = rng.permutation(group.size)
-                count = max(1, int(share * group.size)) if group.size > 1 else 0
-                lost = order[count:] if rest else order[:count]
-                if len(lost) < group.size:
-                    keep[group.start + lost] = False
-            reason = self._compared(units, _evenly(units, keep, groups))
+            for row in rows:
+                order = rng.permutation(row)
+                count = max(1, int(share * row.size))
+                if row.size > 1:
+                    keep[order[count:] if rest else order[:count]] = False
+            reason = self._compared(units, keep)
             if reason is not None:
                 return reason
         return None
 
     def _compared(self, units: Units, keep: Keep) -> str | None:
         masked = _randomized(self._model, self._dtype)
-        masks = units.masks(keep, units.parameters)
-        for name, parameter in masked.named_parameters():
-            if name in masks:
-                pruned = torch.from_numpy(~masks[name]).to(parameter.device)
-                parameter.masked_fill_(pruned, 0)
+        enforce.zero(masked, units.masks(keep, units.parameters))
         small = shrink(masked, units, keep)
-        for mode in self.modes:
+        for mode in self._modes:
             expected = self._outputs(masked, mode)
             try:
                 got = self._outputs(small, mode)
@@ -165,56 +146,32 @@ class _Trial:
         return None
 
     def _outputs(self, model: nn.Module, mode: bool) -> list[torch.Tensor]:
-        found = tensors_of(self._inputs)
-        devices = {value.device for value in found if value.is_cuda}
+        devices = {x.device for x in tensors_of(self._inputs) if x.is_cuda}
         with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
             torch.manual_seed(0)
             outputs = tensors_of(model.train(mode)(*self._inputs))
             return [value.double() for value in outputs if value.numel()]
 
 
-def _evenly(units: Units, keep: Keep, groups: Sequence[Group]) -> Keep:
-    """Let rows that stay equally long lose equally many, or none would go."""
-    keep = keep.copy()
-    tried = {unit for group in groups for unit in range(group.start, group.stop)}
-    for rows in units.level:
-        if all(set(row.tolist()) <= tried for row in rows):
-            fewest = min(int(np.count_nonzero(~keep[row])) for row in rows)
-            fewest = max(1, fewest) if len(rows[0]) > 1 else 0
-            for row in rows:
-                lost = row[~keep[row]]
-                kept = row[keep[row]]
-                keep[lost[fewest:]] = True
-                keep[kept[: max(0, fewest - len(lost))]] = False
-    return keep
-
-
 def _randomized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Copy a model with weights and statistics that hide nothing, as zeros would."""
     random = torch.Generator().manual_seed(0)
     pool = torch.randn(_DRAWN, generator=random, dtype=dtype)
-    parameters = {id(parameter) for parameter in model.parameters()}
-    variances = {
-        id(buffer) for name, buffer in model.named_buffers() if name.endswith("_var")
-    }
-
     shifts = itertools.count(1)  # so that no two tensors are equal
 
-    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+    def drawn(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor.detach().clone()
-        shape, longest = tensor.shape, max(tensor.shape, default=1)
-        size = tensor.numel()
+        shape, size = tensor.shape, tensor.numel()
         own = pool.roll(17 * next(shifts))
         value = own.repeat(size // _DRAWN + 1)[:size].view(shape)
-        if id(tensor) in variances:
+        if isinstance(tensor, nn.Parameter):
+            if size > max(shape, default=1):
+                value *= (shape[0] / size) ** 0.5
+            return nn.Parameter(value.to(tensor.device), requires_grad=False)
+        if name.endswith("_var"):
             value = 0.5 + value.abs()
-        elif id(tensor) in parameters and tensor.numel() > longest:
-            value *= (shape[0] / tensor.numel()) ** 0.5
-        value = value.to(tensor.device)
-        if id(tensor) in parameters:
-            return nn.Parameter(value, requires_grad=False)
-        return value
+        return value.to(tensor.device)
 
     trial = twin(model, drawn)
     for module in trial.modules():
@@ -238,8 +195,7 @@ def _noise(given: tuple[Any, ...], dtype: torch.dtype, samples: int) -> tuple[An
         noise = torch.randn(shape, generator=random, dtype=torch.float64)
         return noise.to(value.device, dtype)
 
-    found: tuple[Any, ...] = mapped(drawn, given)
-    return found
+    return tuple(mapped(drawn, value) for value in given)
 
 
 def _first_line(error: Exception) -> str:

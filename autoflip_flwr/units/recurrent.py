@@ -5,94 +5,50 @@ and the columns of what comes next. At zero weights it stays at zero: an LSTM's 
 gets 0.5 * 0 + 0.5 * tanh(0), a GRU's state 0.5 * tanh(0) + 0.5 * 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
-from torch_pruning.pruner.function import BasePruningFunc
+
+from autoflip_flwr.units.surgery import put
 
 Rows: TypeAlias = NDArray[np.int64]
 
 
-class Steps(nn.Module):
+class Steps(nn.Linear):
     """What a recurrent module is to the graph: input channels to hidden ones."""
 
     def __init__(self, module: nn.RNNBase) -> None:
-        super().__init__()
-        width = module.proj_size or module.hidden_size
-        self.directions = 2 if module.bidirectional else 1
-        self.projected = module.proj_size > 0
+        directions = 2 if module.bidirectional else 1
+        width = directions * (module.proj_size or module.hidden_size)
+        # On "meta" it draws no random numbers.
+        super().__init__(module.input_size, width, bias=False, device="meta")
         first = next(module.parameters())
-        self.weight = nn.Parameter(
-            first.new_ones(self.directions * width, module.input_size)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``(..., directions * hidden)``."""
-        return functional.linear(x, self.weight)
-
-
-class StepsPruner(BasePruningFunc):  # type: ignore[misc]
-    """How Torch-Pruning sees `Steps`: which of two functions couples what.
-
-    It never calls them; `surgery` takes units out.
-    """
-
-    TARGET_MODULES = Steps
-
-    def prune_out_channels(self, layer: Steps, idxs: Sequence[int]) -> Steps:
-        """Stand for output channels."""
-        del idxs
-        return layer
-
-    def prune_in_channels(self, layer: Steps, idxs: Sequence[int]) -> Steps:
-        """Stand for input channels."""
-        del idxs
-        return layer
-
-    def get_out_channels(self, layer: Steps) -> int:
-        """Return the hidden units of all directions."""
-        return layer.weight.shape[0]
-
-    def get_in_channels(self, layer: Steps) -> int:
-        """Return the width of one step's input."""
-        return layer.weight.shape[1]
-
-
-#: What an app may ask a recurrent module.
-_SETTINGS = (
-    "mode",
-    "input_size",
-    "hidden_size",
-    "num_layers",
-    "bias",
-    "batch_first",
-    "dropout",
-    "bidirectional",
-    "proj_size",
-)
+        self.weight = nn.Parameter(first.new_ones(width, module.input_size))
+        self.directions = directions
+        self.projected = module.proj_size > 0
 
 
 class _StandIn(nn.Module):
     """Returns what a recurrent module returns, in shape, from one traceable step.
 
-    All hidden states are made of the last layer's: an app that reads those of others
-    is found out by the proof.
+    All hidden states are those of the last layer: the proof rejects the channels of an
+    app that reads others.
     """
+
+    mode: str
+    num_layers: int
+    batch_first: bool
 
     def __init__(self, module: nn.RNNBase) -> None:
         super().__init__()
         self.steps = Steps(module)
-        self._settings = {name: getattr(module, name) for name in _SETTINGS}
-
-    def __getattr__(self, name: str) -> Any:
-        settings = self.__dict__.get("_settings", {})
-        return settings[name] if name in settings else super().__getattr__(name)
+        # What an app may ask a recurrent module.
+        self.__dict__.update({n: getattr(module, n) for n in module.__constants__})
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is one matrix."""
@@ -121,15 +77,14 @@ class _StandIn(nn.Module):
 
 def replace(model: nn.Module) -> dict[str, nn.RNNBase]:
     """Put stand-ins for all recurrent modules; return these by path."""
-    found = {
+    originals = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.RNNBase)
     }
-    for path, module in found.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _StandIn(module))
-    return found
+    for path, module in originals.items():
+        put(model, path, _StandIn(module))
+    return originals
 
 
 def tensors(
@@ -163,22 +118,6 @@ def inner_layers(
             for after in _suffixes(module, layer + 1):
                 held.append((f"weight_ih{after}", 1, columns, units))
             yield f"hidden{suffix}", held
-
-
-def hidden_weights(module: nn.RNNBase) -> list[str]:
-    """Return the recurrent matrices: their columns are the hidden units."""
-    return [
-        f"weight_hh{suffix}"
-        for layer in range(module.num_layers)
-        for suffix in _suffixes(module, layer)
-    ]
-
-
-def weights(module: nn.RNNBase) -> list[str]:
-    """Return the names of all matrices."""
-    return [
-        name for name, parameter in module.named_parameters() if parameter.ndim == 2
-    ]
 
 
 def _suffixes(module: nn.RNNBase, layer: int) -> list[str]:

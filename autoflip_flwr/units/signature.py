@@ -13,30 +13,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from autoflip_flwr.units.surgery import KEPT, ExampleInputs, arguments
 
-_VALUES = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    enum.Enum,
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    torch.dtype,
-    torch.device,
-)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum)
+_CODE = (type, types.FunctionType, types.BuiltinFunctionType)
+_VALUES = (*_PLAIN, *_CODE, torch.dtype, torch.device)
 
 _LARGEST = 1 << 16  # entries of a buffer that is compared by value
 
-#: What nn.Module itself keeps.
-_INTERNAL = frozenset(vars(nn.Module()))
+#: What nn.Module itself keeps, and what we note.
+_INTERNAL = frozenset({*vars(nn.Module()), KEPT})
 
 
 class _UnknownError(Exception):
-    """There is something whose value nobody can tell."""
+    """A setting has a type that we cannot compare by value."""
 
 
 def signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
@@ -52,13 +40,12 @@ def signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
         )
         seen: dict[int, int] = {}
         tensors = tuple(
-            (name, _form(value), seen.setdefault(id(value), len(seen)))
+            (name, _frozen(value), seen.setdefault(id(value), len(seen)))
             for name, value in model.named_parameters(remove_duplicate=False)
         )
-        inputs = tuple(_frozen(value) for value in arguments(example_inputs))
+        return modules, tensors, _frozen(arguments(example_inputs))
     except (_UnknownError, RuntimeError):  # lazy modules have no shapes yet
         return None
-    return modules, tensors, inputs
 
 
 def _settings(module: nn.Module) -> Hashable:
@@ -66,30 +53,25 @@ def _settings(module: nn.Module) -> Hashable:
     own = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
     if isinstance(module, nn.RNNBase):
         own = {k: v for k, v in own.items() if not k.startswith(("_flat", "_all"))}
-    own.pop(KEPT, None)
     statistics = isinstance(module, _NormBase)
     buffers = {
-        name: _form(value) if statistics else _content(value)
+        name: value if statistics else _content(value)
         for name, value in module.named_buffers(recurse=False)
     }
     return _frozen(own), _frozen(buffers)
 
 
-def _form(value: torch.Tensor) -> Hashable:
-    return tuple(value.shape), value.dtype
-
-
-def _content(value: torch.Tensor) -> Hashable:
+def _content(value: torch.Tensor) -> tuple[Hashable, str]:
     if value.numel() > _LARGEST:
         raise _UnknownError
-    return _form(value), str(value.flatten().tolist())
+    return _frozen(value), str(value.flatten().tolist())
 
 
 def _frozen(value: Any) -> Hashable:
     if isinstance(value, _VALUES):
         return type(value), value
     if isinstance(value, torch.Tensor):
-        return _form(value)
+        return tuple(value.shape), value.dtype
     if isinstance(value, functools.partial):
         return _frozen((value.func, value.args, value.keywords))
     if dataclasses.is_dataclass(value):

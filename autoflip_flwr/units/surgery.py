@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,25 +12,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoflip_flwr.errors import MaskError
-from autoflip_flwr.method.structured import Keep, Units
+from autoflip_flwr.method.structured import Indices, Keep, Units
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
 
 #: One tensor, or the positional arguments of the model.
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...]
 
-#: Kept indices along each dimension; None: all of them.
-Indices: TypeAlias = tuple[NDArray[np.int64] | None, ...]
-
 KEPT = "autoflip_kept"  # attribute of a compact module: its `Indices` by name
 
 
 def twin(
-    model: nn.Module, replaced: Callable[[torch.Tensor], torch.Tensor]
+    model: nn.Module, replaced: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> nn.Module:
     """Copy a model's modules, with other tensors in place of its own."""
-    tensors = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): replaced(tensor) for tensor in tensors})
+    tensors = _tensors(model).items()
+    return copy.deepcopy(model, {id(t): replaced(name, t) for name, t in tensors})
 
 
 def arguments(
@@ -39,12 +35,10 @@ def arguments(
 ) -> tuple[Any, ...]:
     """Return example inputs as arguments; copied to the device of a model."""
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    tensors = () if like is None else chain(like.parameters(), like.buffers())
-    first = next(iter(tensors), None)
+    first = None if like is None else next(iter(_tensors(like).values()), None)
     if first is None:
         return given
-    found: tuple[Any, ...] = mapped(lambda value: value.to(first.device).clone(), given)
-    return found
+    return tuple(mapped(lambda x: x.to(first.device).clone(), each) for each in given)
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
@@ -62,11 +56,8 @@ def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors a model returns, alone or in containers."""
     if isinstance(output, torch.Tensor):
         yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_of(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
+    elif isinstance(output, dict | list | tuple):
+        for value in output.values() if isinstance(output, dict) else output:
             yield from tensors_of(value)
 
 
@@ -89,25 +80,19 @@ def shrink(model: nn.Module, units: Units, keep: Keep) -> nn.Module:
         Of the model's classes and parameter names, its tensors smaller. Normalization
         over channels still counts the missing ones, as zeros.
     """
-    keep = units.levelled(keep)
-    kept: dict[str, Indices] = {}
-    memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters():
-        indices = units.indices(name, keep)
-        if indices is not None:
-            kept[name] = indices
-        small = nn.Parameter(_select(parameter.detach(), indices))
-        memo[id(parameter)] = small.requires_grad_(parameter.requires_grad)
-    for name, buffer in model.named_buffers():
-        indices = units.indices(name, keep)
-        if indices is not None:
-            kept[name] = indices
-        memo[id(buffer)] = _select(buffer, indices)
-    smaller = copy.deepcopy(model, memo)
-    for path, module in list(smaller.named_modules()):
-        _resize(smaller, path, module, kept)
-    setattr(smaller, KEPT, kept)
-    return smaller
+    kept = units.indices(units.levelled(keep))
+
+    def smaller(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        selected = _select(tensor.detach(), kept.get(name))
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(selected, requires_grad=tensor.requires_grad)
+        return selected
+
+    small = twin(model, smaller)
+    for path, module in list(small.named_modules()):
+        _resize(small, path, module, kept)
+    setattr(small, KEPT, kept)
+    return small
 
 
 def expand(small: nn.Module, model: nn.Module) -> nn.Module:
@@ -131,8 +116,7 @@ def expand(small: nn.Module, model: nn.Module) -> nn.Module:
         If `small` was not made of such a model; nothing is written.
     """
     kept = kept_indices(small)
-    given = _tensors(small)
-    parameters, targets = dict(model.named_parameters()), _tensors(model)
+    given, targets = _tensors(small), _tensors(model)
     for name, target in targets.items():
         source = given.get(name)
         if source is None or not _fits(target, source, kept.get(name)):
@@ -143,13 +127,12 @@ def expand(small: nn.Module, model: nn.Module) -> nn.Module:
             )
     with torch.no_grad():
         for name, target in targets.items():
-            source = given[name].to(target)  # its device and type
-            _scatter(target, source, kept.get(name), name in parameters)
+            _scatter(target, given[name].to(target), kept.get(name))
     return model
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def kept_indices(
@@ -171,22 +154,20 @@ def kept_indices(
 def small_masks(small: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
     """Return the part of a mask that falls on a compact model's parameters."""
     kept = kept_indices(small)
-    found = {}
+    own = {}
     for name, mask in masks.items():
         for dim, index in enumerate(kept.get(name, ())):
             if index is not None:
                 mask = mask.take(index, dim)
-        found[name] = mask
-    return found
+        own[name] = mask
+    return own
 
 
 def _select(tensor: torch.Tensor, indices: Indices | None) -> torch.Tensor:
     if indices is None:
-        return tensor.detach().clone()
-    for dim, index in enumerate(indices):
-        if index is not None:
-            rows = torch.from_numpy(index).to(tensor.device)
-            tensor = tensor.index_select(dim, rows)
+        return tensor.clone()
+    for dim, rows in _rows(indices, tensor):
+        tensor = tensor.index_select(dim, rows)
     return tensor
 
 
@@ -201,34 +182,40 @@ def _fits(target: torch.Tensor, source: torch.Tensor, indices: Indices | None) -
 
 
 def _scatter(
-    target: torch.Tensor, source: torch.Tensor, indices: Indices | None, clear: bool
+    target: torch.Tensor, source: torch.Tensor, indices: Indices | None
 ) -> None:
-    """Write `source` to the kept places of `target`; clear the others if told to."""
+    """Write `source` to the kept places of `target`; clear those of a parameter."""
     if indices is None:
         target.copy_(source)
         return
-    dims = [dim for dim, index in enumerate(indices) if index is not None]
-    for dim in dims[1:]:  # widen all dimensions but the first
+    (first, places), *others = _rows(indices, target)
+    for dim, rows in others:  # widen all dimensions but the first
         shape = list(source.shape)
         shape[dim] = target.shape[dim]
-        wider = source.new_zeros(shape)
-        wider.index_copy_(dim, _rows(indices[dim], target), source)
-        source = wider
-    if clear:
+        source = source.new_zeros(shape).index_copy_(dim, rows, source)
+    if isinstance(target, nn.Parameter):
         target.zero_()
-    target.index_copy_(dims[0], _rows(indices[dims[0]], target), source)
+    target.index_copy_(first, places, source)
 
 
-def _rows(index: NDArray[np.int64] | None, like: torch.Tensor) -> torch.Tensor:
-    assert index is not None
-    return torch.from_numpy(index).to(like.device)
+def _rows(indices: Indices, like: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Return the dimensions that lose something, and what is kept along them."""
+    return [
+        (dim, torch.from_numpy(index).to(like.device))
+        for dim, index in enumerate(indices)
+        if index is not None
+    ]
 
 
 def _resize(
     model: nn.Module, path: str, module: nn.Module, kept: Mapping[str, Indices]
 ) -> None:
     """Make a module's sizes those of its tensors."""
-    if not any(join(path, name) in kept for name in _own(module)):
+    own = {
+        **dict(module.named_parameters(recurse=False)),
+        **{k: v for k, v in module.named_buffers(recurse=False) if v.ndim},
+    }
+    if not any(join(path, name) in kept for name in own):
         return
     if isinstance(module, _ConvNd):
         rows, columns = module.weight.shape[:2]
@@ -246,27 +233,21 @@ def _resize(
         module.num_parameters = module.weight.shape[0]
     elif isinstance(module, _NormBase):
         # Without weights and buffers, as InstanceNorm may be, it knows no width.
-        module.num_features = next(iter(_own(module).values())).shape[0]
+        module.num_features = next(iter(own.values())).shape[0]
     elif isinstance(module, nn.LayerNorm):
-        _put(model, path, PartialLayerNorm(module))
+        put(model, path, PartialLayerNorm(module))
     elif isinstance(module, nn.GroupNorm):
         (index, *_) = kept[join(path, "weight")]
         assert index is not None
-        _put(model, path, PartialGroupNorm(module, index))
+        put(model, path, PartialGroupNorm(module, index))
     elif isinstance(module, nn.RNNBase):
-        module.input_size = _own(module)["weight_ih_l0"].shape[1]
-        module.hidden_size = _own(module)["weight_hh_l0"].shape[1]
+        module.input_size = own["weight_ih_l0"].shape[1]
+        module.hidden_size = own["weight_hh_l0"].shape[1]
         module.flatten_parameters()
 
 
-def _own(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        **dict(module.named_parameters(recurse=False)),
-        **{k: v for k, v in module.named_buffers(recurse=False) if v.ndim},
-    }
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 

@@ -1,6 +1,6 @@
-"""Bytes and Flower's records: what travels, and how it is read back.
+"""The protocol: bytes, and Flower's records.
 
-`codec` has the frames, `manifest` the names and shapes they leave out, `records` every
-record key of the protocol, `flower` what differs between versions of Flower. May import
-`method`, `types` and `errors`; only `records` and `flower` know Flower.
+`codec` has the frames, `manifest` the names and shapes of their arrays, `records` the
+record keys, `flower` the differences between versions of Flower. May import `method`,
+`types` and `errors`; only `records` and `flower` import Flower.
 """

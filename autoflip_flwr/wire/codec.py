@@ -1,15 +1,14 @@
 """Kept values, masks and local guidance as bytes, and back. NumPy only.
 
-Three frames, none of which carries a size, a name or a type of its own: the
-receiver knows them from its own model or manifest, so a frame cannot make it
-allocate anything. All numbers are little-endian. docs/wire-format.md shows the
-three on one screen.
+No frame contains a size, a name or a type. The receiver knows them from its own model
+or manifest, so a frame cannot make it allocate memory. All numbers are little-endian.
+docs/wire-format.md shows the three frames on one screen.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, get_args, overload
+from typing import Any, TypeAlias, TypeVar, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,40 +16,35 @@ from numpy.typing import NDArray
 from autoflip_flwr.errors import GuidanceError, MaskError, WireError
 from autoflip_flwr.method.guidance import Values
 from autoflip_flwr.method.parallel import parallel_map
-from autoflip_flwr.types import Array, Guidance, Masks, Params, ValueType
+from autoflip_flwr.types import Array, Float32, Guidance, Mask, Masks, Params, ValueType
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+S = TypeVar("S", bound=np.generic)
 
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 
-#: Local guidance is stored over this many octaves below a tensor's largest value.
+#: Local guidance covers this many octaves below the largest value of a tensor.
 _OCTAVES = 40
-_LEVELS = 255  # code 0 is an exact zero, 1..255 are logarithmic steps
+_LEVELS = 255  # code 0 is exactly zero, 1..255 are logarithmic steps
 
-#: Bytes of a guidance frame before the codes, for each tensor: two float32.
+#: Bytes per tensor in the header of a guidance frame: two float32.
 HEADER_BYTES = 8
 
 
-# --- kept values -----------------------------------------------------------------
-
-
 def encode(
-    values: Array | Params,
-    mask: NDArray[np.bool_] | Masks,
-    *,
-    dtype: ValueType = "float32",
+    values: Array | Params, mask: Mask | Masks, *, dtype: ValueType = "float32"
 ) -> bytes:
-    """Write the kept values, tensor after tensor in the mask's order, in C order.
+    """Write the kept values, in the mask's order of tensors and in C order.
 
     Parameters
     ----------
     values : array or mapping of name -> array
-        Floating values; where `mask` is a mapping, every name of it.
+        Floating values; a mapping has all names of `mask`.
     mask : bool array or mapping of name -> bool array
         True = keep, shapes equal to those of `values`.
     dtype : {"float32", "float16"}
-        Type of the values on the wire; larger values saturate (float16: +-65504).
+        Type of the sent values; larger values saturate (float16: +-65504).
 
     Returns
     -------
@@ -62,20 +56,16 @@ def encode(
     MaskError
         If names or shapes of values and mask differ.
     WireError
-        If a kept value is NaN or infinite: a peer would refuse it.
+        If a kept value is NaN or infinite, which a peer would reject.
     """
     wire_type = _wire_type(dtype)
     pairs = _pairs(values, mask)
 
-    def one(item: tuple[str, Array, NDArray[np.bool_]]) -> Array:
+    def one(item: tuple[str, Array, Mask]) -> Array:
         name, value, keep = item
         kept = value.reshape(-1).take(np.flatnonzero(keep))
-        if not np.isfinite(kept).all():
-            bad = int(kept.size - np.isfinite(kept).sum())
-            raise WireError(
-                f"{name}: expected finite values, got {bad} NaN or Inf of {kept.size} "
-                "kept; the training has diverged (lower the learning rate)"
-            )
+        remedy = "; the training has diverged (lower the learning rate)"
+        _check_finite(name, kept, remedy)
         if wire_type.itemsize < kept.dtype.itemsize:
             limits = np.finfo(wire_type)
             kept = kept.clip(limits.min, limits.max)
@@ -86,27 +76,19 @@ def encode(
 
 @overload
 def decode(
-    frame: Frame,
-    mask: NDArray[np.bool_],
-    *,
-    dtype: ValueType = ...,
-    fill: Array | None = ...,
+    frame: Frame, mask: Mask, *, dtype: ValueType = ..., fill: Array | None = ...
 ) -> Array: ...
 
 
 @overload
 def decode(
-    frame: Frame,
-    mask: Masks,
-    *,
-    dtype: ValueType = ...,
-    fill: Params | None = ...,
+    frame: Frame, mask: Masks, *, dtype: ValueType = ..., fill: Params | None = ...
 ) -> dict[str, Array]: ...
 
 
 def decode(
     frame: Frame,
-    mask: NDArray[np.bool_] | Masks,
+    mask: Mask | Masks,
     *,
     dtype: ValueType = "float32",
     fill: Array | Params | None = None,
@@ -117,18 +99,16 @@ def decode(
     ----------
     frame : bytes
         Exactly ``kept * itemsize`` bytes.
-    mask : bool array or mapping of name -> bool array
-        The mask the frame was written with.
-    dtype : {"float32", "float16"}
-        Type of the values on the wire.
+    mask, dtype
+        As in `encode`.
     fill : array or mapping, optional
-        What the pruned entries become, and the result's dtype; zeros of float32
-        by default. Never written to.
+        Values of the pruned entries, and dtype of the result; float32 zeros by
+        default. It is not changed.
 
     Returns
     -------
     array or dict of name -> array
-        In the form of `mask`.
+        An array or a mapping, as `mask`.
 
     Raises
     ------
@@ -136,8 +116,8 @@ def decode(
         If the length is wrong or a value is NaN or infinite.
     """
     wire_type = _wire_type(dtype)
-    masks = mask if isinstance(mask, Mapping) else {"": mask}
-    fills = fill if isinstance(fill, Mapping) or fill is None else {"": fill}
+    masks = mask if isinstance(mask, Mapping) else {_SINGLE: mask}
+    fills = fill if isinstance(fill, Mapping) or fill is None else {_SINGLE: fill}
     counts = [int(np.count_nonzero(keep)) for keep in masks.values()]
     expected = sum(counts) * wire_type.itemsize
     if len(frame) != expected:
@@ -160,27 +140,19 @@ def decode(
             part = kept[offsets[index] : offsets[index + 1]].astype(
                 dense.dtype, copy=False
             )
-        if not np.isfinite(part).all():
-            bad = int(part.size - np.isfinite(part).sum())
-            raise WireError(
-                f"{name or 'values'}: expected finite values, "
-                f"got {bad} NaN or Inf of {part.size} kept"
-            )
+        _check_finite(name, part)
         dense.reshape(-1)[np.flatnonzero(keep)] = part
         return dense
 
     names = list(masks)
     dense = dict(zip(names, parallel_map(one, range(len(names))), strict=True))
-    return dense if isinstance(mask, Mapping) else dense[""]
-
-
-# --- masks -----------------------------------------------------------------------
+    return dense if isinstance(mask, Mapping) else dense[_SINGLE]
 
 
 def pack_mask(masks: Masks) -> bytes:
     """Write a mask as bits, 1 = keep, tensors in order, first entry = highest bit.
 
-    Returns ``ceil(n / 8)`` bytes for `n` entries; the last byte's rest is zero.
+    Returns ``ceil(n / 8)`` bytes for `n` entries; unused bits of the last are zero.
     """
     if not masks:
         return b""
@@ -188,16 +160,15 @@ def pack_mask(masks: Masks) -> bytes:
     return np.packbits(np.concatenate(flat)).tobytes()
 
 
-def unpack_mask(frame: Frame, shapes: Shapes) -> dict[str, NDArray[np.bool_]]:
+def unpack_mask(frame: Frame, shapes: Shapes) -> dict[str, Mask]:
     """Read a mask back; the inverse of `pack_mask`.
 
     Raises
     ------
     WireError
-        If the length is wrong, or a bit behind the last entry is set.
+        If the length is wrong, or a bit after the last entry is set.
     """
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    total = sum(sizes)
+    total = sum(map(math.prod, shapes.values()))
     expected = -(-total // 8)
     if len(frame) != expected:
         raise WireError(
@@ -208,42 +179,27 @@ def unpack_mask(frame: Frame, shapes: Shapes) -> dict[str, NDArray[np.bool_]]:
     if bits[total:].any():
         raise WireError(
             f"mask is not canonical: expected zero in the {bits.size - total} bits "
-            f"behind entry {total}, got {bits[total:].tolist()}"
+            f"after entry {total}, got {bits[total:].tolist()}"
         )
-    flat = bits[:total].view(np.bool_)
-    ends = np.cumsum(sizes)
-    return {
-        name: flat[end - size : end].reshape(shape)
-        for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
-    }
-
-
-# --- local guidance --------------------------------------------------------------
+    parts = _split(bits[:total].view(np.bool_), shapes)
+    return {name: part.reshape(shapes[name]) for name, part in parts.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedGuidance:
-    """Local guidance in one byte per parameter.
+    """Local guidance with one byte per parameter, a `guidance.LocalMatrix`."""
 
-    Attributes
-    ----------
-    codes : mapping of name -> uint8 array, shape (size,)
-    tables : mapping of name -> float32 array, shape (256,)
-        The value each code stands for; ``tables[name][0]`` is 0.
-    shapes : mapping of name -> shape
-    """
-
-    codes: Mapping[str, NDArray[np.uint8]]
-    tables: Mapping[str, NDArray[np.float32]]
+    codes: Mapping[str, NDArray[np.uint8]]  # shape (size,)
+    tables: Mapping[str, Float32]  # shape (256,): the value of each code
     shapes: Shapes
 
     def scaled(self, name: str, factor: float) -> Values:
-        """Return a reader of one tensor's flat values, times `factor`."""
+        """See `guidance.LocalMatrix`."""
         table, codes = self.tables[name] * np.float32(factor), self.codes[name]
         return lambda part, out: np.take(table, codes[part], out=out, mode="clip")
 
-    def dense(self) -> dict[str, NDArray[np.float32]]:
-        """Return the float32 guidance, name -> array of the parameter's shape."""
+    def dense(self) -> dict[str, Float32]:
+        """Return the guidance as float32 arrays of the parameters' shapes."""
         return {
             name: self.tables[name][codes].reshape(self.shapes[name])
             for name, codes in self.codes.items()
@@ -251,16 +207,16 @@ class QuantizedGuidance:
 
 
 def quantize(guidance: Guidance) -> bytes:
-    """Write local guidance in one byte per parameter and eight per tensor.
+    """Write local guidance with one byte per parameter and eight per tensor.
 
-    Squared deviations span many orders of magnitude, so the steps are
-    logarithmic: per tensor 255 of them between its largest value and its least
-    positive one (or 2**-40 of the largest, if that is larger), and an exact zero.
+    Squared deviations span many orders of magnitude, so the steps are logarithmic. A
+    tensor has 255 of them, from its least positive value (or 2**-40 of its largest, if
+    that is larger) to its largest, and an exact zero.
 
     Returns
     -------
     bytes
-        For each tensor its least and largest level (2 float32), then a code per
+        The least and largest level of each tensor (2 float32), then one code per
         parameter (uint8), tensors in order.
 
     Raises
@@ -298,34 +254,29 @@ def dequantize(frame: Frame, shapes: Shapes) -> QuantizedGuidance:
     Raises
     ------
     WireError
-        If the length is wrong, or a tensor's levels are not finite, negative or
-        the wrong way round.
+        If the length is wrong, or the levels of a tensor are negative, not finite or
+        in the wrong order.
     """
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    header = HEADER_BYTES * len(sizes)
-    expected = frame_bytes(shapes)
+    header, expected = HEADER_BYTES * len(shapes), frame_bytes(shapes)
     if len(frame) != expected:
         raise WireError(
             f"guidance does not fit the model: expected {expected} B "
-            f"(8 x {len(sizes)} tensors + {sum(sizes)} parameters), "
-            f"got {len(frame)} B"
+            f"({HEADER_BYTES} x {len(shapes)} tensors + {expected - header} "
+            f"parameters), got {len(frame)} B"
         )
-    levels = np.frombuffer(frame, "<f4", count=2 * len(sizes)).reshape(-1, 2)
-    flat = np.frombuffer(frame, np.uint8, offset=header)
-    ends = np.cumsum(sizes)
-    codes: dict[str, NDArray[np.uint8]] = {}
-    tables: dict[str, NDArray[np.float32]] = {}
-    for name, (low, high), size, end in zip(shapes, levels, sizes, ends, strict=True):
+    levels = np.frombuffer(frame, "<f4", count=2 * len(shapes)).reshape(-1, 2)
+    tables: dict[str, Float32] = {}
+    for name, (low, high) in zip(shapes, levels, strict=True):
         if not (np.isfinite((low, high)).all() and 0 <= low <= high):
             raise WireError(
                 f"{name}: expected levels 0 <= low <= high, got low {low}, high {high}"
             )
-        codes[name] = flat[end - size : end]
         tables[name] = level_values(float(low), float(high))
+    codes = _split(np.frombuffer(frame, np.uint8, offset=header), shapes)
     return QuantizedGuidance(codes, tables, shapes)
 
 
-def _codes(flat: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
+def _codes(flat: Float32, low: float, high: float) -> NDArray[np.uint8]:
     if high == 0.0:
         return np.zeros(flat.size, np.uint8)
     if low >= high:
@@ -341,8 +292,8 @@ def _codes(flat: NDArray[np.float32], low: float, high: float) -> NDArray[np.uin
     return codes
 
 
-def level_values(low: float, high: float) -> NDArray[np.float32]:
-    """Return the value each code of a tensor stands for, shape (256,)."""
+def level_values(low: float, high: float) -> Float32:
+    """Return the value of each code of a tensor, shape (256,); code 0 is 0."""
     table = np.zeros(_LEVELS + 1, np.float64)
     if high > 0:
         least = low if low > 0 else high
@@ -350,7 +301,25 @@ def level_values(low: float, high: float) -> NDArray[np.float32]:
     return table.astype(np.float32)
 
 
-# --- helpers ---------------------------------------------------------------------
+#: Name of an array that is not in a mapping.
+_SINGLE = "values"
+
+
+def _check_finite(name: str, kept: Array, remedy: str = "") -> None:
+    finite = np.isfinite(kept)
+    if not finite.all():
+        raise WireError(
+            f"{name}: expected finite values, got {int(kept.size - finite.sum())} NaN "
+            f"or Inf of {kept.size} kept{remedy}"
+        )
+
+
+def _split(flat: NDArray[S], shapes: Shapes) -> dict[str, NDArray[S]]:
+    """Return each tensor's part of the flat entries, without a copy."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    ends = np.cumsum(sizes)
+    pairs = zip(shapes, sizes, ends, strict=True)
+    return {name: flat[end - size : end] for name, size, end in pairs}
 
 
 def _wire_type(dtype: str) -> np.dtype[Any]:
@@ -359,13 +328,11 @@ def _wire_type(dtype: str) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def _pairs(
-    values: Array | Params, mask: NDArray[np.bool_] | Masks
-) -> list[tuple[str, Array, NDArray[np.bool_]]]:
+def _pairs(values: Array | Params, mask: Mask | Masks) -> list[tuple[str, Array, Mask]]:
     if isinstance(mask, Mapping) != isinstance(values, Mapping):
         raise MaskError("expected two arrays or two mappings of name -> array")
-    masks = mask if isinstance(mask, Mapping) else {"values": mask}
-    arrays = values if isinstance(values, Mapping) else {"values": values}
+    masks = mask if isinstance(mask, Mapping) else {_SINGLE: mask}
+    arrays = values if isinstance(values, Mapping) else {_SINGLE: values}
     missing = [name for name in masks if name not in arrays]
     if missing:
         raise MaskError(f"the mask names parameters without values: {missing}")

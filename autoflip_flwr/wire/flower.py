@@ -1,4 +1,4 @@
-"""What differs between versions of Flower, and its names that are not public."""
+"""Differences between versions of Flower, and its private names."""
 
 import logging
 import re
@@ -6,43 +6,26 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Error, Message
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.clientapp.typing import ClientAppCallable as ClientAppCallable
 
 from autoflip_flwr.errors import FlowerVersionError
 
 if TYPE_CHECKING:
-    from flwr.supercore.run import Run
+    from flwr.supercore.run import Run as Run
 else:
-    Run = Any  # where it stands differs
+    Run = Any  # its module depends on the version
 
-__all__ = [
-    "LOGGER",
-    "NEWEST",
-    "OLDEST",
-    "ClientAppCallable",
-    "Run",
-    "become_task",
-    "check_version",
-    "empty_run",
-    "error_reply",
-    "set_message_id",
-    "set_source",
-]
-
-#: The versions of Flower whose plug-in examples are run by the tests.
+#: The range of versions with which the tests run the plug-in examples.
 OLDEST, NEWEST = "1.22", "1.42"
 
-#: Flower's own logger, which writes to wherever the user reads of a run.
+#: Flower's own logger, so that our lines appear among Flower's.
 LOGGER = logging.getLogger("flwr")
 
 
 def check_version(installed: str | None = None) -> None:
-    """Refuse a Flower that is too old, and say where one is newer than was tried.
+    """Raise a FlowerVersionError if Flower is too old.
 
-    Raises
-    ------
-    FlowerVersionError
-        Names the version and the range.
+    If it is newer than any tested version, log a warning.
     """
     if installed is None:
         try:
@@ -56,10 +39,8 @@ def check_version(installed: str | None = None) -> None:
         )
     if _numbers(installed) > _numbers(NEWEST):
         LOGGER.warning(
-            "autoflip-flwr was tried with Flower %s to %s, not with %s",
-            OLDEST,
-            NEWEST,
-            installed,
+            "autoflip-flwr is tested with Flower %s to %s, not with %s",
+            *(OLDEST, NEWEST, installed),
         )
 
 
@@ -69,17 +50,17 @@ def _numbers(text: str) -> tuple[int, int]:
 
 
 def set_message_id(message: Message, message_id: str) -> None:
-    """Give a message the id that it was sent with; Flower lets nobody but itself."""
+    """Set the id of a message, for which Flower has no public way."""
     message.metadata.__dict__["_message_id"] = message_id
 
 
 def set_source(message: Message, node_id: int) -> None:
-    """Name the node that a reply came from."""
+    """Set the node that a reply comes from."""
     message.metadata.__dict__["_src_node_id"] = node_id
 
 
 def error_reply(message: Message, error: Exception) -> Message:
-    """Return what a SuperNode replies where its app raised an exception."""
+    """Return the reply of a SuperNode whose app raised an exception."""
     from flwr.common.constant import ErrorCode
 
     code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -87,14 +68,14 @@ def error_reply(message: Message, error: Exception) -> Message:
 
 
 def become_task() -> None:
-    """Let this process make messages, which Flower allows inside a task alone."""
+    """Let this process make messages; Flower allows that only in a task."""
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 def empty_run() -> "Run":
-    """Return a run that knows its number alone."""
+    """Return a run with a number and nothing else."""
     from flwr.supercore.run import Run
 
     return Run.create_empty(run_id=1)

@@ -1,4 +1,4 @@
-"""Names, shapes and types of a model's arrays: what frames leave out."""
+"""Names, shapes and types of a model's arrays, which frames do not contain."""
 
 import fnmatch
 import json
@@ -7,17 +7,16 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.types import Array, Params
 
-#: What BatchNorm calls its buffers; a state_dict does not tell them from weights.
+#: Names of BatchNorm's buffers, which a state_dict does not mark as buffers.
 BUFFER_PATTERNS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
-_MAX_MANIFEST = 1 << 22  # bytes, inflated
+_MAX_MANIFEST = 1 << 22  # bytes, decompressed
 _MAX_DIMENSIONS = 32
 _MAX_LENGTH = 1 << 40
 _DTYPE = re.compile(r"[<>|=](b1|[iu][1248]|f[248]|c8|c16)")
@@ -30,7 +29,7 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    masked: bool  # travels as kept values; else dense, by its name
+    masked: bool  # sent as kept values; otherwise dense, under its name
     trainable: bool = True  # False: a buffer
 
     def __post_init__(self) -> None:
@@ -79,19 +78,18 @@ class Manifest:
         ----------
         arrays : mapping of name -> array
         prunable : iterable of str, optional
-            Names of the trainable parameters. By default every floating array but
-            those named like BatchNorm's buffers.
+            Names of the trainable parameters. By default all floating arrays except
+            those with the names of BatchNorm's buffers.
         exclude : iterable of str
             Shell patterns of names that are never pruned.
 
         Raises
         ------
         SettingsError
-            If a name is unknown, or nothing is left to prune.
+            If a name is unknown, or nothing remains to prune.
         """
         trainable = None if prunable is None else set(prunable)
-        if trainable is not None and not trainable <= set(arrays):
-            unknown = sorted(trainable - set(arrays))
+        if unknown := sorted((trainable or set()) - set(arrays)):
             raise SettingsError(
                 f"unknown prunable parameters {unknown}; known: {list(arrays)}"
             )
@@ -102,16 +100,13 @@ class Manifest:
                 f"exclude {idle} matches no parameter; known: {list(arrays)}"
             )
 
-        def trained(name: str, values: Array) -> bool:
-            if trainable is not None:
-                return name in trainable
-            floating = np.issubdtype(values.dtype, np.floating)
-            return floating and not _matches(name, BUFFER_PATTERNS)
-
         def entry(name: str, values: Array) -> Entry:
-            trains = trained(name, values)
-            prunes = trains and np.issubdtype(values.dtype, np.floating)
-            masked = prunes and values.size > 0 and not _matches(name, patterns)
+            floating = np.issubdtype(values.dtype, np.floating)
+            trains = floating and not _matches(name, BUFFER_PATTERNS)
+            if trainable is not None:
+                trains = name in trainable
+            prunes = trains and floating and values.size > 0
+            masked = prunes and not _matches(name, patterns)
             return Entry(name, values.shape, values.dtype.str, masked, trains)
 
         entries = tuple(entry(name, values) for name, values in arrays.items())
@@ -128,7 +123,7 @@ class Manifest:
         return {entry.name: entry.shape for entry in self.entries if entry.masked}
 
     def to_bytes(self) -> bytes:
-        """Return the manifest as deflated JSON."""
+        """Return the manifest as JSON, compressed by zlib."""
         rows = [
             [e.name, list(e.shape), e.dtype, int(e.masked), int(e.trainable)]
             for e in self.entries
@@ -143,12 +138,15 @@ class Manifest:
             text = inflate.decompress(frame, _MAX_MANIFEST)
             if not inflate.eof or inflate.unused_data:
                 raise WireError(
-                    f"expected one deflated text of at most {_MAX_MANIFEST} B, "
+                    f"expected one compressed text of at most {_MAX_MANIFEST} B, "
                     f"got {len(text)} B and more"
                 )
-            entries = tuple(_entry(row) for row in json.loads(text))
+            entries = tuple(
+                Entry(name, tuple(shape), dtype, bool(masked), bool(trainable))
+                for name, shape, dtype, masked, trainable in json.loads(text)
+            )
             if len({entry.name for entry in entries}) != len(entries):
-                raise WireError("expected every name once, got one twice")
+                raise WireError("expected different names, got one twice")
         except (zlib.error, ValueError, TypeError, RecursionError) as error:
             raise WireError(f"manifest: {error}") from error
         return cls(entries)
@@ -156,8 +154,3 @@ class Manifest:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _entry(row: Any) -> Entry:
-    name, shape, dtype, masked, trainable = row
-    return Entry(name, tuple(shape), dtype, bool(masked), bool(trainable))

@@ -1,14 +1,14 @@
-"""Frames <-> Flower records, and every record key of the protocol.
+"""Frames <-> Flower records, and all record keys of the protocol.
 
-A message of AutoFLIP is one of Flower's own: a single ArrayRecord and a single
-ConfigRecord, so any strategy can sit inside and any ClientApp outside. Entries of
-ours start with ``autoflip.``. docs/wire-format.md shows them on one screen.
+A message has one ArrayRecord and one ConfigRecord, as Flower's own messages do, so any
+strategy and any ClientApp can be used. Our keys start with ``autoflip.``;
+docs/wire-format.md lists them.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 from flwr.app import Array as FlowerArray
@@ -16,11 +16,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import WireError
-from autoflip_flwr.types import Array, Masks, Measure, Params, ValueType
+from autoflip_flwr.types import Array, Mask, Masks, Measure, Params, ValueType
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire.manifest import Entry, Manifest
 
 Phase: TypeAlias = Literal["explore", "train", "evaluate"]
+R = TypeVar("R")
 
 PREFIX = "autoflip."
 
@@ -29,35 +30,33 @@ PHASE = "autoflip.phase"
 MANIFEST = "autoflip.manifest"
 MASK = "autoflip.mask"
 VALUE_TYPE = "autoflip.value-type"
-EPOCHS = "autoflip.epochs"  # exploration: at most so many; in the reply: done
+EPOCHS = "autoflip.epochs"  # exploration: the maximum; in the reply: the number done
 PATIENCE = "autoflip.patience"
-MEASURE = "autoflip.measure"  # exploration: of what the reply's frame tells
+MEASURE = "autoflip.measure"  # exploration: the content of the reply's frame
 EPOCH = "autoflip.epoch"  # exploration: set by the mod before each call of the app
 
-# Entries of an ArrayRecord, either way.
+# Entries of an ArrayRecord, in both directions.
 VALUES = "autoflip.values"
 GUIDANCE = "autoflip.guidance"
-SIGNS = "autoflip.signs"  # exploring for a warm start
+SIGNS = "autoflip.signs"  # exploration with a warm start
 
-
-#: In the config of the reply to a roll call: a name, or the number of a partition; -1:
-#: the node does not say who it is.
+#: In the reply to a roll call: a name, or the number of a partition; -1: unknown.
 CLIENT_ID = "client-id"
 
-_RAW = "autoflip.raw"  # serialization type: the bytes of a frame, without a header
+_RAW = "autoflip.raw"  # serialization type: a frame without a header
 _REAL = "biuf"  # numpy kinds
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What server and client agree on for one message: model, mask, value type."""
+    """How one message is packed: model, mask and value type."""
 
     manifest: Manifest
     masks: Masks
     values: ValueType = "float32"
 
     def entries(self, phase: Phase) -> dict[str, str | bytes]:
-        """Return the ConfigRecord's entries that tell a client of this plan."""
+        """Return the entries of the ConfigRecord that describe this plan."""
         return {
             PHASE: phase,
             MANIFEST: self.manifest.to_bytes(),
@@ -67,18 +66,13 @@ class Plan:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Plan":
-        """Read a plan out of a config; a bad entry is a WireError."""
+        """Read a plan from a config; a bad entry is a WireError."""
         manifest = manifest_of(config)
-        values = _required(config, VALUE_TYPE, str)
-        if values not in codec.VALUE_TYPES:
-            raise WireError(
-                f"{VALUE_TYPE}: expected one of {list(codec.VALUE_TYPES)}, "
-                f"got {values!r}"
-            )
+        values = _choice(config, VALUE_TYPE, codec.VALUE_TYPES)
         masks = codec.unpack_mask(_required(config, MASK, bytes), manifest.shapes)
         return cls(manifest, masks, cast(ValueType, values))
 
-    def keeps(self) -> list[NDArray[np.bool_]]:
+    def keeps(self) -> list[Mask]:
         """Return a bool array per trainable parameter, in the model's order."""
         return [
             self.masks[e.name] if e.masked else np.ones(e.shape, np.bool_)
@@ -87,7 +81,7 @@ class Plan:
         ]
 
     def pack(self, arrays: Params) -> ArrayRecord:
-        """Return what travels: the kept values as one array, the rest by name."""
+        """Return the record to send: kept values as one array, other arrays by name."""
         kept = {name: arrays[name] for name in self.masks}
         frame = codec.encode(kept, self.masks, dtype=self.values)
         record = {VALUES: _raw(frame, self.values)}
@@ -104,15 +98,15 @@ class Plan:
         Parameters
         ----------
         record : ArrayRecord
-            As `pack` wrote it.
+            As `pack` made it.
         fill : mapping of name -> array, optional
-            What pruned entries become; zeros by default.
+            Values of the pruned entries; zeros by default.
 
         Raises
         ------
         WireError
-            Keys, length, type or shape are not the plan's, or a value is NaN or
-            infinite.
+            If keys, lengths, types or shapes differ from the plan, or a value is NaN
+            or infinite.
         """
         dense_names = [e.name for e in self.manifest.entries if not e.masked]
         expected = {VALUES, *dense_names}
@@ -137,27 +131,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exploration:
-    """What a client is asked to explore.
-
-    Attributes
-    ----------
-    manifest : Manifest
-    plan : Plan or None
-        How the weights it starts from are packed; None: dense.
-    epochs, patience : int
-        At most so many epochs, and without a lower loss so many; each >= 1.
-    measure : Measure
-        What the reply's frame tells of each parameter.
-    """
+    """A request to a client to explore."""
 
     manifest: Manifest
-    plan: Plan | None = None
-    epochs: int = 1
-    patience: int = 1
-    measure: Measure = "deviation"
+    plan: Plan | None = None  # how the initial weights are packed; None: dense
+    epochs: int = 1  # at most, >= 1
+    patience: int = 1  # epochs without a lower loss before it stops, >= 1
+    measure: Measure = "deviation"  # the content of the reply's frame
 
     def entries(self) -> dict[str, str | bytes | int]:
-        """Return the ConfigRecord's entries that tell a client of it."""
+        """Return the entries of the ConfigRecord that describe this request."""
         packed = self.plan.entries("explore") if self.plan else {}
         return {
             **packed,
@@ -169,24 +152,25 @@ class Exploration:
         }
 
     def pack(self, arrays: Params) -> ArrayRecord:
-        """Return the weights to start from as they travel."""
+        """Return the record of the initial weights."""
         return self.plan.pack(arrays) if self.plan else record_of(arrays)
 
     def unpack(self, record: ArrayRecord) -> dict[str, Array]:
-        """Return the weights to start from, dense, by name."""
+        """Return the initial weights, dense, by name."""
         if self.plan is None:
             return named_arrays(record, self.manifest)
         return self.plan.unpack(named(record, self.plan))
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Exploration":
-        """Read it out of a config; a bad entry is a WireError."""
-        epochs, patience = _exploration_of(config)
-        measure = _required(config, MEASURE, str)
-        if measure not in get_args(Measure):
+        """Read a request from a config; a bad entry is a WireError."""
+        epochs = _required(config, EPOCHS, int)
+        patience = _required(config, PATIENCE, int)
+        if epochs < 1 or patience < 1:
             raise WireError(
-                f"{MEASURE}: expected one of {list(get_args(Measure))}, got {measure!r}"
+                f"expected {EPOCHS} and {PATIENCE} >= 1, got {epochs} and {patience}"
             )
+        measure = _choice(config, MEASURE, get_args(Measure))
         return cls(
             manifest=manifest_of(config),
             plan=Plan.of(config) if MASK in config else None,
@@ -196,18 +180,8 @@ class Exploration:
         )
 
 
-def _exploration_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    epochs = _required(config, EPOCHS, int)
-    patience = _required(config, PATIENCE, int)
-    if epochs < 1 or patience < 1:
-        raise WireError(
-            f"expected {EPOCHS} and {PATIENCE} >= 1, got {epochs} and {patience}"
-        )
-    return epochs, patience
-
-
 def config_of(message: Message) -> ConfigRecord:
-    """Return the config that carries our entries, or an empty one."""
+    """Return the config with our entries, or an empty one."""
     if message.has_content():
         for config in message.content.config_records.values():
             if PHASE in config:
@@ -216,7 +190,7 @@ def config_of(message: Message) -> ConfigRecord:
 
 
 def phase_of(config: Mapping[str, Any]) -> Phase | None:
-    """Return the phase of a message's config; None: the message is not ours."""
+    """Return the phase in a message's config; None if the message is not ours."""
     if PHASE not in config:
         return None
     phase = config[PHASE]
@@ -231,7 +205,7 @@ def manifest_of(config: Mapping[str, Any]) -> Manifest:
 
 
 def guidance_record(frame: bytes, signs: bytes | None = None) -> ArrayRecord:
-    """Wrap what an explorer found for the way to the server."""
+    """Return the record with an explorer's frames."""
     arrays = {GUIDANCE: _raw(frame, "uint8")}
     if signs is not None:
         arrays[SIGNS] = _raw(signs, "uint8")
@@ -239,10 +213,10 @@ def guidance_record(frame: bytes, signs: bytes | None = None) -> ArrayRecord:
 
 
 def guidance_frames(record: ArrayRecord) -> tuple[bytes, bytes | None]:
-    """Return the guidance frame of an exploration reply, and the signs' if sent."""
+    """Return the guidance frame of an exploration reply, and its signs or None."""
     if set(record) not in ({GUIDANCE}, {GUIDANCE, SIGNS}):
         raise WireError(
-            f"expected the array [{GUIDANCE!r}], for a warm start {SIGNS!r} too, "
+            f"expected the array [{GUIDANCE!r}], and {SIGNS!r} for a warm start, "
             f"got {sorted(record)}"
         )
     signs = _frame(record[SIGNS], "uint8") if SIGNS in record else None
@@ -250,9 +224,9 @@ def guidance_frames(record: ArrayRecord) -> tuple[bytes, bytes | None]:
 
 
 def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array:
-    """Read a dense array whose shape and type are known.
+    """Read a dense array of known shape and type.
 
-    The header is compared before anything is allocated, and nothing is unpickled.
+    The header is checked before any allocation, and nothing is unpickled.
     """
     stream = io.BytesIO(array.data)
     try:
@@ -262,7 +236,7 @@ def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except WireError:
         raise
-    except Exception as error:  # the parser raises whatever a hostile text provokes
+    except Exception as error:  # a hostile header can raise any error
         raise WireError(f"{entry.name}: expected an npy array, {error}") from error
     right = dtype == np.dtype(entry.dtype) if exact else dtype.kind in _REAL
     if shape != entry.shape or not right:
@@ -283,13 +257,13 @@ def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array
 
 
 def _converted(values: NDArray[Any], entry: Entry) -> Array:
-    """Return finite values as the entry's type, or refuse them."""
+    """Convert finite values to the entry's type; others raise a WireError."""
     wanted = np.dtype(entry.dtype)
     if wanted.kind in "iu" and values.dtype.kind == "f":
         limits = np.iinfo(wanted)
         inside = (values >= limits.min) & (values <= limits.max)
         if not inside.all():
-            raise WireError(f"{entry.name}: expected values of {wanted}, got others")
+            raise WireError(f"{entry.name}: expected values in the range of {wanted}")
         whole: Array = np.rint(values).astype(wanted)
         return whole
     with np.errstate(over="ignore"):
@@ -302,7 +276,7 @@ def _converted(values: NDArray[Any], entry: Entry) -> Array:
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, Array]:
-    """Return read-only views of a dense record's arrays, without copying them."""
+    """Return read-only views of a dense record's arrays."""
     return {
         name: read_array(
             array, Entry(name, tuple(array.shape), _type_text(array.dtype), False)
@@ -312,7 +286,7 @@ def arrays_of(record: ArrayRecord) -> dict[str, Array]:
 
 
 def _type_text(dtype: str) -> str:
-    """Return numpy's short text of a type that Flower names in full (``float32``)."""
+    """Return NumPy's short name of a type, as ``<f4`` for ``float32``."""
     try:
         return np.dtype(dtype).str if dtype else ""
     except (TypeError, SyntaxError, ValueError):
@@ -325,9 +299,9 @@ def record_of(arrays: Params) -> ArrayRecord:
 
 
 def named(record: ArrayRecord, plan: Plan) -> ArrayRecord:
-    """Return a packed record with its proper keys.
+    """Return a packed record with its original keys.
 
-    Flower's older API numbers arrays and drops their types; the order tells.
+    Flower's older API replaces keys by numbers and drops types, but keeps the order.
     """
     if VALUES in record or list(record) != [str(i) for i in range(len(record))]:
         return record
@@ -342,9 +316,9 @@ def named(record: ArrayRecord, plan: Plan) -> ArrayRecord:
 def named_arrays(
     record: ArrayRecord, manifest: Manifest, *, exact: bool = True
 ) -> dict[str, Array]:
-    """Read a dense record that has the manifest's names, or their number.
+    """Read a dense record whose keys are the manifest's names, or numbers.
 
-    With ``exact=False`` other numeric types than the manifest's are converted.
+    With ``exact=False`` other numeric types are converted to the manifest's.
     """
     names = [entry.name for entry in manifest.entries]
     numbers = [str(index) for index in range(len(names))]
@@ -359,42 +333,34 @@ def named_arrays(
 
 def only_array_record(content: RecordDict) -> tuple[str, ArrayRecord]:
     """Return key and value of a message's single ArrayRecord."""
-    if len(content.array_records) != 1:
-        raise WireError(
-            "expected exactly one ArrayRecord, got "
-            f"{sorted(content.array_records) or 'none'}"
-        )
-    return next(iter(content.array_records.items()))
+    return _only(content.array_records, "ArrayRecord")
 
 
 def only_config(content: RecordDict) -> tuple[str, ConfigRecord]:
     """Return key and value of a message's single ConfigRecord."""
-    if len(content.config_records) != 1:
-        raise WireError(
-            "expected exactly one ConfigRecord, got "
-            f"{sorted(content.config_records) or 'none'}"
-        )
-    return next(iter(content.config_records.items()))
+    return _only(content.config_records, "ConfigRecord")
+
+
+def _only(records: Mapping[str, R], kind: str) -> tuple[str, R]:
+    if len(records) != 1:
+        raise WireError(f"expected exactly one {kind}, got {sorted(records) or 'none'}")
+    return next(iter(records.items()))
 
 
 def count_bytes(content: RecordDict) -> int:
-    """Return the bytes of all records of a message, as Flower counts them."""
+    """Return the size of a message's records in bytes, as Flower counts it."""
     return sum(_record_bytes(record) for record in content.values())
 
 
 def own_bytes(content: RecordDict) -> int:
-    """Return the bytes of a message that plain FedAvg would not send.
+    """Return the size of all arrays and of our config entries, in bytes."""
 
-    All of the arrays, which FedAvg sends dense, and our entries of the config.
-    """
-    ours = 0
-    for record in content.values():
+    def ours(record: Any) -> Any:
         if isinstance(record, ArrayRecord):
-            ours += record.count_bytes()
-        else:
-            own = {k: v for k, v in record.items() if k.startswith(PREFIX)}
-            ours += _record_bytes(ConfigRecord(cast(Any, own)))
-    return ours
+            return record
+        return ConfigRecord({k: v for k, v in record.items() if k.startswith(PREFIX)})
+
+    return sum(_record_bytes(ours(record)) for record in content.values())
 
 
 def _record_bytes(record: Any) -> int:
@@ -413,6 +379,13 @@ def _frame(array: FlowerArray, dtype: str) -> bytes:
             f"got {array.dtype!r} as {array.stype!r}"
         )
     return array.data
+
+
+def _choice(config: Mapping[str, Any], key: str, choices: Sequence[str]) -> str:
+    value: str = _required(config, key, str)
+    if value not in choices:
+        raise WireError(f"{key}: expected one of {list(choices)}, got {value!r}")
+    return value
 
 
 def _required(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:

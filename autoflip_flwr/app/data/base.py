@@ -36,7 +36,7 @@ class Samples:
         return len(self.y)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Spec:
     """What is fixed about a dataset, wherever its files come from.
 
@@ -66,68 +66,34 @@ class Spec:
         return len(self.input_shape) == 1
 
 
+_CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+_CIFAR100_MEAN, _CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
 #: Every known dataset. The means and deviations are the ones in common use;
 #: FEMNIST follows LEAF, where 1.0 is the paper and 0.0 the ink.
 SPECS = {
     spec.name: spec
     for spec in (
-        Spec(name="digits", num_classes=10, input_shape=(1, 8, 8), white=16),
-        Spec(
-            name="mnist",
-            num_classes=10,
-            input_shape=(1, 28, 28),
-            mean=(0.1307,),
-            std=(0.3081,),
-        ),
-        Spec(
-            name="cifar10",
-            num_classes=10,
-            input_shape=(3, 32, 32),
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-        ),
-        Spec(
-            name="cifar100",
-            num_classes=100,
-            input_shape=(3, 32, 32),
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
-        ),
-        Spec(
-            name="femnist",
-            num_classes=62,
-            input_shape=(1, 28, 28),
-            mean=(0.9637,),
-            std=(0.1597,),
-        ),
-        Spec(name="shakespeare", num_classes=80, input_shape=(80,)),
+        Spec("digits", 10, (1, 8, 8), white=16),
+        Spec("mnist", 10, (1, 28, 28), (0.1307,), (0.3081,)),
+        Spec("cifar10", 10, (3, 32, 32), _CIFAR10_MEAN, _CIFAR10_STD),
+        Spec("cifar100", 100, (3, 32, 32), _CIFAR100_MEAN, _CIFAR100_STD),
+        Spec("femnist", 62, (1, 28, 28), (0.9637,), (0.1597,)),
+        Spec("shakespeare", 80, (80,)),
     )
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class Split(Samples):
     """Samples as they are stored.
 
-    Attributes
-    ----------
-    x : NDArray
-        (N, *input_shape): uint8 pixels ``0 .. white``, float32 pixels in
-        [0, 1], or uint8 indices of letters.
-    y : NDArray[np.int64]
-        Labels, (N,).
-    users : NDArray[np.int64] or None
-        Which user (writer, role) each sample belongs to, (N,); None where the
-        dataset does not say.
+    `x` is (N, *input_shape): uint8 pixels ``0 .. white``, float32 pixels in [0, 1], or
+    uint8 indices of letters. `users` says which user (writer, role) each sample belongs
+    to, (N,); None where the dataset does not say.
     """
 
-    x: NDArray[Any]
-    y: NDArray[np.int64]
     users: NDArray[np.int64] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.y)
 
     def take(self, rows: NDArray[np.int64], spec: Spec) -> Samples:
         """Return the samples at `rows`, converted and normalised (a copy)."""
@@ -138,22 +104,14 @@ class Split:
         if self.x.dtype == np.uint8:
             x /= np.float32(spec.white)
         if spec.mean:
-            per_channel = (1, -1, 1, 1)
-            x -= np.asarray(spec.mean, dtype=np.float32).reshape(per_channel)
-            x /= np.asarray(spec.std, dtype=np.float32).reshape(per_channel)
+            x -= np.asarray(spec.mean, dtype=np.float32)[:, np.newaxis, np.newaxis]
+            x /= np.asarray(spec.std, dtype=np.float32)[:, np.newaxis, np.newaxis]
         return Samples(x=x, y=self.y[rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A whole dataset, not yet divided among clients.
-
-    Attributes
-    ----------
-    spec : Spec
-    train, test : Split
-        Disjoint; nothing of `test` is ever handed to a client.
-    """
+    """A whole dataset; nothing of `test` is ever handed to a client."""
 
     spec: Spec
     train: Split
@@ -168,71 +126,41 @@ def checked_split(
     where: str,
     users: NDArray[np.int64] | None = None,
 ) -> Split:
-    """Return a `Split` of what was read, or say what is wrong with it.
+    """Return a `Split` of what was read, or raise a `DataError` that names `where`.
 
-    Parameters
-    ----------
-    x : NDArray
-        uint8 or floating, (N, *input_shape).
-    y : NDArray
-        Integer labels, (N,).
-    spec : Spec
-        What the dataset's name promises.
-    where : str
-        The file (and part of it) that errors name.
-    users : NDArray[np.int64], optional
-        See `Split`.
-
-    Raises
-    ------
-    DataError
-        If there are no samples, `x` and `y` differ in length, or shapes, types,
-        pixels or labels are not what `spec` says.
+    There must be samples, as many `x` as `y`, and shapes, types, pixels and labels
+    must be what `spec` says.
     """
     if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise DataError(
-            f"{where}: expected one integer label per sample, "
-            f"got {y.dtype} of shape {y.shape}"
-        )
+        got = f"{y.dtype} of shape {y.shape}"
+        raise DataError(f"{where}: expected one integer label per sample, got {got}")
     if len(x) != len(y):
-        raise DataError(
-            f"{where}: expected as many samples as labels, got {len(x)} and {len(y)}"
-        )
+        got = f"{len(x)} and {len(y)}"
+        raise DataError(f"{where}: expected as many samples as labels, got {got}")
     if len(y) == 0:
         raise DataError(f"{where}: expected samples, got none")
     if x.shape[1:] != spec.input_shape:
-        raise DataError(
-            f"{where}: a sample of {spec.name} has shape {spec.input_shape}, "
-            f"got {x.shape[1:]}"
-        )
+        expected = f"a sample of {spec.name} has shape {spec.input_shape}"
+        raise DataError(f"{where}: {expected}, got {x.shape[1:]}")
     if y.min() < 0 or y.max() >= spec.num_classes:
-        raise DataError(
-            f"{where}: labels of {spec.name} are 0..{spec.num_classes - 1}, "
-            f"got {y.min()}..{y.max()}"
-        )
-    return Split(
-        x=x if spec.is_text else _checked_pixels(x, spec, where),
-        y=y.astype(np.int64),
-        users=users,
-    )
+        expected = f"labels of {spec.name} are 0..{spec.num_classes - 1}"
+        raise DataError(f"{where}: {expected}, got {y.min()}..{y.max()}")
+    if not spec.is_text:
+        x = _checked_pixels(x, spec, where)
+    return Split(x=x, y=y.astype(np.int64), users=users)
 
 
 def _checked_pixels(x: NDArray[Any], spec: Spec, where: str) -> NDArray[Any]:
     if x.dtype == np.uint8:
         if x.max() > spec.white:
-            raise DataError(
-                f"{where}: uint8 pixels of {spec.name} are 0..{spec.white}, "
-                f"got {x.max()}"
-            )
+            expected = f"uint8 pixels of {spec.name} are 0..{spec.white}"
+            raise DataError(f"{where}: {expected}, got {x.max()}")
         return x
     if x.dtype.kind != "f":
         raise DataError(f"{where}: pixels must be uint8 or floating, got {x.dtype}")
-    if not np.isfinite(x).all():
-        bad = int((~np.isfinite(x)).sum())
+    if bad := int((~np.isfinite(x)).sum()):
         raise DataError(f"{where}: pixels must be finite, got {bad} NaN or infinite")
     if x.min() < 0 or x.max() > 1:
-        raise DataError(
-            f"{where}: floating pixels must lie in [0, 1] (not yet normalised), "
-            f"got {x.min():g}..{x.max():g}"
-        )
+        expected = "floating pixels must lie in [0, 1] (not yet normalised)"
+        raise DataError(f"{where}: {expected}, got {x.min():g}..{x.max():g}")
     return x.astype(np.float32, copy=False)

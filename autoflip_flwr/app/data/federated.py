@@ -1,8 +1,8 @@
 """A dataset by name, divided among clients."""
 
-from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from autoflip_flwr.app.data.base import SPECS, Dataset, Samples, Spec, Split
 from autoflip_flwr.app.data.images import SplitName, download, read_digits, read_images
 from autoflip_flwr.app.data.leaf import HUB, read_hub, read_leaf
-from autoflip_flwr.app.data.partitions import check_partition, divide
+from autoflip_flwr.app.data.partitions import Division, divide
 from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.settings import DataSettings
 
 _TRAIN, _TEST = 1, 2  # streams of randomness that subsets are drawn from
 
@@ -57,15 +58,10 @@ class Federated:
     def partition(self, partition_id: int) -> Samples:
         """Return one client's training samples, converted anew on every call.
 
-        Parameters
-        ----------
-        partition_id : int
-            ``0 .. num_partitions - 1``.
-
         Raises
         ------
         SettingsError
-            If there is no such client.
+            If `partition_id` is not in ``0 .. num_partitions - 1``.
         """
         if not 0 <= partition_id < self.num_partitions:
             raise SettingsError(
@@ -97,14 +93,10 @@ def load(
     name: str,
     *,
     num_partitions: int,
-    dir: str | Path | None = None,
-    partition: str = "iid",
-    alpha: float = 0.5,
-    classes_per_client: int = 2,
-    max_samples: int | None = None,
-    max_test_samples: int | None = None,
     seed: int = 0,
+    dir: str | Path | None = None,
     hub: str | None = None,
+    **settings: Any,
 ) -> Federated:
     """Load a dataset and divide its training samples among clients.
 
@@ -118,25 +110,20 @@ def load(
         One of `names`.
     num_partitions : int
         Number of clients, at least 1.
+    seed : int
+        Not negative; decides the subsets and the partitions.
     dir : str or Path, optional
         Where the files are. mnist, cifar10, cifar100: torchvision's layout or an
         ``.npz``; femnist, shakespeare: a folder with LEAF's ``train/*.json`` and
         ``test/*.json``; digits comes with scikit-learn. None or empty: download
         (mnist, cifar), or Flower Datasets (femnist, shakespeare).
-    partition : {"iid", "pathological", "dirichlet", "natural"}
-        How samples are divided, see `partitions.divide`.
-    alpha : float
-        Above 0; for dirichlet.
-    classes_per_client : int
-        At least 1; for pathological.
-    max_samples, max_test_samples : int, optional
-        Use so many of a seeded shuffle of the training (test) samples, at least 1;
-        None: all.
-    seed : int
-        Not negative; decides the subsets and the partitions.
     hub : str, optional
         For femnist and shakespeare without `dir`: another dataset of the hub, or
         a local folder that ``datasets.load_dataset`` reads.
+    **settings
+        ``partition``, ``alpha``, ``classes_per_client``: see `partitions.divide`.
+        ``max_samples``, ``max_test_samples``: use so many of a seeded shuffle of the
+        training (test) samples; None: all. Defaults are those of `DataSettings`.
 
     Raises
     ------
@@ -145,43 +132,29 @@ def load(
     DataError
         If files are missing or broken; the message names them.
     """
-    known = spec(name)
-    check_partition(
-        partition=partition,
-        num_partitions=num_partitions,
-        alpha=alpha,
-        classes_per_client=classes_per_client,
-        seed=seed,
-    )
-    for key, limit in (
-        ("max_samples", max_samples),
-        ("max_test_samples", max_test_samples),
-    ):
-        _check_limit(key, limit)
-    folder = _resolved(dir)
-    if hub and (known.name not in HUB or folder is not None):
-        raise SettingsError(
-            f"hub is for {sorted(HUB)} without dir, got it for {name!r}"
-            + (f" with dir {str(dir)!r}" if folder is not None else "")
-        )
     return _load(
-        name,
-        folder,
-        hub or None,
-        num_partitions,
-        partition,
-        float(alpha),
-        classes_per_client,
-        max_samples,
-        max_test_samples,
-        seed,
+        Division(
+            name=name,
+            num_partitions=num_partitions,
+            seed=seed,
+            dir=_resolved(dir),
+            hub=hub or "",
+            **settings,
+        )
     )
+
+
+def held_out(settings: DataSettings, *, seed: int) -> Samples:
+    """Load the test samples alone, the same as those of `load`."""
+    dataset = _dataset(settings)
+    rows = _subset(len(dataset.test), settings.max_test_samples, seed, _TEST)
+    return dataset.test.take(rows, dataset.spec)
 
 
 def load_node(
     name: str, path: str | Path, *, max_samples: int | None = None
 ) -> Samples:
-    """Load all training samples found at `path`: a real node with its own data.
+    """Load all training samples at `path`: a real node with its own data.
 
     Parameters
     ----------
@@ -201,80 +174,64 @@ def load_node(
         If files are missing or broken; the message names them.
     """
     known = spec(name)
-    _check_limit("max_samples", max_samples)
-    folder = _resolved(path)
-    if folder is None:
+    chosen = DataSettings(name=name, dir=_resolved(path), max_samples=max_samples)
+    if not chosen.dir:
         raise SettingsError("a node with data of its own needs their path, got none")
-    train = _read_node(name, folder)
-    return train.take(_subset(len(train), max_samples, 0, _TRAIN), known)
+    train = _read_node(known, Path(chosen.dir), "train")
+    return train.take(_subset(len(train), chosen.max_samples, 0, _TRAIN), known)
 
 
 @lru_cache(maxsize=16)
-def _load(
-    name: str,
-    folder: Path | None,
-    hub: str | None,
-    num_partitions: int,
-    partition: str,
-    alpha: float,
-    classes_per_client: int,
-    max_samples: int | None,
-    max_test_samples: int | None,
-    seed: int,
-) -> Federated:
-    dataset = _read(name, folder, hub)
-    train = dataset.train
-    rows = _subset(len(train), max_samples, seed, _TRAIN)
-    clients = divide(
-        train.y[rows],
-        num_partitions=num_partitions,
-        partition=partition,
-        alpha=alpha,
-        classes_per_client=classes_per_client,
-        seed=seed,
-        users=None if train.users is None else train.users[rows],
-    )
+def _load(division: Division) -> Federated:
+    dataset = _dataset(division)
+    train, seed = dataset.train, division.seed
+    rows = _subset(len(train), division.max_samples, seed, _TRAIN)
+    users = None if train.users is None else train.users[rows]
     return Federated(
         dataset,
-        [rows[client] for client in clients],
-        _subset(len(dataset.test), max_test_samples, seed, _TEST),
+        [rows[client] for client in divide(train.y[rows], division, users=users)],
+        _subset(len(dataset.test), division.max_test_samples, seed, _TEST),
     )
 
 
+def _dataset(settings: DataSettings) -> Dataset:
+    known = spec(settings.name)
+    if settings.hub and (known.name not in HUB or settings.dir):
+        raise SettingsError(
+            f"hub is for {sorted(HUB)} without dir, got it for {known.name!r}"
+            + (f" with dir {settings.dir!r}" if settings.dir else "")
+        )
+    return _read(known, _resolved(settings.dir), settings.hub)
+
+
 @lru_cache(maxsize=2)
-def _read(name: str, folder: Path | None, hub: str | None) -> Dataset:
-    spec = SPECS[name]
-    if folder is None and name in HUB:
+def _read(spec: Spec, folder: str, hub: str) -> Dataset:
+    path = Path(folder) if folder else None
+    if path is None and spec.name in HUB:
         return read_hub(spec, hub)
-    if folder is None and name != "digits":
-        folder = download(spec)
-    read = _reader(spec, folder)
-    return Dataset(spec=spec, train=read("train"), test=read("test"))
+    if path is None and spec.name != "digits":
+        path = download(spec)
+    return Dataset(
+        spec=spec,
+        train=_read_split(spec, path, "train"),
+        test=_read_split(spec, path, "test"),
+    )
 
 
-@lru_cache(maxsize=2)
-def _read_node(name: str, folder: Path) -> Split:
-    return _reader(SPECS[name], folder)("train")
-
-
-def _reader(spec: Spec, path: Path | None) -> Callable[[SplitName], Split]:
+def _read_split(spec: Spec, path: Path | None, split: SplitName) -> Split:
     if path is None:
-        return lambda split: read_digits(spec, split)
+        return read_digits(spec, split)
     if spec.name in HUB and (spec.is_text or path.suffix != ".npz"):
-        return lambda split: read_leaf(spec, path, split)
-    return lambda split: read_images(spec, path, split)
+        return read_leaf(spec, path, split)
+    return read_images(spec, path, split)
 
 
-def _check_limit(key: str, limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise SettingsError(f"{key} must be at least 1 or None for all, got {limit}")
+_read_node = lru_cache(maxsize=2)(_read_split)
 
 
-def _resolved(path: str | Path | None) -> Path | None:
-    """Return an absolute path; None for None and for an empty setting."""
-    if path is None or path == "":
-        return None
-    return Path(path).expanduser().resolve()
+def _resolved(path: str | Path | None) -> str:
+    """Return an absolute path; an empty one for None and for an empty setting."""
+    return str(Path(path).expanduser().resolve()) if path else ""
 
 
 def _subset(count: int, limit: int | None, seed: int, stream: int) -> NDArray[np.int64]:

@@ -1,4 +1,7 @@
-"""Images from files: scikit-learn's digits, MNIST's idx, ``.npz``, CIFAR's pickles."""
+"""Images from files: scikit-learn's digits, MNIST's idx, ``.npz``, CIFAR's pickles.
+
+What is missing or broken is a `DataError` that names the file.
+"""
 
 import gzip
 import math
@@ -41,20 +44,10 @@ def read_digits(spec: Spec, split: SplitName) -> Split:
 def read_images(spec: Spec, path: Path, split: SplitName) -> Split:
     """Read one split of an image dataset from a file or folder.
 
-    Parameters
-    ----------
-    spec : Spec
-    path : Path
-        An ``.npz`` file; a folder with ``<name>.npz`` or ``<name>_subset.npz``;
-        or torchvision's layout: for mnist the folder that holds ``MNIST/raw``,
-        ``raw`` or the idx files themselves (plain or ``.gz``), for cifar the one
-        that holds ``cifar-10-batches-py`` / ``cifar-100-python``.
-    split : {"train", "test"}
-
-    Raises
-    ------
-    DataError
-        If nothing of that kind is there, or it is broken; the file is named.
+    `path` is an ``.npz`` file; a folder with ``<name>.npz`` or ``<name>_subset.npz``;
+    or torchvision's layout: for mnist the folder that holds ``MNIST/raw``, ``raw`` or
+    the idx files themselves (plain or ``.gz``), for cifar the one that holds
+    ``cifar-10-batches-py`` / ``cifar-100-python``, or that folder itself.
     """
     if path.is_file():
         if path.suffix != ".npz":
@@ -67,8 +60,8 @@ def read_images(spec: Spec, path: Path, split: SplitName) -> Split:
     for name in (f"{spec.name}.npz", f"{spec.name}_subset.npz"):
         if (path / name).is_file():
             return read_npz(spec, path / name, split)
-    found = "a folder without them" if path.is_dir() else "nothing there"
-    raise DataError(f"{path}: expected {_expected(spec)}, got {found}")
+    got = "a folder without them" if path.is_dir() else "nothing there"
+    raise DataError(f"{path}: expected {_expected(spec)}, got {got}")
 
 
 def read_npz(spec: Spec, path: Path, split: SplitName) -> Split:
@@ -76,11 +69,6 @@ def read_npz(spec: Spec, path: Path, split: SplitName) -> Split:
 
     Images are (N, H, W, C), (N, C, H, W) or, with one channel, (N, H, W); uint8,
     or floating in [0, 1]. Labels are integers, (N,).
-
-    Raises
-    ------
-    DataError
-        If the file is broken or its arrays are not of this form.
     """
     keys = (f"x_{split}", f"y_{split}")
     try:
@@ -91,12 +79,12 @@ def read_npz(spec: Spec, path: Path, split: SplitName) -> Split:
             if missing := [key for key in keys if key not in archive]:
                 raise DataError(
                     f"{path}: expected the keys {list(keys)}, "
-                    f"missing {missing}, found {sorted(archive)}"
+                    f"missing {missing}, got {sorted(archive)}"
                 )
             x, y = (np.asarray(archive[key]) for key in keys)
-    except DataError:
-        raise
     except Exception as error:  # zipfile and numpy raise a dozen types between them
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: not a readable npz archive: {error}") from error
     where = f"{path}, {keys[0]} and {keys[1]}"
     return checked_split(_channels_first(x, spec), y, spec=spec, where=where)
@@ -113,20 +101,7 @@ def _channels_first(x: NDArray[Any], spec: Spec) -> NDArray[Any]:
 
 
 def read_idx(path: Path, *, ndim: int) -> NDArray[np.uint8]:
-    """Read an idx file of unsigned bytes, plain or gzipped (by its ``.gz``).
-
-    Parameters
-    ----------
-    path : Path
-    ndim : int
-        How many dimensions the array must have.
-
-    Raises
-    ------
-    DataError
-        If the magic number, the dimensions or the length are wrong, or the file
-        is cut short or corrupt.
-    """
+    """Read an idx file of unsigned bytes, plain or gzipped (by its ``.gz``)."""
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -141,32 +116,34 @@ def read_idx(path: Path, *, ndim: int) -> NDArray[np.uint8]:
         )
     if len(data) < header:
         raise DataError(f"{path}: expected a header of {header} B, got {len(data)} B")
-    shape = tuple(int(size) for size in np.frombuffer(data[4:header], dtype=">u4"))
+    shape = tuple(np.frombuffer(data[4:header], dtype=">u4").tolist())
     count = math.prod(shape)
-    expected = header + count
-    if len(data) != expected:
+    if len(data) != header + count:
         raise DataError(
-            f"{path}: expected {expected} B ({header} header + {count} for shape "
+            f"{path}: expected {header + count} B ({header} header + {count} for shape "
             f"{shape}), got {len(data)} B"
         )
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
+def _idx_file(folder: Path, name: str) -> Path | None:
+    paths = (folder / name, folder / f"{name}.gz")
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _mnist_folder(path: Path) -> Path | None:
+    names = (*MNIST_FILES["train"], *MNIST_FILES["test"])
     for folder in (path / "MNIST" / "raw", path / "raw", path):
-        for name in (*MNIST_FILES["train"], *MNIST_FILES["test"]):
-            if (folder / name).is_file() or (folder / f"{name}.gz").is_file():
-                return folder
+        if any(_idx_file(folder, name) for name in names):
+            return folder
     return None
 
 
 def _read_mnist(spec: Spec, folder: Path, split: SplitName) -> Split:
     arrays = []
     for name, ndim in zip(MNIST_FILES[split], (3, 1), strict=True):
-        plain, zipped = folder / name, folder / f"{name}.gz"
-        path = plain if plain.is_file() else zipped
-        if not path.is_file():
-            raise DataError(f"{folder}: expected {name} or {name}.gz, found neither")
+        if (path := _idx_file(folder, name)) is None:
+            raise DataError(f"{folder}: expected {name} or {name}.gz, got neither")
         arrays.append(read_idx(path, ndim=ndim))
     x, y = arrays
     where = f"{folder}, {' and '.join(MNIST_FILES[split])}"
@@ -214,11 +191,6 @@ def download(spec: Spec) -> Path:
 
     The folder appears under its name only when it is complete, so processes that
     start together cannot read each other's half-written files.
-
-    Raises
-    ------
-    DataError
-        If the download fails; it says how to use files that are there already.
     """
     cache = Path.home() / ".cache" / "autoflip_flwr"
     folder = cache / spec.name
@@ -245,12 +217,11 @@ def download(spec: Spec) -> Path:
 
 
 def _expected(spec: Spec) -> str:
-    npz = (
-        f"an .npz file with x_train, y_train, x_test and y_test, or a folder with "
+    folders = {name: f"{base}/" for name, base in _CIFAR.items()}
+    folders["mnist"] = f"MNIST/raw/{MNIST_FILES['train'][0]}[.gz] and so on"
+    inner = folders.get(spec.name)
+    return (
+        "an .npz file with x_train, y_train, x_test and y_test, or a folder with "
         f"{spec.name}.npz or {spec.name}_subset.npz"
+        + (f", or one with {inner}" if inner else "")
     )
-    if spec.name == "mnist":
-        return f"{npz}, or one with MNIST/raw/{MNIST_FILES['train'][0]}[.gz] and so on"
-    if spec.name in _CIFAR:
-        return f"{npz}, or one with {_CIFAR[spec.name]}/"
-    return npz

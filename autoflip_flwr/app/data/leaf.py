@@ -1,7 +1,8 @@
 """FEMNIST and Shakespeare: LEAF's JSON files, or Flower Datasets from the hub.
 
 Both say which user (writer, role) each sample belongs to. Users are numbered in
-the order of their sorted names, whatever file they stand in.
+the order of their sorted names, whatever file they stand in. What is missing or
+broken is a `DataError` that names the file, or the hub's dataset.
 """
 
 import json
@@ -26,8 +27,7 @@ LETTERS = (
 UNKNOWN = LETTERS.index(" ")
 
 _CODE_TO_INDEX = np.full(128, UNKNOWN, dtype=np.uint8)  # the last entry: all beyond
-for _index, _letter in enumerate(LETTERS):
-    _CODE_TO_INDEX[ord(_letter)] = _index
+_CODE_TO_INDEX[list(LETTERS.encode())] = range(len(LETTERS))
 
 #: Where Flower keeps the datasets, and the columns of user, input and label there.
 HUB = {
@@ -39,15 +39,7 @@ HELD_OUT = 0.2  # of each user's samples, where the hub has no test split
 
 
 def encode_letters(texts: Sequence[str], *, length: int) -> NDArray[np.uint8]:
-    """Return the index in `LETTERS` of every character, (len(texts), length).
-
-    A character that is not among them counts as a space (`UNKNOWN`).
-
-    Raises
-    ------
-    DataError
-        If a text is not a string of exactly `length` characters.
-    """
+    """Return the index in `LETTERS` of every character, (len(texts), length)."""
     for text in texts:
         if not isinstance(text, str) or len(text) != length:
             raise DataError(f"expected texts of {length} characters, got {text!r}")
@@ -63,17 +55,12 @@ def read_leaf(spec: Spec, folder: Path, split: SplitName) -> Split:
     A file holds ``user_data[user] = {"x": [...], "y": [...]}`` (and more, unused).
     FEMNIST: ``x`` is 784 floats in [0, 1] with 1.0 for the paper, ``y`` in 0..61.
     Shakespeare: ``x`` is 80 characters, ``y`` the next one.
-
-    Raises
-    ------
-    DataError
-        If there is no such file, or one is broken; the file is named.
     """
     files = sorted((folder / split).glob("*.json"))
     if not files:
         raise DataError(
             f"{folder / split}: expected LEAF's JSON files of {spec.name} (*.json), "
-            f"found none; data.dir must hold the folders train/ and test/"
+            f"got none; data.dir must hold the folders train/ and test/"
         )
     parts = [part for file in files for part in _read_users(spec, file)]
     if not parts:
@@ -136,7 +123,7 @@ def _numbered(names: Sequence[Any]) -> NDArray[np.int64]:
     return np.fromiter((places[name] for name in names), np.int64, count=len(names))
 
 
-def read_hub(spec: Spec, hub: str | None) -> Dataset:
+def read_hub(spec: Spec, hub: str) -> Dataset:
     """Read a dataset with Flower Datasets and hold out a test set.
 
     There is only a train split, so 20 % of each user's samples become the test
@@ -144,35 +131,21 @@ def read_hub(spec: Spec, hub: str | None) -> Dataset:
     choice, for shakespeare the last ones, as the samples follow the text and no
     character to predict may have been seen in training.
 
-    Parameters
-    ----------
-    spec : Spec
-    hub : str or None
-        The dataset's name on the Hugging Face hub, or a local folder in a form
-        that ``datasets.load_dataset`` reads; None: Flower's own copy.
-
-    Raises
-    ------
-    DataError
-        If it cannot be had or lacks a column.
+    `hub` is the dataset's name on the Hugging Face hub, or a local folder in a form
+    that ``datasets.load_dataset`` reads; empty: Flower's own copy.
     """
     default, columns = HUB[spec.name]
     source = hub or default
     # Imported here for the sake of nodes that need neither: it takes seconds.
     with needs_extra("app", f"the hub's {spec.name}"):
-        import datasets  # type: ignore[import-untyped]
+        from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
         from flwr_datasets import FederatedDataset  # type: ignore[import-untyped]
 
     try:
         table = FederatedDataset(
             dataset=source, partitioners={"train": 1}, shuffle=False
         ).load_split("train")
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
             f"{spec.name} could not be read from the hub dataset {source!r} ({error}); "
             f"set data.dir to a folder with LEAF's train/*.json and test/*.json"
@@ -180,7 +153,7 @@ def read_hub(spec: Spec, hub: str | None) -> Dataset:
     if missing := sorted(set(columns) - set(table.column_names)):
         raise DataError(
             f"hub dataset {source!r}: expected the columns {list(columns)}, "
-            f"missing {missing}, found {table.column_names}"
+            f"missing {missing}, got {table.column_names}"
         )
     whole = _read_table(spec, table.select_columns(list(columns)), columns, source)
     assert whole.users is not None

@@ -1,25 +1,17 @@
 """Text models: ``(N, T)`` integer tokens to ``(N, num_classes)`` logits."""
 
 import torch
+from pydantic import validate_call
 from torch import nn
+
+from autoflip_flwr.app.models.vision import Positive
 
 
 class CharLSTM(nn.Module):
     """Predict the next character from the characters before it.
 
-    An embedding, a two-layer LSTM, and a linear layer on the last time step. With 80
-    characters and the default ``embedding=24, hidden=640`` it has 5,040,080
-    parameters (the paper says 5,040,000); LEAF's own ``embedding=8, hidden=256`` gives
-    819,920.
-
-    Parameters
-    ----------
-    num_classes : int
-        Characters to choose from.
-    vocabulary : int
-        Characters that can come in; tokens are in ``[0, vocabulary)``.
-    embedding, hidden : int
-        Widths of the embedding and of both LSTM layers.
+    An embedding, a two-layer LSTM, and a linear layer on the last time step, for
+    sequences of any length. See `char_lstm` for the sizes.
     """
 
     def __init__(
@@ -37,15 +29,20 @@ class CharLSTM(nn.Module):
         return logits
 
 
+@validate_call
 def char_lstm(
-    num_classes: int,
-    shape: tuple[int, ...],  # noqa: ARG001
+    num_classes: Positive,
+    input_shape: tuple[Positive],  # noqa: ARG001
     *,
-    vocabulary: int,
-    embedding: int,
-    hidden: int,
+    embedding: Positive = 24,
+    hidden: Positive = 640,
+    vocabulary: Positive = 80,
 ) -> nn.Module:
-    """Build a `CharLSTM`; it takes sequences of any length."""
+    """Build a `CharLSTM` for tokens in ``[0, vocabulary)``.
+
+    5,040,080 parameters with 80 classes (the paper says 5,040,000); LEAF's own
+    ``embedding=8, hidden=256`` gives 819,920.
+    """
     return CharLSTM(
         num_classes, vocabulary=vocabulary, embedding=embedding, hidden=hidden
     )

@@ -1,44 +1,55 @@
-"""Image models: ``(N, C, H, W)`` floats to ``(N, num_classes)`` logits."""
+"""Image models: ``(N, C, H, W)`` floats to ``(N, num_classes)`` logits.
+
+The annotations say which sizes are possible; pydantic checks them on every call.
+"""
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
 
+import torch
+from pydantic import Field, validate_call
 from torch import nn
 
 from autoflip_flwr.errors import needs_extra
 
-Shape = tuple[int, ...]
+Positive: TypeAlias = Annotated[int, Field(strict=True, ge=1)]
+_AtLeast4: TypeAlias = Annotated[int, Field(strict=True, ge=4)]
+_AtLeast10: TypeAlias = Annotated[int, Field(strict=True, ge=10)]
+_AtLeast22: TypeAlias = Annotated[int, Field(strict=True, ge=22)]
+_AtLeast32: TypeAlias = Annotated[int, Field(strict=True, ge=32)]
 
 
+@validate_call
 def cnn(
-    num_classes: int, shape: Shape, *, channels: tuple[int, int], hidden: int
+    num_classes: Positive,
+    input_shape: tuple[Positive, _AtLeast4, _AtLeast4],
+    *,
+    channels: tuple[Positive, Positive] = (16, 32),
+    hidden: Positive = 128,
 ) -> nn.Module:
     """Two 5x5 convolutions and two linear layers, for digits and MNIST.
 
     215,370 parameters for (1, 28, 28) and ten classes with the default widths.
     """
     first, second = channels
-    features = second * (shape[1] // 4) * (shape[2] // 4)
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(shape[0], first, 5, padding=2),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(first, second, 5, padding=2),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(features, hidden),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(hidden, num_classes),
-        )
-    )
+    convolutions = [
+        nn.Conv2d(input_shape[0], first, 5, padding=2),
+        nn.Conv2d(first, second, 5, padding=2),
+    ]
+    return _plain(input_shape, convolutions, [hidden, num_classes])
 
 
+@validate_call
 def cnn_bn(
-    num_classes: int, shape: Shape, *, channels: tuple[int, int], hidden: int
+    num_classes: Positive,
+    input_shape: tuple[Positive, _AtLeast4, _AtLeast4],
+    *,
+    channels: tuple[Positive, Positive] = (16, 32),
+    hidden: Positive = 128,
 ) -> nn.Module:
     """`cnn` with a BatchNorm behind each convolution."""
-    plain = cnn(num_classes, shape, channels=channels, hidden=hidden)
+    plain = cnn(num_classes, input_shape, channels=channels, hidden=hidden)
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for name, module in plain.named_children():
         modules[name] = module
@@ -47,7 +58,10 @@ def cnn_bn(
     return nn.Sequential(modules)
 
 
-def cnn6(num_classes: int, shape: Shape) -> nn.Module:
+@validate_call
+def cnn6(
+    num_classes: Positive, input_shape: tuple[Positive, _AtLeast22, _AtLeast22]
+) -> nn.Module:
     """Six weight layers for CIFAR: three unpadded 3x3 convolutions, three linear.
 
     Widths 64, 256, 512, then 2048, 1024, with a 2x2 maximum after each convolution.
@@ -55,76 +69,83 @@ def cnn6(num_classes: int, shape: Shape) -> nn.Module:
     has 7,628,484 (0.08 % fewer) and is not described further; no plain network with
     widths that are powers of two has exactly that many.
     """
-    height, width = (_after_cnn6(size) for size in shape[1:])
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(shape[0], 64, 3),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(64, 256, 3),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            conv3=nn.Conv2d(256, 512, 3),
-            relu3=nn.ReLU(),
-            pool3=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(512 * height * width, 2048),
-            relu4=nn.ReLU(),
-            fc2=nn.Linear(2048, 1024),
-            relu5=nn.ReLU(),
-            fc3=nn.Linear(1024, num_classes),
-        )
-    )
+    convolutions = [
+        nn.Conv2d(input_shape[0], 64, 3),
+        nn.Conv2d(64, 256, 3),
+        nn.Conv2d(256, 512, 3),
+    ]
+    return _plain(input_shape, convolutions, [2048, 1024, num_classes])
 
 
-def _after_cnn6(size: int) -> int:
-    for _ in range(3):
-        size = (size - 2) // 2
-    return size
-
-
-def femnist_cnn(num_classes: int, shape: Shape) -> nn.Module:
+@validate_call
+def femnist_cnn(
+    num_classes: Positive, input_shape: tuple[Positive, _AtLeast10, _AtLeast10]
+) -> nn.Module:
     """Build the paper's FEMNIST network: two wide 5x5 convolutions, two linear layers.
 
     13,180,734 parameters for (1, 28, 28) and 62 classes, exactly the paper's count.
     The linear layers see 7x7 pixels whatever the size of the image.
     """
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(shape[0], 64, 5, padding=1),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(64, 128, 5, padding=1),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            resize=nn.AdaptiveAvgPool2d(7),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(128 * 7 * 7, 2048),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(2048, num_classes),
-        )
-    )
+    convolutions = [
+        nn.Conv2d(input_shape[0], 64, 5, padding=1),
+        nn.Conv2d(64, 128, 5, padding=1),
+    ]
+    return _plain(input_shape, convolutions, [2048, num_classes], resize=7)
 
 
-def efficientnet_b3(num_classes: int, shape: Shape) -> nn.Module:  # noqa: ARG001
+def _plain(
+    input_shape: tuple[int, ...],
+    convolutions: Sequence[nn.Conv2d],
+    widths: Sequence[int],
+    *,
+    resize: int | None = None,
+) -> nn.Sequential:
+    """Stack convolutions, each with ReLU and pooling, and linear layers of `widths`."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for place, convolution in enumerate(convolutions, 1):
+        modules[f"conv{place}"] = convolution
+        modules[f"relu{place}"] = nn.ReLU()
+        modules[f"pool{place}"] = nn.MaxPool2d(2)
+    if resize is not None:
+        modules["resize"] = nn.AdaptiveAvgPool2d(resize)
+    modules["flatten"] = nn.Flatten()
+    with torch.no_grad():
+        width = nn.Sequential(modules)(torch.zeros(1, *input_shape)).numel()
+    for place, following in enumerate(widths, 1):
+        if place > 1:
+            modules[f"relu{len(convolutions) + place - 1}"] = nn.ReLU()
+        modules[f"fc{place}"] = nn.Linear(width, following)
+        width = following
+    return nn.Sequential(modules)
+
+
+@validate_call
+def efficientnet_b3(
+    num_classes: Positive,
+    input_shape: tuple[Literal[3], _AtLeast32, _AtLeast32],  # noqa: ARG001
+) -> nn.Module:
     """Torchvision's EfficientNet-B3, untrained.
 
     10,711,602 parameters with ten classes; the paper says 10,838,784.
     """
-    with needs_extra("app", "efficientnet_b3"):
-        from torchvision.models import efficientnet_b3 as make  # a second to import
-
-    model: nn.Module = make(weights=None, num_classes=num_classes)
-    return model
+    return _torchvision("efficientnet_b3", num_classes)
 
 
-def resnet50(num_classes: int, shape: Shape) -> nn.Module:  # noqa: ARG001
+@validate_call
+def resnet50(
+    num_classes: Positive,
+    input_shape: tuple[Literal[3], _AtLeast32, _AtLeast32],  # noqa: ARG001
+) -> nn.Module:
     """Torchvision's ResNet-50, untrained.
 
     23,712,932 parameters with a hundred classes; the paper says 23,755,900.
     """
-    with needs_extra("app", "resnet50"):
-        from torchvision.models import resnet50 as make  # a second to import
+    return _torchvision("resnet50", num_classes)
 
-    model: nn.Module = make(weights=None, num_classes=num_classes)
+
+def _torchvision(name: str, num_classes: int) -> nn.Module:
+    with needs_extra("app", name):
+        from torchvision import models  # a second to import
+
+    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
     return model

@@ -1,335 +1,244 @@
 """The charts of an experiment, all means over seeds with their standard errors."""
 
+import io
+import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 from zipfile import BadZipFile
 
+import matplotlib.style
 import numpy as np
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from autoflip_flwr.compare.report import formats
-from autoflip_flwr.compare.report.figures import (
-    COLORS,
-    INK,
-    Chart,
-    Styled,
-    add_key,
-    finish,
-    house_style,
-    new_figure,
-    style,
-    tag_ends,
-)
 from autoflip_flwr.compare.results import Arm, Experiment, Run, Series
 from autoflip_flwr.errors import DataError
 
-#: Key, name, colour and hatch of a phase; key, name and strength of a direction.
-_PHASES = (
-    ("explore", "exploration", COLORS[1], "xxxx"),
-    ("train", "training", COLORS[2], "////"),
-    ("evaluate", "evaluation", COLORS[3], "...."),
+#: Colours that any colour vision tells apart (Okabe and Ito), darkened for white.
+_COLORS = ("#1a1b1e", "#0072b2", "#d55e00", "#009e73", "#b95e93", "#a67c00")
+_LINES = cycler(linestyle=("-", "--", ":", "-.")) * (
+    cycler(color=_COLORS) + cycler(marker=("o", "s", "^", "D", "v", "P"))
 )
-_WAYS = (("down", "to clients", 0.15), ("up", "from clients", 0.55))
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "autoflip",  # the same chart has the same ids
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.4,
+    "hatch.color": "white",
+}
+
+_UNITS = {
+    "accuracy": "top-1 accuracy",
+    "mask_change": "changed share of the mask",
+    "guidance_cosine": "cosine",
+    "update_variance": "variance of client updates",
+}
+
+#: Key, label, colour and hatch of what is sent.
+_SENT = (
+    ("explore_down", "exploration, to clients", _COLORS[1], ""),
+    ("explore_up", "exploration, from clients", _COLORS[1], "////"),
+    ("train_down", "training, to clients", _COLORS[2], ""),
+    ("train_up", "training, from clients", _COLORS[2], "////"),
+    ("evaluate_down", "evaluation, to clients", _COLORS[3], ""),
+    ("evaluate_up", "evaluation, from clients", _COLORS[3], "////"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A finished chart."""
+
+    slug: str  # the title, as a part of a file's name
+    title: str
+    description: str  # its values as text, for readers who do not see the chart
+    svg: bytes
+    png: bytes
 
 
 def charts(experiment: Experiment) -> list[Chart]:
     """Draw every chart that the experiment's runs have values for."""
-    with house_style():
-        return list(_charts(experiment))
-
-
-def _charts(experiment: Experiment) -> Iterator[Chart]:
-    arms = style(experiment.arms)
+    styled = list(zip(experiment.arms, cycle(_LINES), strict=False))
+    pruned = [each for each in styled if each[0].settings.strategy.name != "fedavg"]
     target = experiment.target
-    accuracy = _by_round(arms, "accuracy")
-    if accuracy:
-        yield _lines(
-            "accuracy-by-round",
-            "Accuracy by round",
-            accuracy,
-            ("round", "top-1 accuracy"),
-            target=target,
-        )
-        megabytes = _by_megabytes(arms)
-        ends = [curve.x[-1] for curve in megabytes]
-        yield _lines(
-            "accuracy-by-megabytes",
-            "Accuracy by megabytes sent",
-            megabytes,
-            ("megabytes sent, exploration included", "top-1 accuracy"),
-            target=target,
-            log_x=max(ends) > 8 * min(ends),  # else the cheap arms are a thin stroke
-        )
-    yield _bytes(arms)
-    density = _layer_densities(arms)
-    if density:
-        yield _density(density)
-    pruned = [each for each in arms if each.arm.settings.strategy.name != "fedavg"]
-    for key, title, unit in (
-        ("mask_change", "Mask change by round", "share of the mask that changed"),
-        ("guidance_cosine", "Guidance cosine by round", "cosine"),
-        ("update_variance", "Update variance by round", "variance of client updates"),
-    ):
-        curves = _by_round(pruned, key)
-        if any(curve.mean.any() for curve in curves):  # a mask that never changes: no
-            yield _lines(
-                key.replace("_", "-"),
-                title,
-                curves,
-                ("round", unit),
-                log_y=key == "update_variance",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """A line over seeds."""
-
-    arm: Styled
-    x: Series
-    mean: Series
-    error: Series | None  # None: a single seed
-
-
-def _by_round(arms: Sequence[Styled], key: str) -> list[_Curve]:
-    """Return the arms' curves of a metric; none for an arm that does not know it."""
-    found = []
-    for arm in arms:
-        rounds, values = _over_seeds(arm.arm.runs, lambda run: run.series(key))
-        if len(rounds):
-            found.append(_curve(arm, rounds, values))
-    return found
-
-
-def _by_megabytes(arms: Sequence[Styled]) -> list[_Curve]:
-    found = []
-    for arm in arms:
-        runs = arm.arm.runs
-        rounds, values = _over_seeds(runs, lambda run: run.series("accuracy"))
-        known, sent = _over_seeds(runs, Run.bytes_sent)
-        megabytes = sent.mean(axis=0)[np.isin(known, rounds)] / 1e6
-        if len(rounds):
-            found.append(_curve(arm, megabytes, values))
-    return found
-
-
-def _curve(arm: Styled, x: Series, values: Series) -> _Curve:
-    seeds = len(values)
-    error = values.std(axis=0, ddof=1) / np.sqrt(seeds) if seeds > 1 else None
-    return _Curve(arm, x, values.mean(axis=0), error)
-
-
-def _over_seeds(
-    runs: Sequence[Run], values: Callable[[Run], Series]
-) -> tuple[Series, Series]:
-    """Return the rounds that all seeds have values of, and those, seeds x rounds."""
-    tables = []
-    for run in runs:
-        pairs = zip((row["round"] for row in run.rounds), values(run), strict=True)
-        tables.append({n: value for n, value in pairs if np.isfinite(value)})
-    rounds = [n for n in tables[0] if all(n in table for table in tables)]
-    table = [[table[n] for n in rounds] for table in tables]
-    return np.array(rounds, np.float64), np.array(table, np.float64)
+    with matplotlib.style.context(_STYLE, after_reset=True), warnings.catch_warnings():
+        # Of letters that the font lacks, and of log axes without a positive value.
+        warnings.simplefilter("ignore", UserWarning)
+        drawn = [
+            _lines("accuracy", "Accuracy by round", styled, target),
+            _lines(
+                "accuracy",
+                "Accuracy by megabytes",
+                styled,
+                target,
+                x=lambda run: run.bytes_sent() / 1e6,
+                xlabel="megabytes sent, exploration included",
+                xscale="log",
+            ),
+            _bytes(experiment.arms),
+            _densities(experiment.arms),
+            _lines("mask_change", "Mask change", pruned),
+            _lines("guidance_cosine", "Guidance cosine", pruned),
+            _lines("update_variance", "Update variance", pruned, yscale="log"),
+        ]
+    return [chart for chart in drawn if chart is not None]
 
 
 def _lines(
-    slug: str,
+    key: str,
     title: str,
-    curves: Sequence[_Curve],
-    axis_labels: tuple[str, str],
-    *,
+    styled: Sequence[tuple[Arm, dict[str, Any]]],
     target: float | None = None,
-    log_x: bool = False,
-    log_y: bool = False,
-) -> Chart:
-    arms = [curve.arm for curve in curves]
-    figure, axes = new_figure(3.0, arms)
-    axes.set_xlabel(axis_labels[0])
-    axes.set_ylabel(axis_labels[1])
-    if log_x:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-    if log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    handles, labels = [], [arm.label for arm in arms]
-    for i, curve in enumerate(curves):
-        arm = curve.arm
-        every = max(1, len(curve.x) // 6)
-        handles += axes.plot(
-            curve.x,
-            curve.mean,
-            color=arm.color,
-            linestyle=arm.dash,
-            linewidth=1.4,
-            marker=arm.marker,
-            markersize=4.5,
-            # Shifted from arm to arm, so that markers do not hide each other.
-            markevery=(i * every // len(curves), every),
-        )
-        if curve.error is not None:
-            low, high = curve.mean - curve.error, curve.mean + curve.error
-            axes.fill_between(
-                curve.x, low, high, color=arm.color, alpha=0.15, linewidth=0
-            )
+    x: Callable[[Run], Series] = lambda run: run.series("round"),
+    **options: str,
+) -> Chart | None:
+    """Draw a metric, a line an arm; None if it is zero or unknown in all rounds."""
+    figure, axes = _figure(3.0)
+    ends = []
+    for arm, look in styled:
+        places = _over_seeds(arm, x).mean(axis=0)
+        values = _over_seeds(arm, lambda run: run.series(key))
+        known = np.isfinite(values).all(axis=0)
+        if not known.any():
+            continue
+        places, values = places[known], values[:, known]
+        mean = values.mean(axis=0)
+        every = max(1, len(mean) // 6)
+        axes.plot(places, mean, label=fill(arm.name, 44), markevery=every, **look)
+        if len(values) > 1:
+            error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+            band = mean - error, mean + error
+            axes.fill_between(places, *band, color=look["color"], alpha=0.15, lw=0)
+        ends.append(f"{arm.name}: {mean[-1]:.4g}")
+    if not any(np.any(line.get_ydata()) for line in axes.lines):
+        return None
     if target is not None:
-        handles.append(axes.axhline(target, color=INK, linewidth=0.9, dashes=(3, 3)))
-        labels.append(f"target {target:.3f}")
-    add_key(figure, labels, handles)
-    tag_ends(figure, axes, [(c.x[-1], c.mean[-1], c.arm) for c in curves])
-    ends = "; ".join(f"{c.arm.tag} {c.arm.name}: {c.mean[-1]:.4g}" for c in curves)
-    return finish(figure, slug, title, f"{title}. At the end, {ends}.")
+        axes.axhline(target, color="gray", ls=(0, (3, 3)), label=f"target {target:.3f}")
+    axes.set(**{"xlabel": "round", "ylabel": _UNITS[key], **options})
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":  # by default powers of ten in TeX
+            axis.set_major_formatter(LogFormatter())
+            axis.set_minor_formatter(LogFormatter())
+    return _finished(figure, axes, title, f"At the end, {'; '.join(ends)}.")
 
 
-def _bytes(arms: Sequence[Styled]) -> Chart:
-    """Draw a bar an arm, its name above it: what was sent, by phase and direction."""
-    title = "Bytes sent, by phase and direction"
-    row, line = 0.52, 0.17  # inches; `line` for every further line of a name
-    heights = [row + line * each.label.count("\n") for each in arms]
-    figure, axes = new_figure(sum(heights) + 1.2, [])
-    bottoms = np.cumsum(heights)
-    totals = []
-    for arm, bottom in zip(arms, bottoms, strict=True):
-        left = 0.0
-        for phase, _, color, hatch in _PHASES:
-            for way, _, strength in _WAYS:
-                width = _mean_bytes(arm.arm, f"{phase}_{way}")
-                # Apart, as an SVG's hatch does not know a half transparent ground.
-                for fill in (
-                    {"facecolor": (color, strength)},
-                    {"facecolor": "none", "edgecolor": color, "hatch": hatch},
-                ):
-                    axes.barh(bottom - 0.12, width, 0.2, left, linewidth=0.8, **fill)
-                left += width
-        total = _mean_bytes(arm.arm, "total") * 1e6
-        dense = _mean_bytes(arm.arm, "dense_equivalent")
-        axes.plot([dense] * 2, [bottom - 0.26, bottom + 0.02], color=INK, linewidth=2)
-        text = f"{arm.label}: {formats.number(total, 'B')}"
-        axes.text(0, bottom - 0.25, text, va="bottom", linespacing=1.1)
-        totals.append(text.replace("\n", " "))
-    axes.set_ylim(bottoms[-1] + 0.1, 0)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
+def _over_seeds(arm: Arm, values: Callable[[Run], Series]) -> Series:
+    """Return values, seeds x rounds."""
+    shortest = min(len(run.rounds) for run in arm.runs)
+    return np.array([values(run)[:shortest] for run in arm.runs])
+
+
+def _bytes(arms: Sequence[Arm]) -> Chart:
+    """Draw what was sent, a bar an arm, by phase and direction."""
+    names = [fill(arm.name, 26) for arm in arms]
+    most = max(name.count("\n") for name in names)
+    figure, axes = _figure(0.6 + (0.3 + 0.12 * most) * len(arms))
+    rows, left = np.arange(len(arms)), np.zeros(len(arms))
+    for key, label, color, hatch in _SENT:
+        width = np.array([_mean_bytes(arm, key) for arm in arms]) / 1e6
+        axes.barh(rows, width, 0.6, left, color=color, hatch=hatch, label=label)
+        left += width
+    dense = [_mean_bytes(arm, "dense_equivalent") / 1e6 for arm in arms]
+    axes.plot(dense, rows, "k|", markersize=16, mew=2, label="dense FedAvg")
+    axes.set_yticks(rows, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
     axes.set_xlabel("megabytes")
-    figure.legend(
-        [
-            *(Patch(fill=False, edgecolor=c, hatch=h) for _, _, c, h in _PHASES),
-            *(Patch(facecolor=(INK, strength)) for _, _, strength in _WAYS),
-            Line2D([], [], color=INK, linewidth=2, linestyle="none", marker="|"),
-        ],
-        [*(p[1] for p in _PHASES), *(w[1] for w in _WAYS), "dense FedAvg"],
-        loc="outside lower left",
-        ncols=2,
-        frameon=False,
-        borderpad=0,
-    )
-    return finish(figure, "bytes", title, f"{title}. {'; '.join(totals)}.")
+    totals = [
+        f"{arm.name}: {formats.number(_mean_bytes(arm, 'total'), 'B')}" for arm in arms
+    ]
+    return _finished(figure, axes, "Bytes", f"Sent in all, {'; '.join(totals)}.")
 
 
 def _mean_bytes(arm: Arm, key: str) -> float:
-    """Return megabytes."""
-    return float(np.mean([run.summary["bytes"][key] for run in arm.runs])) / 1e6
+    return float(np.mean([getattr(run.summary.bytes, key) for run in arm.runs]))
 
 
-def _layer_densities(arms: Sequence[Styled]) -> list[tuple[Styled, dict[str, float]]]:
-    """Return the density of every layer, of the arms that have masks."""
-    found = []
+def _densities(arms: Sequence[Arm]) -> Chart | None:
+    """Draw a heat map, a row a layer, a column an arm; None if no run has a mask."""
+    masked: dict[str, list[dict[str, float]]] = {}
     for arm in arms:
-        paths = [run.directory / "mask.npz" for run in arm.arm.runs]
-        kept = [_kept_of(path) for path in paths if path.exists()]
-        if kept:
-            found.append((arm, kept))
-    names = list(dict.fromkeys(n for _, runs in found for run in runs for n in run))
-    layers = _layers(names)
-    return [
-        (
-            arm,
-            {
-                layer: float(np.mean([_density_of(run, members) for run in runs]))
-                for layer, members in layers.items()
-                if all(name in run for run in runs for name in members)
-            },
-        )
-        for arm, runs in found
+        paths = [run.directory / "mask.npz" for run in arm.runs]
+        if runs := [_by_layer(path) for path in paths if path.exists()]:
+            masked[arm.name] = runs
+    layers = list(dict.fromkeys(n for own in masked.values() for r in own for n in r))
+    if not layers:
+        return None
+    density = np.array(
+        [
+            [np.mean([run.get(layer, np.nan) for run in runs]) for layer in layers]
+            for runs in masked.values()
+        ]
+    )
+    names = [fill(name, 26) for name in masked]
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    figure, axes = _figure(0.4 + 0.2 * len(layers) + 0.08 * longest)
+    edges = [np.arange(count + 1) - 0.5 for count in density.shape]
+    axes.pcolormesh(*edges, density.T, cmap="Blues", vmin=0, vmax=1)
+    for (column, row), value in np.ndenumerate(density):
+        text = "<1" if 0 < value < 0.01 else f"{100 * value:.0f}".replace("nan", "")
+        ink = "white" if value > 0.65 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=ink)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(layers)), [layer[-16:] for layer in layers])
+    axes.invert_yaxis()
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    texts = [
+        f"{name}: {', '.join(map('{} {:.3f}'.format, layers, values))}"
+        for name, values in zip(masked, density, strict=True)
     ]
+    return _finished(figure, axes, "Density by layer", f"{'; '.join(texts)}.")
 
 
-def _kept_of(path: Path) -> dict[str, tuple[int, int]]:
-    """Return how many entries each mask of a file keeps, and how many it has."""
+def _by_layer(path: Path) -> dict[str, float]:
+    """Return the kept share of every layer, of all its parameters together."""
+    layers: dict[str, list[Any]] = {}
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as masks:
-            return {
-                name: (int(np.count_nonzero(masks[name])), masks[name].size)
-                for name in masks.files
-            }
+            for name, mask in masks.items():
+                layer = name.rpartition(".")[0] or name
+                layers.setdefault(layer, []).append(mask.astype(bool).ravel())
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path}: expected the masks of a run, got {error}; run it again, or "
             "delete the file"
         ) from error
+    return {name: float(np.concatenate(own).mean()) for name, own in layers.items()}
 
 
-def _density_of(kept: dict[str, tuple[int, int]], names: Sequence[str]) -> float:
-    return sum(kept[name][0] for name in names) / sum(kept[name][1] for name in names)
+def _figure(height: float) -> tuple[Figure, Axes]:
+    # 4.4 inches: on a phone a point of text is still about a pixel.
+    figure = Figure(figsize=(4.4, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
-def _layers(names: Sequence[str], most: int = 40) -> dict[str, list[str]]:
-    """Group parameters by layer; a network of many layers, by larger parts of it."""
-    paths = {name: name.split(".")[:-1] or [name] for name in names}
-    groups: dict[str, list[str]] = {}
-    for depth in range(max(map(len, paths.values()), default=1), 0, -1):
-        groups = {}
-        for name, path in paths.items():
-            groups.setdefault(".".join(path[:depth]), []).append(name)
-        if len(groups) <= most:
-            break
-    return groups
-
-
-def _density(found: Sequence[tuple[Styled, dict[str, float]]]) -> Chart:
-    """Draw a table of bars: a row a layer, a column an arm."""
-    title = "Density by layer"
-    arms = [arm for arm, _ in found]
-    layers = list(dict.fromkeys(layer for _, own in found for layer in own))
-    figure, axes = new_figure(0.21 * len(layers) + 0.6, arms)
-    for column, (_, own) in enumerate(found):
-        for row, density in enumerate(own.get(layer, np.nan) for layer in layers):
-            if np.isnan(density):
-                continue
-            axes.barh(
-                row,
-                density * 0.94,
-                left=column,
-                height=0.78,
-                facecolor=(COLORS[1], 0.3),
-                edgecolor=COLORS[1],
-                linewidth=0.6,
-            )
-            axes.text(column + 0.04, row, _percent(density), va="center")
-    axes.set_xlim(0, len(arms))
-    axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
-    axes.set_xticks([i + 0.47 for i in range(len(arms))], [arm.tag for arm in arms])
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    add_key(figure, [arm.label for arm in arms])
-    texts = "; ".join(
-        f"{arm.tag} {arm.name}: "
-        + ", ".join(f"{layer} {density:.3f}" for layer, density in own.items())
-        for arm, own in found
-    )
-    return finish(figure, "density-by-layer", title, f"{title}. {texts}.")
-
-
-def _percent(density: float) -> str:
-    return "<1" if 0 < density < 0.01 else f"{100 * density:.0f}"
-
-
-def _short(name: str, most: int = 16) -> str:
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+def _finished(figure: Figure, axes: Axes, title: str, values: str) -> Chart:
+    """Add a legend below the axes, if there is one, and render the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        lines = sum(1 + label.count("\n") for label in labels)
+        figure.set_figheight(figure.get_figheight() + 0.18 * lines)
+        figure.legend(handles, labels, loc="outside lower left", handlelength=3)
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=160)
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    slug, text = title.lower().replace(" ", "-"), f"{title}. {values}"
+    return Chart(slug, title, text, svg.getvalue(), png.getvalue())

@@ -1,48 +1,32 @@
 """Numbers as people read them."""
 
 import math
-import re
-from collections import Counter
-from collections.abc import Sequence
 
 from autoflip_flwr.compare.results import Estimate
 
-#: What stands for a value that is not known.
+#: Stands for a value that is not known.
 NONE = "–"  # noqa: RUF001
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """Return three digits and a prefix: ``248 k``, ``1.25 MB``."""
-    if value is None or not math.isfinite(value):
+def number(value: float | Estimate | None, unit: str = "") -> str:
+    """Return three digits and a prefix: ``248 k``, ``1.25 ± 0.31 MB``."""
+    mean, error = value if isinstance(value, Estimate) else (value, None)
+    if mean is None or not math.isfinite(mean):
         return NONE
-    scale, prefix = _prefix(value)
-    return f"{value / scale:.3g} {prefix}{unit}".rstrip()
-
-
-def measured(value: Estimate | None, unit: str = "") -> str:
-    """Return a mean with its standard error: ``1.25 ± 0.31 MB``."""
-    if value is None or value.error is None:
-        return number(None if value is None else value.mean, unit)
-    scale, prefix = _prefix(value.mean)
-    mean, error = value.mean / scale, value.error / scale
-    return f"{mean:.3g} ± {error:.2g} {prefix}{unit}".rstrip()
-
-
-def _prefix(value: float) -> tuple[float, str]:
     # 999.5 and more is written with the next prefix, not as 1e+03.
-    return next((p for p in _PREFIXES if abs(value) >= 0.9995 * p[0]), (1.0, ""))
+    prefixes = (each for each in _PREFIXES if abs(mean) >= 0.9995 * each[0])
+    scale, prefix = next(prefixes, (1.0, ""))
+    spread = "" if error is None else f" ± {error / scale:.2g}"
+    return f"{mean / scale:.3g}{spread} {prefix}{unit}".rstrip()
 
 
-def share(value: float | None) -> str:
-    """Return a share or ratio with three digits."""
-    return NONE if value is None or not math.isfinite(value) else f"{value:.3g}"
-
-
-def ratio(part: float | None, whole: float | None) -> str:
-    """Return how much of the whole the part is."""
-    return NONE if part is None or not whole else share(part / whole)
+def ratio(part: float | None, whole: float | None = 1.0) -> str:
+    """Return how much of the whole the part is, with three digits."""
+    if part is None or not whole or not math.isfinite(part):
+        return NONE
+    return f"{part / whole:.3g}"
 
 
 def accuracy(value: Estimate | None) -> str:
@@ -51,15 +35,3 @@ def accuracy(value: Estimate | None) -> str:
         return NONE
     error = "" if value.error is None else f" ± {value.error:.4f}"
     return f"{value.mean:.4f}{error}"
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Write ``threshold=0.3`` for ``pruning.threshold=0.3`` where no other is meant."""
-    keys = {key for name in names for key in re.findall(r" ([\w.-]+)=", name)}
-    last = Counter(key.rpartition(".")[2] for key in keys)
-
-    def short(found: re.Match[str]) -> str:
-        end = found[1].rpartition(".")[2]
-        return f" {end}=" if last[end] == 1 else found[0]
-
-    return [re.sub(r" ([\w.-]+)=", short, name) for name in names]

@@ -8,6 +8,17 @@ from autoflip_flwr.compare.report import formats
 from autoflip_flwr.compare.results import Experiment, cost_row
 
 _WIDTH = 132
+_HEADINGS = (
+    "seeds",
+    "accuracy",
+    "density",
+    "bytes",
+    "of dense",
+    "rounds to\ntarget",
+    "bytes to\ntarget",
+    "FLOPs\nof dense",
+    "FLOPs\ntrained",
+)
 
 
 def compared(experiment: Experiment) -> str:
@@ -16,27 +27,15 @@ def compared(experiment: Experiment) -> str:
     goal = "no accuracy" if target is None else f"{target:.4f}"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("strategy", overflow="fold", min_width=20)
-    table.add_column("seeds", justify="right")
-    table.add_column("accuracy", justify="right", no_wrap=True)
-    for heading in (
-        "density",
-        "bytes",
-        "of dense",
-        "rounds to\ntarget",
-        "bytes to\ntarget",
-        "FLOPs\nof dense",
-        "FLOPs\ntrained",
-    ):
-        table.add_column(heading, justify="right")
-    names = formats.short_names([arm.name for arm in experiment.arms])
-    for name, arm in zip(names, experiment.arms, strict=True):
-        row = cost_row(arm, target)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=heading == "accuracy")
+    for row in (cost_row(arm, target) for arm in experiment.arms):
         rounds, sent = row.rounds_to_target, row.bytes_to_target
         table.add_row(
-            name,
+            row.name,
             str(row.seeds),
             formats.accuracy(row.accuracy),
-            formats.share(row.density),
+            formats.ratio(row.density),
             formats.number(row.bytes_total.mean, "B"),
             formats.ratio(row.bytes_total.mean, row.bytes_dense),
             formats.number(rounds and rounds.mean),

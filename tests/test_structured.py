@@ -90,12 +90,12 @@ def test_operations_follow_what_is_kept():
 def test_kept_indices_of_parameters_and_buffers():
     units = two_groups()
     keep = np.array([True, False, True, True, True, True, False])
-    rows, columns = units.indices("fc1", keep)
+    rows, columns = units.indices(keep)["fc1"]
     assert_array_equal(rows, [0, 1])
     assert_array_equal(columns, [0, 1, 4, 5, 6, 7])
-    (channels,) = units.indices("mean", keep)
+    (channels,) = units.indices(keep)["mean"]
     assert_array_equal(channels, [0, 2, 3])
-    assert units.indices("fc1", np.ones(7, bool)) is None
+    assert units.indices(np.ones(7, bool)) == {}
 
 
 def test_a_unit_is_used_until_nothing_of_it_is_left():

@@ -1,0 +1,532 @@
+"""AutoFLIP's defaults beside baselines, over networks, optimizers, splits and data.
+
+    python benchmarks/proving_ground.py run --data-dir PATH --output runs/ground
+    python benchmarks/proving_ground.py table --output runs/ground
+
+`run` does all cells on all cores and goes on where it stopped: a line of results.jsonl
+is one run. Every run is the real strategy and the real mod in one process, with the
+bytes of the records that a network would carry. docs/proving-ground.md says which cells
+are for choosing defaults and which only confirm.
+
+In each cell the learning rate of an arm is the best of a small grid, judged by the
+first seed on validation samples: neither a client's nor of the reported test set.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import logging
+import multiprocessing
+import random
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from networks import build
+from rich.progress import Progress
+from torch import nn
+from torch.nn import functional
+
+from autoflip_flwr import (
+    SSFL,
+    AutoFLIP,
+    AutoFlipMod,
+    ExplorationSettings,
+    FedDST,
+    Magnitude,
+    PruneFL,
+    PruningSettings,
+    Random,
+    data,
+)
+from autoflip_flwr.wire import records
+from autoflip_flwr.wire.flower import become_task, set_message_id
+
+CLIENTS, SAMPLED, BATCH = 10, 0.5, 32
+VALIDATION = 500
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task of the kind that a user has."""
+
+    network: str
+    optimizer: str
+    split: str
+    data: str
+    role: str  # tune: defaults may be chosen on it; confirm: they may not
+    rounds: int = 20
+
+    @property
+    def name(self) -> str:
+        """Say all of it."""
+        return f"{self.network}/{self.optimizer}/{self.split}/{self.data}"
+
+
+CELLS = [
+    Cell("cnn", "momentum", "two-classes", "mnist", "tune"),
+    Cell("cnn", "adam", "iid", "mnist", "tune"),
+    Cell("resnet-gn", "momentum", "iid", "mnist", "tune"),
+    Cell("resnet-gn", "adam", "dirichlet", "cifar10", "tune"),
+    Cell("transformer", "adam", "iid", "mnist", "tune"),
+    Cell("mlp", "adamw", "two-classes", "mnist", "tune"),
+    Cell("wide-cnn", "momentum", "dirichlet", "cifar10", "tune"),
+    Cell("lstm", "adam", "natural", "shakespeare", "tune", 30),
+    Cell("cnn", "sgd", "dirichlet", "digits", "confirm", 40),
+    Cell("cnn-bn", "momentum", "dirichlet", "cifar10", "confirm"),
+    Cell("cnn-bn", "adam", "iid", "mnist", "confirm"),
+    Cell("resnet-bn", "momentum", "dirichlet", "mnist", "confirm"),
+    Cell("resnet-bn", "adamw", "iid", "cifar10", "confirm"),
+    Cell("mlp", "momentum", "iid", "digits", "confirm", 40),
+    Cell("transformer", "adamw", "two-classes", "mnist", "confirm"),
+    Cell("cnn", "adam", "natural", "femnist", "confirm"),
+    Cell("wide-cnn", "adam", "two-classes", "mnist", "confirm"),
+    Cell("transformer", "adam", "natural", "shakespeare", "confirm", 30),
+]
+
+RATES = {
+    "sgd": (0.03, 0.1),
+    "momentum": (0.01, 0.05),
+    "adam": (0.0005, 0.003),
+    "adamw": (0.0005, 0.003),
+}
+
+_FOLDERS = {
+    "mnist": "",
+    "cifar10": "",
+    "femnist": "femnist",
+    "shakespeare": "shakespeare",
+}
+_SPLITS: dict[str, dict[str, Any]] = {
+    "iid": {"partition": "iid"},
+    "two-classes": {"partition": "pathological", "classes_per_client": 2},
+    "dirichlet": {"partition": "dirichlet", "alpha": 0.3},
+    "natural": {"partition": "natural"},
+}
+
+
+def _optimizer(name: str, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    if name == "sgd":
+        return torch.optim.SGD(parameters, rate)
+    if name == "momentum":
+        return torch.optim.SGD(parameters, rate, momentum=0.9)
+    if name == "adam":
+        return torch.optim.Adam(parameters, rate)
+    return torch.optim.AdamW(parameters, rate, weight_decay=0.05)
+
+
+# --- arms -------------------------------------------------------------------------
+
+
+Make = Callable[[float, int], Any]
+WARM = ExplorationSettings(warm_start=True)
+
+
+def _baseline(pruner: Callable[[], Any], *, warm: bool = False) -> Make:
+    exploration = WARM if warm else ExplorationSettings()
+
+    def make(pruned: float, seed: int) -> AutoFLIP:
+        return AutoFLIP(
+            _inner(),
+            threshold=pruned,
+            pruner=pruner(),
+            exploration=exploration,
+            seed=seed,
+        )
+
+    return make
+
+
+def _inner() -> FedAvg:
+    return FedAvg(fraction_train=SAMPLED, fraction_evaluate=0.0)
+
+
+def _autoflip(**settings: Any) -> Make:
+    pruning = settings.pop("pruning", {})
+
+    def make(pruned: float, seed: int) -> AutoFLIP:
+        return AutoFLIP(
+            _inner(),
+            threshold=pruned,
+            pruning=PruningSettings(**pruning) if pruning else None,
+            seed=seed,
+            **settings,
+        )
+
+    return make
+
+
+#: Name -> (share to prune, seed) -> strategy. A warm baseline has the same exploration as
+#: AutoFLIP and begins where the explorers on average ended.
+ARMS: dict[str, Make] = {
+    "dense": lambda *_: _inner(),
+    "dense-warm": lambda _, seed: AutoFLIP(
+        _inner(), threshold=0.0, exploration=WARM, seed=seed
+    ),
+    "autoflip": _autoflip(),
+    "magnitude": _baseline(lambda: Magnitude(dense_rounds=2)),
+    "magnitude-warm": _baseline(lambda: Magnitude(dense_rounds=0), warm=True),
+    "random": _baseline(Random),
+    "random-warm": _baseline(Random, warm=True),
+    "ssfl": _baseline(SSFL),
+    "ssfl-warm": _baseline(SSFL, warm=True),
+    "prunefl": _baseline(lambda: PruneFL(every=5)),
+    "prunefl-warm": _baseline(lambda: PruneFL(every=5), warm=True),
+    "feddst": _baseline(lambda: FedDST(every=5, until=10)),
+    "feddst-warm": _baseline(lambda: FedDST(every=5, until=10), warm=True),
+}
+
+
+# --- one run ----------------------------------------------------------------------
+
+
+class InProcess(Grid):
+    """Calls the ClientApp for every message, and counts the bytes of the records."""
+
+    def __init__(self, app: Callable[..., Message], seed: int) -> None:
+        self.app, self.seed, self.sent, self.listings = app, seed, 0, 0
+        self.replies: dict[str, Message] = {}
+        self.contexts = {
+            100 + i: Context(1, 100 + i, {"client": i}, RecordDict(), {})
+            for i in range(CLIENTS)
+        }
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes, and seed the sampling."""
+        self.listings += 1
+        random.seed(f"{self.seed}/{self.listings}")
+        return list(self.contexts)
+
+    def push_messages(self, messages: Any) -> list[str]:
+        """Let every node answer at once."""
+        ids = []
+        for message in messages:
+            set_message_id(message, str(uuid.uuid4()))
+            node_id = message.metadata.dst_node_id
+            self.sent += records.count_bytes(message.content)
+            content = RecordDict(dict(message.content))
+            copied = Message(content, node_id, message.metadata.message_type)
+            set_message_id(copied, message.metadata.message_id)
+            reply = self.app(copied, self.contexts[node_id])
+            self.sent += records.count_bytes(reply.content)
+            self.replies[message.metadata.message_id] = reply
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        """Return the answers."""
+        return [self.replies.pop(n) for n in list(message_ids) if n in self.replies]
+
+    def send_and_receive(
+        self, messages: Any, *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send and pull."""
+        del timeout
+        return self.pull_messages(self.push_messages(messages))
+
+    def create_message(self, content, message_type, dst_node_id, *_, **__):  # type: ignore[no-untyped-def]
+        """Create a message to a node."""
+        return Message(content, dst_node_id, message_type)
+
+    def set_run(self, run: Any) -> None:
+        """There is no run."""
+
+    @property
+    def run(self) -> Any:
+        """There is no run."""
+
+
+@functools.lru_cache(maxsize=4)
+def _data(cell: Cell, folder: str, seed: int) -> tuple[Any, ...]:
+    """Return shape, classes, the clients' samples, validation and test samples."""
+    place = (
+        {} if cell.data == "digits" else {"dir": str(Path(folder, _FOLDERS[cell.data]))}
+    )
+    clients = data.load(
+        cell.data,
+        num_partitions=CLIENTS,
+        seed=seed,
+        max_samples=2000,
+        max_test_samples=VALIDATION + 1000,
+        **place,
+        **_SPLITS[cell.split],
+    )
+    test = clients.test
+    held = min(VALIDATION, len(test) // 3)
+    spec = data.spec(cell.data)
+    return (
+        spec.input_shape,
+        spec.num_classes,
+        [clients.partition(i) for i in range(CLIENTS)],
+        (test.x[:held], test.y[:held]),
+        (test.x[held:], test.y[held:]),
+    )
+
+
+def _app(
+    cell: Cell, parts: list[Any], model: nn.Module, rate: float, seed: int
+) -> ClientApp:
+    app = ClientApp(mods=[AutoFlipMod()])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        (record,) = message.content.array_records.values()
+        (config,) = message.content.config_records.values()
+        model.load_state_dict(record.to_torch_state_dict())
+        client = int(context.node_config["client"])
+        own = parts[client]
+        epoch = int(config.get("autoflip.epoch", -1)) + 1
+        words = [seed, int(config["server-round"]), epoch, client]
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence(words).generate_state(1)[0])
+        )
+        optimizer = _optimizer(cell.optimizer, model, rate)
+        model.train()
+        total = 0.0
+        for rows in torch.randperm(len(own), generator=generator).split(BATCH):
+            if len(rows) == 1 and len(own) > 1:
+                continue  # BatchNorm cannot train on one sample
+            optimizer.zero_grad()
+            x, y = torch.from_numpy(own.x[rows]), torch.from_numpy(own.y[rows])
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+        metrics = {"num-examples": len(own), "train-loss": total / len(own)}
+        content = {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord(metrics),
+        }
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+def _accuracy(model: nn.Module, x: Any, y: Any) -> float:
+    model.eval()
+    with torch.inference_mode():
+        hits = [
+            (
+                model(torch.from_numpy(x[i : i + 250])).argmax(1).numpy()
+                == y[i : i + 250]
+            )
+            for i in range(0, len(y), 250)
+        ]
+    return float(np.concatenate(hits).mean())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    cell: str
+    arm: str
+    pruned: float
+    seed: int
+    rate: float
+    validates: bool = False  # the run that chooses the learning rate
+
+
+def one(job: Job, folder: str) -> dict[str, Any]:
+    """Make one run; accuracies are means over its last three rounds."""
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    become_task()
+    cell = next(cell for cell in CELLS if cell.name == job.cell)
+    shape, classes, parts, validation, test = _data(cell, folder, job.seed)
+    model = build(cell.network, shape, classes, job.seed)
+    initial = ArrayRecord(model.state_dict())
+    grid = InProcess(_app(cell, parts, model, job.rate, job.seed), job.seed)
+    strategy = ARMS[job.arm](job.pruned, job.seed)
+    seen: list[tuple[float, float]] = []
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round > cell.rounds - 3:
+            model.load_state_dict(arrays.to_torch_state_dict())
+            seen.append((_accuracy(model, *validation), _accuracy(model, *test)))
+
+    began = time.monotonic()
+    failure = ""
+    try:
+        strategy.start(
+            grid,
+            initial,
+            num_rounds=cell.rounds,
+            train_config=ConfigRecord({}),
+            evaluate_fn=evaluate,
+        )
+    except Exception as error:  # a run that cannot be made is a result, too
+        failure = f"{type(error).__name__}: {error}"
+    plan = strategy.rounds.plan if isinstance(strategy, AutoFLIP) else None
+    masks = plan.masks if plan else {}
+    least = {n: float(k.mean()) for n, k in masks.items() if k.ndim > 1}
+    chance = [(0.0, 0.0)]
+    return {
+        **asdict(job),
+        "role": cell.role,
+        "validation": statistics.mean(v for v, _ in seen or chance),
+        "test": statistics.mean(t for _, t in seen or chance),
+        "bytes": grid.sent,
+        "least_layer": min(least, key=least.__getitem__) if least else "",
+        "least_density": min(least.values(), default=1.0),
+        "seconds": time.monotonic() - began,
+        "failure": failure,
+    }
+
+
+# --- all of them ------------------------------------------------------------------
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row[k] for k in asdict(Job("", "", 0, 0, 0))])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _run(jobs: list[Job], path: Path, folder: str, workers: int) -> None:
+    done = {_key(row) for row in _read(path)}
+    left = [job for job in jobs if _key(asdict(job)) not in done]
+    work = functools.partial(one, folder=folder)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers) as pool, path.open("a") as file, Progress() as bar:
+        task = bar.add_task("runs", total=len(left))
+        for row in pool.imap_unordered(work, left):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            bar.advance(task)
+
+
+def _best_rates(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float], float]:
+    best: dict[tuple[str, str, float], dict[str, Any]] = {}
+    for row in rows:
+        key = row["cell"], row["arm"], row["pruned"]
+        if (
+            row["validates"]
+            and row["validation"] > best.get(key, {"validation": -1})["validation"]
+        ):
+            best[key] = row
+    return {key: row["rate"] for key, row in best.items()}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Choose the learning rates, then run all seeds."""
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "results.jsonl"
+    cells = [c for c in CELLS if arguments.role in ("all", c.role)]
+    cells = [c for c in cells if not arguments.cells or c.name in arguments.cells]
+    arms = arguments.arms or list(ARMS)
+    wanted = [
+        (cell, arm, pruned if not arm.startswith("dense") else 0.0)
+        for cell, arm, pruned in itertools.product(cells, arms, arguments.pruned)
+    ]
+    wanted = list(dict.fromkeys(wanted))
+    first = arguments.seeds[0]
+    _run(
+        [
+            Job(cell.name, arm, pruned, first, rate, True)
+            for cell, arm, pruned in wanted
+            for rate in RATES[cell.optimizer]
+        ],
+        path,
+        arguments.data_dir,
+        arguments.workers,
+    )
+    rates = _best_rates(_read(path))
+    _run(
+        [
+            Job(cell.name, arm, pruned, seed, rates[cell.name, arm, pruned])
+            for seed in arguments.seeds
+            for cell, arm, pruned in wanted
+        ],
+        path,
+        arguments.data_dir,
+        arguments.workers,
+    )
+
+
+def _cells(
+    rows: list[dict[str, Any]], pruned: float
+) -> Iterator[tuple[str, str, dict]]:
+    """Yield role, cell and arm -> accuracies by seed."""
+    rows = [r for r in rows if not r["validates"] and r["pruned"] in (pruned, 0.0)]
+    for cell in CELLS:
+        own: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row["cell"] == cell.name:
+                own.setdefault(row["arm"], {})[row["seed"]] = row["test"]
+        if own:
+            yield cell.role, cell.name, own
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Print each cell's accuracies, AutoFLIP's regret, and its mean rank."""
+    rows = _read(arguments.output / "results.jsonl")
+    for pruned in arguments.pruned:
+        regrets: dict[str, list[float]] = {}
+        ranks: dict[str, list[int]] = {}
+        for role, name, own in _cells(rows, pruned):
+            means = {arm: statistics.mean(v.values()) for arm, v in own.items()}
+            baselines = {a: m for a, m in means.items() if not a.startswith("dense")}
+            best = max((a for a in baselines if a != arguments.ours), key=baselines.get)
+            ours = own[arguments.ours]
+            pairs = [own[best][s] - ours[s] for s in ours if s in own[best]]
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0
+            regret = statistics.mean(pairs)
+            order = sorted(baselines, key=baselines.get, reverse=True)
+            regrets.setdefault(role, []).append(regret)
+            ranks.setdefault(role, []).append(1 + order.index(arguments.ours))
+            shown = ", ".join(f"{a} {m:.3f}" for a, m in sorted(means.items()))
+            print(
+                f"{pruned:.0%} {role:8} {name:38} ours {means[arguments.ours]:.3f} "
+                f"best {best} regret {100 * regret:+.1f} +- {100 * error:.1f} | {shown}"
+            )
+        for role, own in regrets.items():
+            print(
+                f"{pruned:.0%} {role}: mean regret {100 * statistics.mean(own):+.2f} "
+                f"worst {100 * max(own):+.2f} points, mean rank "
+                f"{statistics.mean(ranks[role]):.2f}, {len(own)} cells"
+            )
+
+
+def main() -> None:
+    """Run, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--output", type=Path, default=Path("runs/ground"))
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--pruned", type=float, nargs="+", default=[0.8, 0.9])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--role", choices=["all", "tune", "confirm"], default="all")
+    parser.add_argument("--cells", nargs="+", help="names; default all of the role")
+    parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)}")
+    parser.add_argument("--ours", default="autoflip", help="the arm that is judged")
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    chosen = parser.parse_args()
+    {"run": run, "table": table}[chosen.command](chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What docs/security.md promises of replies holds on Flower's older API, too."""
+
+import logging
+
+import numpy as np
+import pytest
+from autoflip_flwr.legacy import AutoFLIP
+from flat import flat
+from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.server.strategy import FedAvg, FedAvgM
+from inprocess import net, state_of
+from numpy.testing import assert_array_equal
+from test_legacy import CIDS, options, serve
+
+
+def of(cid, change):
+    """Change one client's training result; clients differ in their examples."""
+    examples = 24 + 4 * CIDS.index(cid)
+
+    def tamper(ins, result):
+        trained = ins.config["autoflip.phase"] == "train"
+        if trained and result.num_examples == examples:
+            change(result)
+        return result
+
+    return tamper
+
+
+def poisoning(kind):
+    """An inner strategy whose aggregate of round 2 is not finite."""
+
+    class Poisoning(kind):
+        def aggregate_fit(self, server_round, results, failures):
+            made, metrics = super().aggregate_fit(server_round, results, failures)
+            if server_round == 2:
+                arrays = parameters_to_ndarrays(made)
+                arrays[0] = arrays[0] + np.nan
+                made = ndarrays_to_parameters(arrays)
+                if kind is FedAvgM:
+                    self.momentum_vector = [a + np.inf for a in self.momentum_vector]
+            return made, metrics
+
+    return Poisoning
+
+
+def test_an_aggregate_that_is_not_finite_is_not_the_global_model(caplog):
+    seen = []
+    strategy = AutoFLIP(poisoning(FedAvg)(**options(net, seen)), model=net())
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        serve(strategy, rounds=3)
+    assert "round 2: the aggregate is not finite" in caplog.text
+    first, second, third = seen[1:]
+    for before, same, after in zip(first, second, third, strict=True):
+        assert_array_equal(before, same)
+        assert np.isfinite(after).all()
+
+
+def test_a_server_optimizer_goes_on_with_the_momentum_it_had():
+    seen = []
+    inner = poisoning(FedAvgM)(**options(net, seen), server_momentum=0.9)
+    serve(AutoFLIP(inner, model=net()), rounds=3)
+    assert all(np.isfinite(a).all() for a in inner.momentum_vector)
+    assert all(np.isfinite(a).all() for a in seen[-1])
+    assert any((a != b).any() for a, b in zip(seen[1], seen[-1], strict=True))
+
+
+def test_a_round_needs_as_many_replies_as_it_is_told(caplog):
+    def lost(result):
+        raise OSError("gone")
+
+    seen = []
+    strategy = AutoFLIP(
+        FedAvg(**options(net, seen, accept_failures=True)),
+        **flat(model=net(), min_replies=5),
+    )
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        serve(strategy, rounds=1, tamper=of("11", lost))
+    assert "4 valid replies, expected 5 or more" in caplog.text
+    for ours, start in zip(seen[-1], state_of(net()).values(), strict=True):
+        assert_array_equal(ours, start)
+
+
+def test_a_reply_far_from_the_others_is_dropped_and_named(caplog):
+    def huge(result):
+        values = np.frombuffer(result.parameters.tensors[0], np.float32).copy()
+        values[:] = 1e30
+        result.parameters.tensors[0] = values.tobytes()
+
+    seen = []
+    strategy = AutoFLIP(FedAvg(**options(net, seen)), model=net())
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        serve(strategy, rounds=1, tamper=of("13", huge))
+    assert "the reply of node 13 is dropped: expected at most 100 times" in caplog.text
+    assert all(np.abs(a).max() < 1e3 for a in seen[-1])
+
+
+def test_a_reply_of_too_many_examples_is_dropped_and_named(caplog):
+    def many(result):
+        result.num_examples = 10**12
+
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        serve(
+            AutoFLIP(FedAvg(**options(net)), model=net()),
+            rounds=1,
+            tamper=of("12", many),
+        )
+    assert "the reply of node 12 is dropped" in caplog.text
+    assert "has examples" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_would_poison_an_average_is_dropped(value, caplog):
+    def poison(result):
+        result.metrics = {"loss": value}
+
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        serve(
+            AutoFLIP(FedAvg(**options(net)), model=net()),
+            rounds=1,
+            tamper=of("14", poison),
+        )
+    assert "node 14 is dropped: expected a finite metric 'loss'" in caplog.text
+
+
+def test_an_evaluation_that_would_poison_an_average_is_left_out(caplog):
+    strategy = AutoFLIP(FedAvg(**options(net)), model=net())
+    _, proxies = serve(strategy, rounds=1)
+    results = [(p, p.evaluate(p.down[-1], None, 1)) for p in proxies]
+    expected, _ = strategy.aggregate_evaluate(1, results[1:], [])
+    results[0][1].loss = float("nan")
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        loss, _ = strategy.aggregate_evaluate(1, results, [])
+    assert loss == expected
+    assert "expected a finite metric 'loss'" in caplog.text
+
+
+def test_an_explorer_far_from_the_others_is_left_out(caplog):
+    def loud(ins, result):
+        if ins.config["autoflip.phase"] == "explore" and result.num_examples == 32:
+            frame = np.frombuffer(result.parameters.tensors[0], np.uint8).copy()
+            levels = frame[: 8 * 4].view("<f4")
+            levels *= np.float32(1e20)
+            result.parameters.tensors[0] = frame.tobytes()
+        return result
+
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        serve(AutoFLIP(FedAvg(**options(net)), model=net()), rounds=1, tamper=loud)
+    assert "node 13 is left out: expected at most 100 times the median" in caplog.text

@@ -1,0 +1,182 @@
+"""The core alone, and the oldest and the newest Flower: the plug-in examples run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from core_install import closure, linked
+from flower import ROOT
+
+from autoflip_flwr.errors import FlowerVersionError
+from autoflip_flwr.wire.flower import NEWEST, OLDEST, check_version
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXAMPLES = ["message_api/after", "message_api/smaller", "legacy_api/after"]
+HERE = Path(__file__).parent
+
+#: What only the extras install.
+EXTRAS = {
+    "datasets",
+    "flwr_datasets",
+    "matplotlib",
+    "onnx",
+    "pandas",
+    "pyarrow",
+    "ray",
+    "tensorboard",
+    "thop",
+    "torchvision",
+}
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A folder for sys.path: the core, and scikit-learn for the examples' digits."""
+    folder = tmp_path_factory.mktemp("core")
+    names = closure([*PROJECT["dependencies"], "scikit-learn"])
+    linked(names, folder)
+    (folder / "autoflip_flwr").symlink_to(ROOT / "autoflip_flwr")
+    assert not {re.sub("[-.]", "_", name) for name in names} & EXTRAS
+    return folder
+
+
+def python(path, *arguments):
+    """Run Python with one folder for all packages."""
+    return subprocess.run(
+        [sys.executable, "-S", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_core_alone_runs_the_examples(core, example):
+    done = python(core, HERE / "plugged_in.py", ROOT / "examples" / example, 4)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["accuracy"] > 0.85
+    assert result["masked"]
+    assert result["warnings"] == []
+    assert not EXTRAS & set(result["imported"])
+    packed = "train:autoflip.values" if "message" in example else "train:0"
+    assert packed in result["sent"]
+    assert "train:fc1.weight" not in result["sent"], "only kept values travel"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["compare", "smoke"], "compare"),
+        (["report", "."], "compare"),
+    ],
+)
+def test_a_command_without_its_extra_says_which(core, arguments, extra, tmp_path):
+    program = f"from autoflip_flwr import cli; raise SystemExit(cli.main({arguments}))"
+    done = python(core, "-c", f"import os; os.chdir({str(tmp_path)!r}); {program}")
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'autoflip-flwr[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import autoflip_flwr.app.server",
+        "from autoflip_flwr.models import build; "
+        "build('resnet50', num_classes=2, input_shape=(3, 32, 32))",
+        "from autoflip_flwr import data; data.load('mnist', num_partitions=2)",
+    ],
+)
+def test_our_app_without_its_extra_says_which(core, program):
+    done = python(core, "-c", program)
+    assert "MissingExtraError" in done.stderr
+    assert "pip install 'autoflip-flwr[app]'" in done.stderr
+
+
+def test_a_client_imports_neither_the_server_nor_pydantic():
+    program = (
+        "import sys; from autoflip_flwr import AutoFlipMod, masked, masks_from; "
+        "print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    imported = set(done.stdout.split())
+    assert not {"pydantic", "autoflip_flwr.server", "autoflip_flwr.pruners"} & imported
+    assert not EXTRAS & {name.partition(".")[0] for name in imported}
+
+
+# --- versions of Flower ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[f"{OLDEST}.*", f"{NEWEST}.*"])
+def flower(request, tmp_path_factory):
+    """A folder with another version of Flower and what it needs."""
+    folder = tmp_path_factory.mktemp("flower")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target"]
+    done = subprocess.run(
+        [*command, str(folder), f"flwr=={request.param}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, request.param.removesuffix(".*")
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.xdist_group("flower-versions")
+def test_both_apis_run_on_the_oldest_and_the_newest_flower(flower):
+    folder, version = flower
+    for example in ("message_api/smaller", "legacy_api/after"):
+        command = [sys.executable, HERE / "plugged_in.py", ROOT / "examples" / example]
+        done = subprocess.run(
+            [*map(str, command), "4"],
+            env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["flwr"].startswith(f"{version}.")
+        assert result["accuracy"] > 0.85
+        assert result["masked"]
+        assert result["warnings"] == []
+
+
+def test_the_range_is_the_one_that_pip_is_told():
+    (requirement,) = (d for d in PROJECT["dependencies"] if d.startswith("flwr"))
+    above = int(NEWEST.partition(".")[2]) + 1
+    assert requirement == f"flwr>={OLDEST},<1.{above}"
+
+
+def test_an_older_flower_is_refused_with_the_range():
+    with pytest.raises(
+        FlowerVersionError, match=rf"{OLDEST} to {NEWEST}, got 1\.21\.0"
+    ):
+        check_version("1.21.0")
+    for fine in (f"{OLDEST}.0", "1.41.0", f"{NEWEST}.3", "1.30.0rc1"):
+        check_version(fine)
+
+
+def test_a_newer_flower_is_warned_of(caplog):
+    check_version("1.99.0")
+    assert "not with 1.99.0" in caplog.text
