@@ -175,8 +175,8 @@ def _autoflip(**settings: Any) -> Make:
     return make
 
 
-#: Name -> (share to prune, seed) -> strategy. A warm baseline has the same exploration as
-#: AutoFLIP and begins where the explorers on average ended.
+#: Name -> (share to prune, seed) -> strategy. A warm baseline has the same exploration
+#: as AutoFLIP and begins where the explorers on average ended.
 ARMS: dict[str, Make] = {
     "dense": lambda *_: _inner(),
     "dense-warm": lambda _, seed: AutoFLIP(

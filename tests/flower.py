@@ -86,7 +86,8 @@ class Flower:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; 1 otherwise
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # seconds; 1 otherwise
+            "PYTHONDONTWRITEBYTECODE": "",  # a process per message compiles the app
             "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
         }

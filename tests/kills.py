@@ -32,6 +32,7 @@ from safetensors.numpy import load_file
 
 from autoflip_flwr.pruners import store
 from autoflip_flwr.server import tree
+from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.rounds import Rounds
 
 server_app = load_script("killed_server_app", ROOT / "server_app.py")
@@ -154,7 +155,7 @@ def die_in_step(number: int) -> None:
         setattr(kind, name, step)
 
     deadly(FedAvgM, "configure_train")
-    deadly(Rounds, "explored")
+    deadly(Intake, "_take")
     deadly(Rounds, "begin")
     deadly(FedAvgM, "aggregate_train")
 

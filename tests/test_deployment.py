@@ -41,11 +41,6 @@ def real(test: Callable) -> Callable:
     return pytest.mark.e2e(pytest.mark.slow(test))
 
 
-def with_server(test: Callable) -> Callable:
-    """Mark a test of the server that tests share."""
-    return pytest.mark.xdist_group("server")(real(test))
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("deployment")
@@ -68,7 +63,7 @@ def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
         return error.code
 
 
-@with_server
+@real
 def test_the_guide_ends_with_a_finished_run(server):
     nodes = []
     for part in range(2):
@@ -97,7 +92,7 @@ def test_the_guide_ends_with_a_finished_run(server):
     assert all("Sent successfully" in log.log for log in logs)
 
 
-@with_server
+@real
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -120,7 +115,7 @@ def test_a_node_without_a_registered_key_is_refused(server, name, reason):
     assert "SuperNode ID" not in node.log
 
 
-@with_server
+@real
 def test_a_node_that_does_not_trust_the_server_does_not_talk_to_it(server):
     machine = new_edge(server, "elsewhere")
     machine.script("make-node-key", "elsewhere")
@@ -132,7 +127,7 @@ def test_a_node_that_does_not_trust_the_server_does_not_talk_to_it(server):
     assert node.ends() != 0
 
 
-@with_server
+@real
 @pytest.mark.parametrize(
     "path",
     [
@@ -150,7 +145,7 @@ def test_only_calls_of_nodes_pass_the_gate(server, path):
     assert ask(server, "8443", path) == 403
 
 
-@with_server
+@real
 def test_nobody_registers_a_key_through_the_gate(server):
     # The SuperLink itself takes a key from whoever reaches it.
     (server.flower.home / "config.toml").write_text(
@@ -169,7 +164,7 @@ def test_nobody_registers_a_key_through_the_gate(server):
     assert "registered successfully" in server.run(register)
 
 
-@with_server
+@real
 @pytest.mark.parametrize("port", ["8000", "8443"])
 def test_the_health_that_the_images_ask_for(server, port):
     assert ask(server, port, "/health", "GET") == 200

@@ -38,16 +38,31 @@ def summary(output: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
-    """A SuperLink with simulated nodes, for all runs that leave it as it is."""
+    """A SuperLink with simulated nodes, for all tests that leave it as it is."""
     with simulation(tmp_path_factory.mktemp("simulation") / "home") as flower:
         yield flower
 
 
-#: Tests that share it: one after the other, in one process.
-simulated = pytest.mark.xdist_group("simulation")
+def in_one_process(
+    folder: Path, overrides: str, nodes: int | list[dict]
+) -> dict[str, np.ndarray]:
+    """Run the same apps in this process; returns the weights.
+
+    `nodes` are their configs, or how many nodes divide a dataset among them.
+    """
+    settings = {"preset": "quickstart", "overrides": overrides, "resume": False}
+    count, configs = (nodes, {}) if isinstance(nodes, int) else (len(nodes), nodes)
+    grid = LocalGrid(
+        client_app.app,
+        range(count),
+        run_config={**settings, "output-dir": str(folder)},
+        node_configs=dict(enumerate(configs)),
+    )
+    server_app.app(grid, Context(1, 1, {}, RecordDict(), grid.run_config))
+    return load_file(folder / "model.safetensors")
 
 
-def test_three_real_nodes_end_with_the_weights_of_the_simulation(tmp_path):
+def test_three_real_nodes_end_with_the_weights_of_one_process(tmp_path):
     """Warm start, and a mask that is another in the second round."""
     overrides = (
         "rounds=2 strategy.fraction-train=1.0 strategy.min-nodes=3 "
@@ -55,30 +70,18 @@ def test_three_real_nodes_end_with_the_weights_of_the_simulation(tmp_path):
         "pruning.units=0.8 exploration.warm-start=true "
         "pruning.refresh=0.3 pruning.refresh-every=1 pruning.refresh-until=2"
     )
-    with (
-        deployment(tmp_path / "real", partitions(3)) as real_nodes,
-        simulation(tmp_path / "simulated") as simulated_nodes,
-        ThreadPoolExecutor() as pool,
-    ):
-        runs = [
-            pool.submit(real_nodes.run, ROOT, config(tmp_path / "r", overrides)),
-            pool.submit(
-                simulated_nodes.run,
-                ROOT,
-                config(tmp_path / "s", overrides),
-                federation="num-supernodes=3",
-            ),
-        ]
-        for run in runs:
-            assert "AutoFLIP run finished" in run.result(), run.result()
-    assert summary(tmp_path / "r")["networks"]["pruned"]["parameters"] < 0.6 * 31050
-    real = load_file(tmp_path / "r" / "model.safetensors")
-    simulated = load_file(tmp_path / "s" / "model.safetensors")
-    assert real.keys() == simulated.keys()
-    for name, values in real.items():
-        np.testing.assert_allclose(values, simulated[name], rtol=1e-4, atol=1e-5)
-    assert summary(tmp_path / "r")["bytes"] == summary(tmp_path / "s")["bytes"]
-    assert summary(tmp_path / "r")["density"] == pytest.approx(0.2, abs=1e-3)
+    real, whole = tmp_path / "real", tmp_path / "whole"
+    with deployment(tmp_path / "home", partitions(3)) as flower:
+        out = flower.run(ROOT, config(real, overrides))
+    assert "AutoFLIP run finished" in out, out
+    assert summary(real)["networks"]["pruned"]["parameters"] < 0.6 * 31050
+    expected = in_one_process(whole, overrides, 3)
+    found = load_file(real / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, values in found.items():  # its sums are those of other threads
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
+    assert summary(real)["bytes"] == summary(whole)["bytes"]
+    assert summary(real)["density"] == pytest.approx(0.2, abs=1e-3)
 
 
 def data_of_their_own(folder: Path) -> list[dict]:
@@ -125,103 +128,81 @@ def test_a_server_killed_with_sigkill_goes_on_where_it_was(tmp_path):
     assert "going on after round" in out
     assert "nodes explore" not in out
     assert summary(folder)["rounds"] == 3
-    # The same apps in this process, never killed; its sums are those of other threads.
-    whole = tmp_path / "whole"
-    settings = {"preset": "quickstart", "overrides": overrides, "resume": False}
-    grid = LocalGrid(
-        client_app.app,
-        range(2),
-        run_config={**settings, "output-dir": str(whole)},
-        node_configs=dict(enumerate(nodes)),
-    )
-    server_app.app(grid, Context(1, 1, {}, RecordDict(), grid.run_config))
-    expected = load_file(whole / "model.safetensors")
+    whole = tmp_path / "whole"  # never killed
+    expected = in_one_process(whole, overrides, nodes)
     for name, values in load_file(folder / "model.safetensors").items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
     found = [summary(f)["bytes"]["explore_up"] for f in (folder, whole)]
     assert found[0] == found[1]
 
 
-def test_a_third_of_the_nodes_killed_in_each_of_three_rounds(tmp_path):
-    """With its message in hand; they come back with new ids, as who they were."""
+def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were(
+    tmp_path,
+):
+    """A third of them in each of four rounds.
+
+    Three are killed with a message in hand and come back with new ids. Then one sleeps
+    through its timeout: its reply arrives when nobody waits for it any more.
+    """
     overrides = (
-        "rounds=5 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=25 "
+        "rounds=6 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=30 "
         "data.partition=iid"
     )
     configs = partitions(3)
-    folder, lost = tmp_path / "killed", []
-    with deployment(tmp_path / "home", []) as flower:
+    folder, lost = tmp_path / "lost", []
+    with (
+        deployment(tmp_path / "home", []) as flower,
+        ThreadPoolExecutor() as pool,
+    ):
         nodes = [flower.supernode(each) for each in configs]
-        with ThreadPoolExecutor() as pool:
-            running = pool.submit(flower.run, ROOT, config(folder, overrides))
-            for i in range(3):
-                log = flower.log_of(nodes[i])
-                wait_for(lambda i=i: len(lines(folder)) > i, running)
-                old = log.read_text().count(RECEIVED)
-                wait_for(
-                    lambda log=log, old=old: log.read_text().count(RECEIVED) > old,
-                    running,
-                )
-                os.killpg(nodes[i].pid, signal.SIGKILL)
-                lost.append(len(lines(folder)))
-                nodes[i].wait()
-                nodes[i] = flower.supernode(configs[i])
-            assert "AutoFLIP run finished" in running.result(), running.result()
+        running = pool.submit(flower.run, ROOT, config(folder, overrides))
+        for i in range(3):
+            log = flower.log_of(nodes[i])
+            wait_for(lambda: len(lines(folder)) > max([0, *lost]), running)
+            old = log.read_text().count(RECEIVED)
+            wait_for(
+                lambda log=log, old=old: log.read_text().count(RECEIVED) > old,
+                running,
+            )
+            os.killpg(nodes[i].pid, signal.SIGKILL)
+            lost.append(len(lines(folder)))
+            nodes[i].wait()
+            nodes[i] = flower.supernode(configs[i])
+        wait_for(lambda: len(lines(folder)) > lost[-1], running)
+        lost.append(len(lines(folder)))
+        os.killpg(nodes[1].pid, signal.SIGSTOP)
+        wait_for(lambda: len(lines(folder)) > lost[-1], running)
+        os.killpg(nodes[1].pid, signal.SIGCONT)
+        assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)
-    assert len(rows) == 5
-    assert len(set(lost)) == 3, "each in a round of its own"
-    assert all(i in rows[lost[i]]["missing"] for i in range(3))
+    assert lost == [1, 2, 3, 4]
+    assert [row["missing"] for row in rows] == [[], [0], [1], [2], [1], []]
+    assert rows[-1]["dropped"] == 0
     whole = tmp_path / "whole"
-    settings = {"preset": "quickstart", "overrides": overrides, "resume": False}
-    grid = LocalGrid(
-        client_app.app, range(3), run_config={**settings, "output-dir": str(whole)}
-    )
-    server_app.app(grid, Context(1, 1, {}, RecordDict(), grid.run_config))
+    in_one_process(whole, overrides, 3)
     assert rows[-1]["accuracy"] >= lines(whole)[-1]["accuracy"] - 0.03
     explored = [summary(f)["samples"]["explore"] for f in (folder, whole)]
     assert explored[0] == explored[1], "nobody explores again"
 
 
-def test_a_node_that_sleeps_through_its_timeout_is_named_and_comes_back(tmp_path):
-    """Its reply arrives when nobody waits for it any more."""
-    overrides = (
-        "rounds=5 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=25 "
-        "data.classes-per-client=5"
-    )
-    folder = tmp_path / "asleep"
-    nodes = partitions(2)
-    with deployment(tmp_path / "home", nodes) as flower, ThreadPoolExecutor() as pool:
-        running = pool.submit(flower.run, ROOT, config(folder, overrides))
-        wait_for(lambda: bool(lines(folder)), running)
-        asleep = flower.processes[-1].pid
-        os.killpg(asleep, signal.SIGSTOP)
-        wait_for(lambda: any(row["missing"] for row in lines(folder)), running)
-        os.killpg(asleep, signal.SIGCONT)
-        assert "AutoFLIP run finished" in running.result(), running.result()
-    rows = lines(folder)
-    first = next(i for i, row in enumerate(rows) if row["missing"])
-    assert rows[first]["missing"] == [1]
-    assert first < 4
-    assert rows[-1]["missing"] == []
-    assert rows[-1]["dropped"] == 0
-
-
-@simulated
-def test_two_simulations_of_one_seed_are_equal_bit_for_bit(superlink, tmp_path):
+def test_a_simulation_has_the_weights_of_one_process_bit_for_bit(superlink, tmp_path):
+    """Two simulations of a seed are equal: ids are drawn, six nodes share two cores."""
     overrides = "rounds=3 strategy.min-nodes=6"
-    for run in ("a", "b"):
-        out = superlink.run(
-            ROOT,
-            config(tmp_path / run, overrides),
-            federation="num-supernodes=6 client-resources-num-cpus=1",
-        )
-        assert "AutoFLIP run finished" in out, out
-    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("a", "b"))
-    for name, values in a.items():
-        np.testing.assert_array_equal(values, b[name])
+    out = superlink.run(
+        ROOT,
+        config(tmp_path / "simulated", overrides),
+        federation="num-supernodes=6 client-resources-num-cpus=1",
+    )
+    assert "AutoFLIP run finished" in out, out
+    expected = in_one_process(tmp_path / "whole", overrides, 6)
+    found = load_file(tmp_path / "simulated" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name])
+    known = [summary(tmp_path / run)["bytes"] for run in ("simulated", "whole")]
+    assert known[0] == known[1]
 
 
-@simulated
 def test_an_unknown_preset_ends_the_run_and_lists_the_known_ones(superlink, tmp_path):
     out = superlink.run(ROOT, config(tmp_path / "r", "", preset="nope"))
     assert "unknown preset 'nope'" in out
@@ -229,7 +210,6 @@ def test_an_unknown_preset_ends_the_run_and_lists_the_known_ones(superlink, tmp_
     assert not (tmp_path / "r").exists()
 
 
-@simulated
 @pytest.mark.parametrize(
     ("api", "states"),
     [

@@ -278,3 +278,11 @@ def test_guidance_too_small_to_invert_states_no_preference():
         found = combine([tiny], normalization=normalization)
         assert np.isfinite(found["w"]).all()
         assert_array_equal(found["w"], [1, 1])
+
+
+def test_float32_matrices_are_summed_in_float64():
+    """Scales of 1 / (max - min) are large where all values are nearly equal."""
+    matrix = {"a": np.float32([0.00047395]), "b": np.float32([0.00046682])}
+    combined = combine([matrix], normalization="global")
+    assert_array_equal(combined["a"], np.float32([1]))
+    assert_array_equal(combined["b"], np.float32([0]))

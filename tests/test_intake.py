@@ -49,7 +49,7 @@ from autoflip_flwr.errors import (
 )
 from autoflip_flwr.method.mask import change
 from autoflip_flwr.pruners import AutoFlipPruner
-from autoflip_flwr.settings import PruningSettings
+from autoflip_flwr.settings import BaselineSettings, PruningSettings
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire import records as wire
 
@@ -545,3 +545,32 @@ def test_a_refresh_leaves_dead_units_dead():
 def test_a_refresh_needs_one_mask_for_all_rounds(settings):
     with pytest.raises(SettingsError, match=r"refresh exchanges"):
         refreshing(**settings)
+
+
+def test_a_baseline_may_have_the_same_warm_start():
+    """Its explorers are asked for the start alone; the mask is of the moved weights."""
+    ours, theirs = (LocalGrid(toy_app(), NODES) for _ in range(2))
+    run(warm(), ours, net(), 1)
+    strategy = warm(method="magnitude", baselines=BaselineSettings(dense_rounds=0))
+    run(strategy, theirs, net(), 2)
+    assert theirs.nodes("explore") == NODES
+    starts, masks = [], []
+    for grid in (ours, theirs):
+        sent = next(s for s in grid.down if s.phase == "train")
+        masks.append(masks_in(sent, net())["0.weight"])
+        starts.append(values_in(sent, masks_in(sent, net()))["0.weight"])
+    both = masks[0] & masks[1]
+    assert both.any()
+    assert_array_equal(starts[0][both], starts[1][both])
+    largest = np.abs(starts[1])[masks[1]].min()
+    assert (np.abs(starts[0])[masks[0] & ~masks[1]] <= largest).all()
+
+
+def test_a_warm_start_that_nobody_answers_leaves_a_baseline_its_start(caplog):
+    lost = only_in("explore", NODES, lambda reply: "lost")
+    grid = LocalGrid(toy_app(), NODES, tamper=lost)
+    strategy = warm(method="magnitude", baselines=BaselineSettings(dense_rounds=0))
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        run(strategy, grid, net(), 1)
+    assert "0 of 5 nodes explored" in caplog.text
+    assert strategy.rounds.density < 1

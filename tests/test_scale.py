@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,14 +89,6 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
     assert "RAY_ADDRESS=local" in said
 
 
-def on_a_cluster(test: Callable) -> Callable:
-    """Mark a test of the cluster that tests share, one after the other."""
-    marks = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(300)]
-    for mark in [*marks, pytest.mark.xdist_group("cluster")]:
-        test = mark(test)
-    return test
-
-
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Cluster]:
     """Two nodes; the last test kills one."""
@@ -112,7 +104,9 @@ def alone(folder: Path, overrides: str) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@on_a_cluster
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
 def test_flwr_run_uses_all_nodes_of_a_cluster(ray, tmp_path, monkeypatch):
     """Bit for bit the weights of one process."""
     config = f'preset="smoke" overrides="{TINY}" output-dir="{tmp_path}/both"'
@@ -126,7 +120,9 @@ def test_flwr_run_uses_all_nodes_of_a_cluster(ray, tmp_path, monkeypatch):
     assert both == alone(tmp_path / "alone", TINY)
 
 
-@on_a_cluster
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
 def test_a_comparison_on_a_cluster_has_the_weights_of_one_machine(ray, tmp_path):
     """Those of one process: a comparison without a cluster has them, too."""
 
@@ -150,7 +146,9 @@ def test_a_comparison_on_a_cluster_has_the_weights_of_one_machine(ray, tmp_path)
     assert both.read_bytes() == alone(tmp_path / "alone", "seed=0")
 
 
-@on_a_cluster
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
 def test_clients_are_on_all_nodes_of_a_cluster_and_outlive_one(ray, tmp_path):
     script = tmp_path / "nodes.py"
     script.write_text(CLUSTER)

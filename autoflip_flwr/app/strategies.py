@@ -17,7 +17,7 @@ from torch import nn
 
 from autoflip_flwr import pruners
 from autoflip_flwr.server.strategy import AutoFLIP
-from autoflip_flwr.settings import ServerStrategy, Settings
+from autoflip_flwr.settings import ExplorationSettings, ServerStrategy, Settings
 
 #: Flower's class, and which of our settings are which of its arguments.
 _KINDS: dict[ServerStrategy, tuple[type[FedAvg], dict[str, str]]] = {
@@ -52,13 +52,16 @@ def build_strategy(
     method = settings.strategy.name
     if method == "fedavg":
         return inner
+    exploration = settings.exploration
+    if method != "autoflip":  # a baseline reads the timeout alone, see `settings.reads`
+        exploration = ExplorationSettings(timeout=exploration.timeout)
     return AutoFLIP(
         inner,
         model=model,
         example_inputs=example_inputs,
         pruner=pruners.build(method, settings.baselines),
         pruning=settings.pruning,
-        exploration=settings.exploration,
+        exploration=exploration,
         wire=settings.wire,
         store=store,
         seed=settings.seed,

@@ -139,7 +139,9 @@ class Dense:
     def scaled(self, name: str, factor: float) -> Values:
         """See `LocalMatrix`."""
         flat = np.asarray(self.arrays[name]).reshape(-1)
-        return lambda part, out: np.multiply(flat[part], factor, out=out)
+        return lambda part, out: np.multiply(
+            flat[part], factor, out=out, dtype=out.dtype
+        )
 
 
 def add_normalized(

@@ -48,6 +48,8 @@ class AutoFlipPruner(Pruner):
         *("kept_guidance", "_signs", "_store"),
     )
 
+    explores = True
+
     def prepare(self, problem: Problem) -> None:
         """Start without guidance; check that the model has enough units to prune."""
         super().prepare(problem)

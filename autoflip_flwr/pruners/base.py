@@ -59,6 +59,8 @@ class Pruner(ABC):
 
     Attributes
     ----------
+    explores : bool
+        Whether it asks nodes to explore. If not, a warm start asks them.
     needs_units : bool
         Whether it prunes whole units; then the user must pass the model.
     takes_units : bool
@@ -88,6 +90,7 @@ class Pruner(ABC):
         strategy = AutoFLIP(FedAvg(), threshold=0.8, pruner=Smallest())
     """
 
+    explores: ClassVar[bool] = False
     needs_units: ClassVar[bool] = False
     takes_units: ClassVar[bool] = False
     restores = False

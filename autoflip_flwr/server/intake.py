@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from autoflip_flwr.errors import WireError
 from autoflip_flwr.method.mean import WeightedMean
 from autoflip_flwr.method.outliers import far_off
-from autoflip_flwr.pruners import Ask
+from autoflip_flwr.pruners import Ask, Pruner
 from autoflip_flwr.pruners.store import Answer, Answers, Measured
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.types import Measure, Params
@@ -74,14 +74,27 @@ class Intake:
         ExplorationError
             If no mask can be made.
         """
-        rounds = self._rounds
+        rounds, answers = self._rounds, self._answers()
+        moved = False
+        wanted = rounds.exploration.warm_start and not self._warm
+        if wanted and not rounds.pruner.explores:  # for the start alone
+            answers.begin(0)
+            self._ask(Ask(nodes=connected), answers, send, _Nobody())
+            moved = self._move()
+            rounds.initial = dict(rounds.arrays)
         ask = rounds.pruner.asks(server_round, connected=connected, sampled=sampled)
-        answers = self._answers()
         answers.begin(server_round)
         if ask is None:
-            return False
+            return moved
         if ask.renew:
             rounds.initial = dict(rounds.arrays)
+        self._ask(ask, answers, send, rounds.pruner)
+        return self._move() or moved
+
+    def _ask(
+        self, ask: Ask, answers: Answers, send: Send, pruner: "Pruner | _Nobody"
+    ) -> None:
+        """Send the request in batches; use the answers in its order."""
         record, entries = self._request(ask)
         waiting = [node_id for node_id in ask.nodes if node_id not in answers]
         size = max(_LEAST_BATCH, _BATCH_BYTES // self._answer_bytes())
@@ -96,8 +109,7 @@ class Intake:
         for node_id in ask.nodes:
             if node_id not in answers:  # recorded, so a resumed run does not ask again
                 answers.fail(node_id, "no reply in time")
-        self._take(ask, answers)
-        return self._move()
+        self._take(ask, answers, pruner)
 
     def at_once(self) -> int:
         """Return how many answers may be in memory before they are on disk."""
@@ -142,7 +154,7 @@ class Intake:
     def _start_of(self, ask: Ask) -> Params:
         return self._rounds.arrays if ask.current else self._rounds.initial
 
-    def _take(self, ask: Ask, answers: Answers) -> None:
+    def _take(self, ask: Ask, answers: Answers, pruner: "Pruner | _Nobody") -> None:
         """Pass the valid answers to the pruner; log why others are left out."""
         rounds = self._rounds
         start = rounds.weights(self._start_of(ask))
@@ -156,7 +168,7 @@ class Intake:
                 if node_id in odd:
                     raise WireError(odd[node_id])
                 warm = _movement(measured) if self._warms(ask) else None
-                rounds.pruner.add(node_id, measured, start)
+                pruner.add(node_id, measured, start)
                 if warm is not None:
                     self._warmth.add(warm, measured.examples)
             except ValueError as error:
@@ -165,7 +177,7 @@ class Intake:
         explored = len(ask.nodes) - len(reasons)
         _log.info("exploration: %d of %d nodes explored", explored, len(ask.nodes))
         answers.forget()
-        rounds.pruner.check(reasons)
+        pruner.check(reasons)
 
     def _odd(self, ask: Ask, answers: Answers) -> dict[int, str]:
         """Return the reason for each answer that is far from the others."""
@@ -195,6 +207,16 @@ class Intake:
             there = (weights + value).astype(weights.dtype)
             rounds.arrays = {**rounds.arrays, name: there}
         return bool(moved)
+
+
+class _Nobody:
+    """Stands for a pruner that needs no exploration."""
+
+    def add(self, node_id: int, measured: Measured, start: Params) -> None:
+        """Leave it."""
+
+    def check(self, reasons: Mapping[int, str]) -> None:
+        """Go on without a warm start if nobody explored."""
 
 
 def _movement(measured: Measured) -> Params:
