@@ -288,13 +288,13 @@ class Watch:
             last = self._end.wait(0.5)
             for pid in filter(self._is_server, processes()):
                 self.peak = max(self.peak, peak_of(pid))
-            sizes = [
+            sizes = dict(  # by inode: a file with two hard links is one
                 size_of(Path(folder) / name)
                 for folder, _, names in os.walk(self._folder)  # folders may vanish
                 if "flwr" not in Path(folder).parts
                 for name in names
-            ]
-            self.disk = max(self.disk, sum(sizes))
+            )
+            self.disk = max(self.disk, sum(sizes.values()))
 
 
 def processes() -> list[int]:
@@ -330,12 +330,13 @@ def peak_of(pid: int) -> int:
     return 1024 * int(found[0]) if found else 0
 
 
-def size_of(path: Path) -> int:
-    """Return the size of a file in bytes; 0 if it no longer exists."""
+def size_of(path: Path) -> tuple[int, int]:
+    """Return inode and size in bytes of a file; zeros if it no longer exists."""
     try:
-        return path.stat().st_size if path.is_file() else 0
+        status = path.stat()
     except OSError:
-        return 0
+        return 0, 0
+    return (status.st_ino, status.st_size) if path.is_file() else (0, 0)
 
 
 def tell(
