@@ -223,6 +223,11 @@ def combine(
     -------
     dict of name -> float32 array
         >= 0; in [0, 1] for ``global`` and ``layer``.
+
+    Notes
+    -----
+    For matrices in memory, in notebooks and as the tests' oracle. A run's explorers are
+    on disk: `AutoFlipPruner` calls the same `rescaling`, `add_normalized` and `middle`.
     """
     if combination != "mean" and normalization != "client":
         raise SettingsError(
