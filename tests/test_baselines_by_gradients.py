@@ -42,12 +42,6 @@ from autoflip_flwr.wire import records as wire
 from autoflip_flwr.wire.manifest import Manifest
 
 NODES = [11, 12, 13, 14, 15]
-ONE = torch.zeros(1, 6)
-
-OF_UNITS = ["l1", "l2", "similarity", "bn", "eflprune"]
-OF_WEIGHTS = ["magnitude", *OF_UNITS]
-OF_GRADIENTS = ["ssfl", "prunefl", "feddst"]
-BASELINES = ["random", *OF_WEIGHTS, *OF_GRADIENTS]
 
 
 # --- ssfl -----------------------------------------------------------------------------

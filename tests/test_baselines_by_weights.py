@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
@@ -26,15 +25,6 @@ from autoflip_flwr.pruners.weights import (
     Random,
     Similarity,
 )
-
-NODES = [11, 12, 13, 14, 15]
-ONE = torch.zeros(1, 6)
-
-OF_UNITS = ["l1", "l2", "similarity", "bn", "eflprune"]
-OF_WEIGHTS = ["magnitude", *OF_UNITS]
-OF_GRADIENTS = ["ssfl", "prunefl", "feddst"]
-BASELINES = ["random", *OF_WEIGHTS, *OF_GRADIENTS]
-
 
 # --- whole units by the server's weights ----------------------------------------------
 

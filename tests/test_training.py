@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from tiny import masks_of, network, samples
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -14,37 +15,6 @@ from autoflip_flwr.app.training import evaluate, train
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.settings import TrainingSettings
 from autoflip_flwr.units.enforce import enforce
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These networks are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def network(seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)
-        )
-
-
-def masks_of(model, share=0.5, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.random(tuple(parameter.shape)) < share
-        for name, parameter in model.named_parameters()
-    }
-
-
-def samples(count=12, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(count, 6)).astype(np.float32)
-    return x, rng.integers(0, 3, count)
 
 
 def settings(**values):
