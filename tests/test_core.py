@@ -141,7 +141,6 @@ def flower(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.xdist_group("flower-versions")
 def test_both_apis_run_on_the_oldest_and_the_newest_flower(flower):
     folder, version = flower
     for example in ("message_api/smaller", "legacy_api/after"):
