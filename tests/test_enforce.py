@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
-from tiny import masks_of, network, samples
+from tiny import assert_zero_where_pruned, masks_of, network, step, weights
 from torch import nn
 
 from autoflip_flwr.errors import MaskError
@@ -24,27 +24,6 @@ OPTIMIZERS = {
     "amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
 }
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-
-
-def weights(model):
-    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
-
-
-def assert_zero_where_pruned(model, masks):
-    for name, values in weights(model).items():
-        assert not values[~masks[name]].any(), name
-
-
-def step(model, optimizer, number, masks=None):
-    """One step on a batch of its own; with `masks`, on masked gradients."""
-    x, y = samples(8, seed=number)
-    optimizer.zero_grad()
-    output = model(torch.from_numpy(x))
-    nn.functional.cross_entropy(output, torch.from_numpy(y)).backward()
-    for name, parameter in model.named_parameters():
-        if masks is not None:
-            parameter.grad.mul_(torch.from_numpy(masks[name]))
-    optimizer.step()
 
 
 # --- the mask ---------------------------------------------------------------------

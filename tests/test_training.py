@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from tiny import masks_of, network, samples
+from tiny import assert_zero_where_pruned, masks_of, network, samples, weights
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -19,27 +19,6 @@ from autoflip_flwr.units.enforce import enforce
 
 def settings(**values):
     return TrainingSettings(**{"device": "cpu", "batch_size": 4, **values})
-
-
-def weights(model):
-    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
-
-
-def assert_zero_where_pruned(model, masks):
-    for name, values in weights(model).items():
-        assert not values[~masks[name]].any(), name
-
-
-def step(model, optimizer, number, masks=None):
-    """One step on a batch of its own; with `masks`, on masked gradients."""
-    x, y = samples(8, seed=number)
-    optimizer.zero_grad()
-    output = model(torch.from_numpy(x))
-    nn.functional.cross_entropy(output, torch.from_numpy(y)).backward()
-    for name, parameter in model.named_parameters():
-        if masks is not None:
-            parameter.grad.mul_(torch.from_numpy(masks[name]))
-    optimizer.step()
 
 
 # --- training ---------------------------------------------------------------------
