@@ -133,6 +133,17 @@ def test_prunefl_lets_the_smallest_kept_weights_compete_with_those_pruned():
     assert pruner.masks([], weights, 3) is masks, "nobody has measured since"
 
 
+def test_prunefl_keeps_a_scalar_parameter():
+    initial = {"w": np.ones((2, 2), np.float32), "scale": np.ones((), np.float32)}
+    pruner = prepared(PruneFL(every=1), initial, pruning(0.4))
+    g2 = {"w": rows([4, 3], [2, 1]), "scale": np.float32(0)}
+    for server_round in (1, 2):  # chosen, then adjusted
+        added(pruner, 11, codec.quantize(g2), 1.0, initial)
+        masks = pruner.masks([], initial, server_round)
+        assert masks["scale"].shape == () and masks["scale"]
+        assert_array_equal(masks["w"], [[1, 1], [0, 0]])
+
+
 def test_prunefl_competes_in_every_layer_and_ranks_over_all():
     # the start keeps the first ten of both layers
     initial = {"a": np.ones((2, 10), np.float32), "b": np.ones((2, 10), np.float32)}

@@ -119,7 +119,7 @@ class PruneFL(GradientPruner):
         del sampled, server_round
         if self._measured.weight:
             scores = {
-                name: squared / np.float32(self._time[name])
+                name: np.asarray(squared / np.float32(self._time[name]))
                 for name, squared in self._measured.take().items()
             }
             if self._chosen is not None:
