@@ -140,7 +140,8 @@ def test_prunefl_keeps_a_scalar_parameter():
     for server_round in (1, 2):  # chosen, then adjusted
         added(pruner, 11, codec.quantize(g2), 1.0, initial)
         masks = pruner.masks([], initial, server_round)
-        assert masks["scale"].shape == () and masks["scale"]
+        assert masks["scale"].shape == ()
+        assert masks["scale"]
         assert_array_equal(masks["w"], [[1, 1], [0, 0]])
 
 

@@ -81,6 +81,7 @@ class Intake:
             answers.begin(0)
             self._ask(Ask(nodes=connected), answers, send, _Nobody())
             moved = self._move()
+            self._warm = True  # once: a later answer would not fit the trained weights
             rounds.initial = dict(rounds.arrays)
         ask = rounds.pruner.asks(server_round, connected=connected, sampled=sampled)
         answers.begin(server_round)
