@@ -145,7 +145,7 @@ def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were
     through its timeout: its reply arrives when nobody waits for it any more.
     """
     overrides = (
-        "rounds=6 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=45 "
+        "rounds=8 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=45 "
         "data.partition=iid"
     )
     configs = partitions(3)
@@ -175,7 +175,7 @@ def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were
         os.killpg(nodes[1].pid, signal.SIGCONT)
         assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)
-    assert len(rows) == 6
+    assert len(rows) == 8
     assert len(set(lost)) == 4, "each in a round of its own"
     for i, row in zip([0, 1, 2, 1], lost, strict=True):
         assert i in rows[row]["missing"]

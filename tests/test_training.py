@@ -1,6 +1,8 @@
 """Our training repeats itself, evaluation counts right."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -180,15 +182,48 @@ def test_optimizers_take_what_the_settings_say():
     sgd = training.optimizer_of(
         model, settings(learning_rate=0.3, momentum=0.4, weight_decay=0.05)
     )
-    assert type(sgd) is torch.optim.SGD
+    assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["lr"] == 0.3
     assert sgd.defaults["momentum"] == 0.4
     assert sgd.defaults["weight_decay"] == 0.05
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         made = training.optimizer_of(model, settings(optimizer=name, weight_decay=0.05))
-        assert type(made) is kind
+        assert isinstance(made, kind)
         assert made.defaults["weight_decay"] == 0.05
         assert len(made.param_groups[0]["params"]) == 6
+
+
+def test_an_optimizer_steps_as_torch_s_does_but_imports_no_compiler():
+    """In a process of its own: others here have imported it."""
+    code = """
+import sys, numpy as np, torch
+from autoflip_flwr.app import training
+from autoflip_flwr.settings import TrainingSettings
+
+def trained(made):
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    for i, value in enumerate(model.parameters()):
+        torch.nn.init.constant_(value, 0.5 + i)
+    optimizer = made(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.full((1, 3), step + 1.0, dtype=torch.float64)
+        model(x).square().sum().backward()
+        optimizer.step()
+    return torch.cat([value.flatten() for value in model.parameters()])
+
+kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+given = {"momentum": 0.9, "weight_decay": 0.1}
+every = {n: TrainingSettings(optimizer=n, **given) for n in kinds}
+ours = {n: trained(lambda m: training.optimizer_of(m, every[n])) for n in kinds}
+assert "torch._dynamo" not in sys.modules
+for name, kind in kinds.items():
+    options = {"lr": every[name].learning_rate, "weight_decay": 0.1}
+    options |= {"momentum": 0.9} if name == "sgd" else {}
+    theirs = trained(lambda m: kind(m.parameters(), **options))
+    assert torch.equal(ours[name], theirs), name
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
 
 
 # --- evaluation -------------------------------------------------------------------
