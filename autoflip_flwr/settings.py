@@ -24,6 +24,7 @@ from pydantic import (
 
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.types import (
+    Balance,
     Combination,
     MethodName,
     Mode,
@@ -103,7 +104,9 @@ class ExplorationSettings(Group):
     fraction: PositiveShare = 1.0  # share of the nodes that explore
     patience: AtLeastOne = 5  # epochs without a lower loss before an explorer stops
     every: Count = 0  # explore again every so many rounds; 0: once
-    warm_start: bool = False  # begin where the explorers on average ended, not at W0
+    # Begin where the explorers on average ended, not at W0. None: yes, unless the inner
+    # strategy is robust or private, or guidance has noise.
+    warm_start: bool | None = None
     timeout: Positive = 3600.0  # seconds to wait for the explorers
     # Differential privacy on the client: L2 norm that guidance is clipped to, and the
     # noise's standard deviation as a multiple of it. 0: off.
@@ -129,10 +132,20 @@ class PruningSettings(Group):
     """From local guidance to the mask of a round (Eq. 3-4)."""
 
     threshold: NotNegative = 0.8  # quantile: share to prune; see mask.from_scores
+    # Density of round 1. It falls to that of the threshold in `gradual_rounds` rounds.
+    initial_density: PositiveShare = 0.6
+    # None: half of a run's rounds; where their number is not known, 10. 0: at once.
+    gradual_rounds: Count | None = None
+    balance: Balance = "lamp"  # how layers share what is kept; global: the paper
+    # Whether biases and scales of normalization are pruned, too. If not, they are kept
+    # where they are at most half of what is kept.
+    vectors: bool = False
     mode: Mode = "quantile"
-    score: ScoreName = "guidance"  # guidance: the paper; saliency: weight x movement
+    # guidance: the paper; saliency: weight x movement; staged: saliency in the first
+    # mask, and in later ones the size of the weights as they are then.
+    score: ScoreName = "staged"
     normalization: Normalization = "client"  # global: the paper's Eq. 3
-    population_weight: Share = 0.8  # weight of all explorers; 0: the paper
+    population_weight: Share = 1.0  # weight of all explorers; 0: the paper
     floor: Share = 0.01  # least share of every tensor that is kept
     exclude: Several[str] = ()  # name patterns that are never pruned
     # Names of the trainable parameters. None: those of the model, if it is given; else
@@ -144,14 +157,10 @@ class PruningSettings(Group):
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # trimmed-mean: share at each end
     agreement: Agreement = "none"  # of clients, mixed into the score
     agreement_weight: Share = 0.5  # its share of the score
-    # Share of a layer's kept weights that is exchanged at first: small weights for
-    # such with large gradients at the sampled clients. 0: none.
-    refresh: Share = 0.0
-    # Rounds from one exchange to the next, and the last that may. None: a tenth and
-    # half of a run's rounds; where their number is not known, 10, and no end.
-    refresh_every: AtLeastOne | None = None
-    refresh_until: Count | None = None
     units: Share = 0.0  # share of what is pruned that falls on whole units
+    # Share of the dense multiply-accumulates that the clients' network may need. Units
+    # go by score per cost until it is reached, in place of `units`. None: no target.
+    operations: PositiveShare | None = None
     min_units: AtLeastOne = 1  # least units of every group that are kept
     unit_multiple: AtLeastOne = 1  # groups are cut to multiples of this; 8 is faster
 
@@ -170,12 +179,6 @@ class PruningSettings(Group):
             raise ValueError(
                 f"`combination` {self.combination} needs `normalization` client: with "
                 f"{self.normalization} one explorer sets the scale of all"
-            )
-        if self.refresh and (self.population_weight < 1 or self.agreement == "sign"):
-            raise ValueError(
-                "`refresh` exchanges weights of one mask for all rounds, so it needs "
-                "`population_weight` 1, and `agreement` none or vote, got "
-                f"{self.population_weight} and {self.agreement!r}"
             )
         if self.agreement != "none" and self.mode == "value":
             raise ValueError(
@@ -281,19 +284,16 @@ class Settings(Group):
                 "strategy.fraction-evaluate > 0 needs data.holdout > 0: the share of a "
                 "client's samples that it does not train on"
             )
-        gradients = self.pruning.refresh or self.strategy.name in _ASK_FOR_GRADIENTS
+        gradients = self.strategy.name in _ASK_FOR_GRADIENTS
         if self.exploration.privacy_noise and gradients:
             raise ValueError(
-                "exploration.privacy-noise covers guidance, not gradients: set "
-                "pruning.refresh=0, and a strategy.name other than "
-                f"{list(_ASK_FOR_GRADIENTS)}"
+                "exploration.privacy-noise covers guidance, not gradients: set a "
+                f"strategy.name other than {list(_ASK_FOR_GRADIENTS)}"
             )
         half, twentieth = self.rounds // 2, max(1, self.rounds // 20)
         self._resolve("data", holdout=0.2 if evaluates else 0.0)
         self._resolve("baselines", until=half, every=twentieth)
-        self._resolve(
-            "pruning", refresh_until=half, refresh_every=max(1, self.rounds // 10)
-        )
+        self._resolve("pruning", gradual_rounds=half)
         return self
 
     def _resolve(self, group: str, **defaults: float) -> None:

@@ -28,8 +28,8 @@ Mask: TypeAlias = NDArray[np.bool_]
 #: Parameter name -> mask.
 Masks: TypeAlias = Mapping[str, Mask]
 
-#: Type of the kept values on the wire.
-ValueType: TypeAlias = Literal["float32", "float16"]
+#: Type of the kept values on the wire; int8 with a scale for each block of them.
+ValueType: TypeAlias = Literal["float32", "float16", "int8"]
 
 #: How explorers' matrices are normalized (Eq. 3).
 Normalization: TypeAlias = Literal["client", "global", "layer"]
@@ -37,8 +37,12 @@ Normalization: TypeAlias = Literal["client", "global", "layer"]
 #: How explorers' matrices are combined: the mean, or a robust estimate.
 Combination: TypeAlias = Literal["mean", "median", "trimmed-mean"]
 
-#: The score by which parameters are kept.
-ScoreName: TypeAlias = Literal["guidance", "saliency"]
+#: The score by which parameters are kept: the paper's, weight x movement, or that in
+#: the first mask and the weight alone in later ones.
+ScoreName: TypeAlias = Literal["guidance", "saliency", "staged"]
+
+#: How layers share what is kept: one cut for all scores, or LAMP's (arXiv:2010.07611).
+Balance: TypeAlias = Literal["global", "lamp"]
 
 #: The meaning of the pruning threshold (Eq. 4).
 Mode: TypeAlias = Literal["quantile", "value", "compression"]

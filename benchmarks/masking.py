@@ -10,6 +10,7 @@ float32 models. 500 explorers need 12 GB of disk.
 """
 
 import argparse
+import itertools
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -52,7 +53,8 @@ def main() -> None:
     parser.add_argument("--explorers", type=int, action="append")
     parser.add_argument("--units", type=float, default=0.0)
     arguments = parser.parse_args()
-    chosen = PruningSettings(units=arguments.units)
+    # The density falls in every call, so that every call makes a mask.
+    chosen = PruningSettings(units=arguments.units, gradual_rounds=10_000)
     model = models.build(**RESNET50, seed=0)
     found = units.trace(model, torch.zeros(1, *RESNET50["input_shape"]))
     arrays, names = arrays_of()
@@ -94,9 +96,12 @@ def main() -> None:
             pruner.masks(range(SAMPLED), weights, 1)
             peak = tracemalloc.get_traced_memory()[1] - before
             tracemalloc.stop()
+            rounds = itertools.count(2)
             result[f"explorers_{explorers}"] = {
                 **paired(
-                    lambda pruner=pruner: pruner.masks(range(SAMPLED), weights, 1),
+                    lambda pruner=pruner, rounds=rounds: pruner.masks(
+                        range(SAMPLED), weights, next(rounds)
+                    ),
                     lambda: fedavg.aggregate_train(1, messages),
                     pairs=15,
                 ),

@@ -2,7 +2,7 @@
 
     python benchmarks/poison.py --data-dir PATH
 
-Preset `short-mnist`, 20 explorers, unstructured pruning, no warm start, no refresh.
+Preset `short-mnist`, 20 explorers, unstructured pruning, one mask from guidance alone.
 Client 0 lies about its guidance. The mask is compared with that of a run in which its
 answer is lost. `honest` is the change when the client tells the truth. The accuracy is
 meaningful only after many rounds: --rounds 80.
@@ -27,7 +27,11 @@ from autoflip_flwr.method import mask
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire import records as wire
 
-SETTINGS = "exploration.warm-start=false pruning.refresh=0 pruning.units=0"
+SETTINGS = (
+    "exploration.warm-start=false exploration.epochs=5 pruning.units=0 "
+    "pruning.score=guidance pruning.gradual-rounds=0 pruning.balance=global "
+    "pruning.vectors=true"
+)
 COMBINATIONS = ("mean", "median", "trimmed-mean")
 
 

@@ -53,6 +53,7 @@ from autoflip_flwr import (
     FedDST,
     Magnitude,
     PruneFL,
+    Pruner,
     PruningSettings,
     Random,
     data,
@@ -175,6 +176,21 @@ def _autoflip(**settings: Any) -> Make:
     return make
 
 
+class Gradual(Pruner):
+    """Gradual magnitude pruning (Zhu and Gupta, arXiv:1710.01878), layers as LAMP.
+
+    It has AutoFLIP's schedule, and with a warm start its exploration: what is left of
+    AutoFLIP without guidance.
+    """
+
+    def masks(self, sampled: Any, weights: Any, server_round: int) -> Any:
+        """Judge the weights anew while the density falls."""
+        del sampled
+        sizes = {name: np.abs(value) for name, value in weights.items()}
+        threshold = self.threshold_of(server_round)
+        return self.cut(sizes, threshold=threshold, balance="lamp")
+
+
 #: Name -> (share to prune, seed) -> strategy. A warm baseline has the same exploration
 #: as AutoFLIP and begins where the explorers on average ended.
 ARMS: dict[str, Make] = {
@@ -185,6 +201,8 @@ ARMS: dict[str, Make] = {
     "autoflip": _autoflip(),
     "magnitude": _baseline(lambda: Magnitude(dense_rounds=2)),
     "magnitude-warm": _baseline(lambda: Magnitude(dense_rounds=0), warm=True),
+    "gradual": _baseline(Gradual),
+    "gradual-warm": _baseline(Gradual, warm=True),
     "random": _baseline(Random),
     "random-warm": _baseline(Random, warm=True),
     "ssfl": _baseline(SSFL),
@@ -343,7 +361,6 @@ class Job:
     pruned: float
     seed: int
     rate: float
-    validates: bool = False  # the run that chooses the learning rate
 
 
 def one(job: Job, folder: str) -> dict[str, Any]:
@@ -419,13 +436,17 @@ def _run(jobs: list[Job], path: Path, folder: str, workers: int) -> None:
             bar.advance(task)
 
 
-def _best_rates(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float], float]:
+def _best_rates(
+    rows: list[dict[str, Any]], seed: int
+) -> dict[tuple[str, str, float], float]:
+    """Return cell, arm and share -> the rate with the best validation accuracy."""
     best: dict[tuple[str, str, float], dict[str, Any]] = {}
     for row in rows:
         key = row["cell"], row["arm"], row["pruned"]
+        worst = {"validation": -1}
         if (
-            row["validates"]
-            and row["validation"] > best.get(key, {"validation": -1})["validation"]
+            row["seed"] == seed
+            and row["validation"] > best.get(key, worst)["validation"]
         ):
             best[key] = row
     return {key: row["rate"] for key, row in best.items()}
@@ -446,7 +467,7 @@ def run(arguments: argparse.Namespace) -> None:
     first = arguments.seeds[0]
     _run(
         [
-            Job(cell.name, arm, pruned, first, rate, True)
+            Job(cell.name, arm, pruned, first, rate)
             for cell, arm, pruned in wanted
             for rate in RATES[cell.optimizer]
         ],
@@ -454,7 +475,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.data_dir,
         arguments.workers,
     )
-    rates = _best_rates(_read(path))
+    rates = _best_rates(_read(path), first)
     _run(
         [
             Job(cell.name, arm, pruned, seed, rates[cell.name, arm, pruned])
@@ -468,14 +489,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _cells(
-    rows: list[dict[str, Any]], pruned: float
+    rows: list[dict[str, Any]], pruned: float, seeds: list[int]
 ) -> Iterator[tuple[str, str, dict]]:
-    """Yield role, cell and arm -> accuracies by seed."""
-    rows = [r for r in rows if not r["validates"] and r["pruned"] in (pruned, 0.0)]
+    """Yield role, cell and arm -> accuracies by seed, at the chosen rates."""
+    rates = _best_rates(rows, seeds[0])
     for cell in CELLS:
         own: dict[str, dict[int, float]] = {}
         for row in rows:
-            if row["cell"] == cell.name:
+            key = row["cell"], row["arm"], row["pruned"]
+            right = row["seed"] in seeds and row["pruned"] in (pruned, 0.0)
+            if row["cell"] == cell.name and right and row["rate"] == rates.get(key):
                 own.setdefault(row["arm"], {})[row["seed"]] = row["test"]
         if own:
             yield cell.role, cell.name, own
@@ -487,7 +510,7 @@ def table(arguments: argparse.Namespace) -> None:
     for pruned in arguments.pruned:
         regrets: dict[str, list[float]] = {}
         ranks: dict[str, list[int]] = {}
-        for role, name, own in _cells(rows, pruned):
+        for role, name, own in _cells(rows, pruned, arguments.seeds):
             means = {arm: statistics.mean(v.values()) for arm, v in own.items()}
             baselines = {a: m for a, m in means.items() if not a.startswith("dense")}
             best = max((a for a in baselines if a != arguments.ours), key=baselines.get)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flat import PLAIN
 from numpy.testing import assert_allclose, assert_array_equal
 from preparing import added, prepared
 
@@ -21,7 +22,13 @@ def explorer(*values):
 
 
 def pruner_of(directory, explorers, **settings):
-    chosen = {"threshold": 0.5, "population_weight": 1.0, "floor": 0.0, **settings}
+    chosen = {
+        **PLAIN,
+        "threshold": 0.5,
+        "population_weight": 1.0,
+        "floor": 0.0,
+        **settings,
+    }
     pruner = prepared(AutoFlipPruner(), INITIAL, PruningSettings(**chosen), directory)
     for node_id, frame in enumerate(explorers):
         added(pruner, node_id, frame, 1.0, INITIAL)

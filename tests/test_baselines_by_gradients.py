@@ -27,7 +27,6 @@ from torch import nn
 
 from autoflip_flwr import AutoFlipMod
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
-from autoflip_flwr.method.exchange import adjusted
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners.gradients import (
     SSFL,
@@ -267,16 +266,6 @@ def test_feddst_that_replaces_all_goes_by_the_gradient_alone():
     pruner = prepared(FedDST(replaced=1.0), initial, pruning(1 / 5))
     added(pruner, 11, codec.quantize({"w": rows([5, 4, 3, 1, 2])}), 1.0, initial)
     assert_array_equal(pruner.masks([], initial, 2)["w"], [[1, 1, 1, 0, 1]])
-
-
-def test_an_exchange_grows_no_more_than_there_is():
-    keep = np.array([False, True, True, True, True])
-    size, gradient = np.arange(1, 6, dtype=np.float32), np.ones(5, np.float32)
-    # all four kept ones were to be replaced, but one was pruned: it takes 2's place
-    assert_array_equal(adjusted(keep, size, gradient, 1.0), [1, 0, 1, 1, 1])
-    # nothing may grow: nothing goes
-    found = adjusted(keep, size, gradient, 1.0, free=np.zeros(5, np.bool_))
-    assert_array_equal(found, keep)
 
 
 @pytest.mark.parametrize(

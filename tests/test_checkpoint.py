@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from inprocess import LocalGrid, OneByOne, net, only_in, plain_net, toy_app
 from numpy.testing import assert_array_equal
 
-from autoflip_flwr import AutoFLIP
+from autoflip_flwr import AutoFLIP, PruningSettings
 from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.server.checkpoint import Checkpointed, read, write
 
@@ -223,11 +223,15 @@ MAKES = {
     "sign": pruning(agreement="sign"),
     "some explore": pruning(exploration_fraction=0.5),
     "every": pruning(exploration_every=2),
-    "warm, refresh": pruning(
-        warm_start=True, population_weight=1.0, refresh=0.5, refresh_every=1
+    "default": lambda folder: AutoFLIP(
+        inner(),
+        pruning=PruningSettings(gradual_rounds=4),
+        store=folder / "guidance",
+        seed=0,
     ),
     "saliency": pruning(score="saliency", normalization="layer"),
     "float16": pruning(values="float16"),
+    "int8": pruning(values="int8"),
     **{
         method: pruning(method=method)
         for method in ("random", "magnitude", "ssfl", "prunefl", "feddst")
@@ -250,7 +254,7 @@ def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
     assert list(result.train_metrics_clientapp) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", ["AutoFLIP", "warm, refresh", "ssfl", "some explore"])
+@pytest.mark.parametrize("name", ["AutoFLIP", "default", "ssfl", "some explore"])
 @pytest.mark.parametrize("answers", range(1, 6))
 def test_killed_while_clients_explore_only_the_others_are_asked_again(
     name, answers, tmp_path

@@ -67,8 +67,7 @@ def test_three_real_nodes_end_with_the_weights_of_one_process(tmp_path):
     overrides = (
         "rounds=2 strategy.fraction-train=1.0 strategy.min-nodes=3 "
         "strategy.fraction-evaluate=1.0 data.holdout=0.2 data.classes-per-client=4 "
-        "pruning.units=0.8 exploration.warm-start=true "
-        "pruning.refresh=0.3 pruning.refresh-every=1 pruning.refresh-until=2"
+        "pruning.units=0.8"
     )
     real, whole = tmp_path / "real", tmp_path / "whole"
     with deployment(tmp_path / "home", partitions(3)) as flower:

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from flat import flat
+from flat import PLAIN, flat
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from inprocess import LocalGrid, net, only_in, run, toy_app
@@ -54,6 +54,9 @@ def valid(seed=0):
     values = {n: arrays[n] for n in SHAPES}
     squares = {n: np.square(v) for n, v in values.items()}
     npy = Array(np.asarray(arrays["fc"])).data
+
+    def finite(found, frame):
+        assert all(np.isfinite(value).all() for value in found.values())
 
     def kept(found, frame):
         assert all(np.isfinite(value).all() for value in found.values())
@@ -106,8 +109,10 @@ def valid(seed=0):
     mask, kept_values = codec.pack_mask(masks), codec.encode(values, masks)
     told = plan.entries("train")[MANIFEST]
     decode = partial(codec.decode, mask=masks, fill=dense)
+    decode_bytes = partial(decode, dtype="int8")
     return {
         "values": (kept_values, decode, kept),
+        "int8": (codec.encode(values, masks, dtype="int8"), decode_bytes, finite),
         "guidance": (
             codec.quantize(squares),
             partial(codec.dequantize, shapes=SHAPES),
@@ -415,7 +420,12 @@ def test_robust_guidance_divides_by_each_clients_mean_first():
 
 def pruner_of(folder, guidance, **settings):
     initial = {n: np.ones(s, np.float32) for n, s in SMALL_SHAPES.items()}
-    chosen = {"threshold": 0.5, "population_weight": 1.0, "floor": 0.0} | settings
+    chosen = {
+        **PLAIN,
+        "threshold": 0.5,
+        "population_weight": 1.0,
+        "floor": 0.0,
+    } | settings
     pruner = prepared(AutoFlipPruner(), initial, PruningSettings(**chosen), folder)
     pruner.start()
     for node, matrix in enumerate(guidance):

@@ -17,7 +17,7 @@ from test_legacy import options, serve
 from test_structured import SCORES, mlp
 from torch import nn
 
-from autoflip_flwr import AutoFLIP, masked, units
+from autoflip_flwr import AutoFLIP, PruningSettings, masked, units
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.method import mask
 from autoflip_flwr.server import legacy
@@ -330,3 +330,40 @@ def test_the_summary_says_how_much_falls_on_units(caplog):
     with caplog.at_level(logging.INFO, logger="flwr"):
         hybrid().summary()
     assert "units=0.7" in caplog.text
+
+
+# --- a target of operations -----------------------------------------------------------
+
+
+def test_clients_need_at_most_the_operations_that_were_asked_for():
+    """The share falls with the density: 40 of 100 pruned first, then 70."""
+    strategy = AutoFLIP(
+        threshold=0.7,
+        model=plain_net(),
+        example_inputs=ONE,
+        pruning=PruningSettings(operations=0.4, gradual_rounds=1),
+    )
+    shares = []
+
+    def note(server_round, arrays):
+        if server_round:
+            every = strategy.rounds.units
+            used = every.used(strategy.rounds.plan.masks)
+            shares.append(every.operations(used) / every.operations())
+
+    run(
+        strategy, LocalGrid(toy_app(plain_net), NODES), plain_net(), 3, after_round=note
+    )
+    assert shares[1] == shares[2] <= 0.4 < shares[0] <= 1 - 0.4 / 0.7 * 0.6
+    assert strategy.rounds.density == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_target_of_operations_needs_the_model_and_one_that_can_be_reached():
+    target = PruningSettings(operations=0.4)
+    with pytest.raises(SettingsError, match=r"operations: pruning whole units needs"):
+        AutoFLIP(pruning=target)
+    strategy = AutoFLIP(
+        threshold=0.1, model=plain_net(), example_inputs=ONE, pruning=target
+    )
+    with pytest.raises(MaskError, match=r"operations: expected a share .* got 0\.4"):
+        run(strategy, LocalGrid(toy_app(plain_net), NODES), plain_net(), 1)

@@ -1,6 +1,5 @@
-"""Who explores, and what becomes of it: late nodes, warm start, refresh."""
+"""Who explores, and what becomes of it: late nodes, warm start."""
 
-import itertools
 import logging
 import math
 
@@ -33,23 +32,19 @@ from inprocess import (
     net,
     nudging_app,
     only_in,
-    plain_net,
     run,
     state_of,
     toy_app,
     values_in,
 )
 from numpy.testing import assert_allclose, assert_array_equal
-from preparing import added, prepared
 
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.errors import (
     ExplorationError,
     SettingsError,
 )
-from autoflip_flwr.method.mask import change
-from autoflip_flwr.pruners import AutoFlipPruner
-from autoflip_flwr.settings import BaselineSettings, PruningSettings
+from autoflip_flwr.settings import BaselineSettings
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire import records as wire
 
@@ -80,7 +75,8 @@ def test_every_explorer_starts_from_the_same_initial_weights_even_a_late_one():
         if server_round == 1:
             grid.join(99, {"partition-id": 7})
 
-    run(AutoFLIP(FedAvg(fraction_evaluate=0)), grid, model, 3, after_round=join)
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), **flat())
+    run(strategy, grid, model, 3, after_round=join)
     assert grid.nodes("explore") == [11, 12, 13, 99]
     late = next(
         i for i, s in enumerate(grid.down) if (s.phase, s.node_id) == ("explore", 99)
@@ -99,7 +95,8 @@ def test_a_node_that_joins_later_explores_only_when_it_is_sampled():
             for i in range(8):
                 grid.join(100 + i, {"partition-id": i})
 
-    run(AutoFLIP(FedAvg(**some_of(0.2))), grid, net(), 3, after_round=join)
+    strategy = AutoFLIP(FedAvg(**some_of(0.2)), **flat())
+    run(strategy, grid, net(), 3, after_round=join)
     trained = set(grid.nodes("train"))
     explored = grid.nodes("explore")
     assert sorted(explored) == sorted(set(explored)), "nobody explores twice"
@@ -437,114 +434,6 @@ def test_exploring_again_does_not_move_the_weights():
     ]
     assert first.config["autoflip.measure"] == "update"
     assert second.config["autoflip.measure"] == "deviation"
-
-
-# --- refresh --------------------------------------------------------------------------
-
-
-def refreshing(**settings):
-    chosen = {"population_weight": 1.0, "threshold": 0.6, "refresh": 0.5} | settings
-    return AutoFLIP(
-        FedAvg(fraction_evaluate=0, fraction_train=0.6),
-        **flat(refresh_every=2, refresh_until=5, seed=0, **chosen),
-    )
-
-
-def test_a_refresh_asks_the_sampled_for_gradients_of_the_masked_model():
-    model = net()
-    grid = LocalGrid(toy_app(), NODES)
-    strategy = refreshing()
-    masks = []
-    run(
-        strategy,
-        grid,
-        model,
-        8,
-        after_round=lambda *_: masks.append(
-            dict(strategy.rounds.plan.masks) if strategy.rounds.plan else None
-        ),
-    )
-    explored = [s for s in grid.down if s.phase == "explore"]
-    asked = [s for s in explored if s.config["autoflip.measure"] == "gradient"]
-    assert len(explored) - len(asked) == len(NODES)
-    assert {s.config["server-round"] for s in asked} == {3, 5}
-    for sent in asked:
-        trained = [
-            s.node_id
-            for s in grid.down
-            if s.phase == "train"
-            and s.config["server-round"] == sent.config["server-round"]
-        ]
-        assert sent.node_id in trained
-        assert "autoflip.values" in sent.arrays, "kept values travel"
-        assert "0.weight" not in sent.arrays
-    sizes = {sum(int(k.sum()) for k in m.values()) for m in masks[1:]}
-    assert len(sizes) == 1, "the density stays"
-    changed = [change(a, b) > 0 for a, b in itertools.pairwise(masks[1:])]
-    assert changed == [False, True, False, True, False, False, False]
-
-
-def test_a_refresh_drops_the_smallest_and_grows_the_steepest_by_hand(tmp_path):
-    initial = {"w": np.float32([[1, 2, 3, 4, 5, 6]]), "b": np.float32([1, 1])}
-    pruner = prepared(
-        AutoFlipPruner(),
-        initial,
-        PruningSettings(
-            threshold=0.25, population_weight=1.0, refresh=0.5, refresh_every=1
-        ),
-        tmp_path,
-    )
-    assert pruner.asks(1, connected=[7], sampled=[7]).measure == "deviation"
-    far = {"w": np.float32([[9, 9, 9, 9, 1, 1]]), "b": np.float32([9, 9])}
-    added(pruner, 7, codec.quantize(far), 1.0, initial)
-    first = pruner.masks([7], initial, 1)
-    assert_array_equal(first["w"], [[1, 1, 1, 1, 0, 0]])
-    ask = pruner.asks(2, connected=[7], sampled=[7])
-    assert (ask.measure, ask.current) == ("gradient", True)
-    steep = {"w": np.float32([[9, 9, 9, 9, 2, 3]]), "b": np.float32([0, 0])}
-    added(pruner, 7, codec.quantize(steep), 1.0, initial)
-    now = {"w": np.float32([[-3, 0.5, 2, -1, 0, 0]]), "b": np.float32([0, 0])}
-    # half of four go, |0.5| and |-1|; both that were pruned come
-    second = pruner.masks([7], now, 2)
-    assert_array_equal(second["w"], [[1, 0, 1, 0, 1, 1]])
-    assert_array_equal(second["b"], first["b"])
-    assert pruner.asks(3, connected=[7], sampled=[]) is not None
-    assert pruner.masks([7], now, 3) is second, "nobody answered: the mask stays"
-    # a newcomer explores: its guidance is kept, the exchange is not undone
-    assert pruner.asks(4, connected=[7, 8], sampled=[8]).measure == "deviation"
-    added(pruner, 8, codec.quantize(far), 1.0, initial)
-    assert pruner.masks([8], now, 4) is second
-    assert pruner.explorers == 2
-
-
-def test_a_refresh_leaves_dead_units_dead():
-    strategy = refreshing(
-        units=0.8, model=plain_net(), example_inputs=torch.zeros(1, 6), threshold=0.7
-    )
-    masks = []
-    run(
-        strategy,
-        LocalGrid(toy_app(plain_net), NODES),
-        plain_net(),
-        6,
-        after_round=lambda *_: masks.append(
-            dict(strategy.rounds.plan.masks) if strategy.rounds.plan else None
-        ),
-    )
-    units = strategy.rounds.units
-    used = [units.used(each) for each in masks[1:]]
-    assert not used[0].all()
-    assert change(masks[1], masks[-1]) > 0
-    for each in used[1:]:
-        assert not (each & ~used[0]).any()
-
-
-@pytest.mark.parametrize(
-    "settings", [{"population_weight": 0.8}, {"agreement": "sign"}]
-)
-def test_a_refresh_needs_one_mask_for_all_rounds(settings):
-    with pytest.raises(SettingsError, match=r"refresh exchanges"):
-        refreshing(**settings)
 
 
 def test_a_baseline_may_have_the_same_warm_start():

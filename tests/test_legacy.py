@@ -178,15 +178,18 @@ def names_of(make):
     ],
     ids=["FedAvg", "FedAvgM", "FedAdam"],
 )
-@pytest.mark.parametrize("population_weight", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("population_weight", "values"), [(1.0, "int8"), (0.0, "float32")]
+)
 def test_the_weights_are_those_of_the_message_api(
-    older, newer, same, population_weight
+    older, newer, same, population_weight, values
 ):
     # Weights break the ties that one-byte guidance has and a sum in another order cuts.
     pruning = {
         "threshold": 0.6,
         "population_weight": population_weight,
         "score": "saliency",
+        "values": values,
     }
     expected, _ = run(
         autoflip_flwr.AutoFLIP(
@@ -212,7 +215,8 @@ def test_the_weights_are_those_of_the_message_api(
 def test_with_nothing_pruned_the_weights_are_the_older_strategys():
     dense, pruned = [], []
     serve(FedAvg(**options(net, dense)))
-    serve(AutoFLIP(FedAvg(**options(net, pruned)), model=net(), threshold=0))
+    plain = flat(threshold=0.0)
+    serve(AutoFLIP(FedAvg(**options(net, pruned)), model=net(), **plain))
     for ours, theirs in zip(pruned, dense, strict=True):
         for name, value, other in zip(names_of(net), ours, theirs, strict=True):
             if name.endswith("num_batches_tracked"):
@@ -296,7 +300,8 @@ def test_an_optimizer_on_the_server_sees_no_gradient_where_a_round_pruned(
 
 
 def test_the_mask_travels_as_bytes_in_the_config_and_values_as_one_tensor():
-    strategy = AutoFLIP(FedAvg(**options(net)), model=net(), threshold=0.5)
+    plain = flat(threshold=0.5)
+    strategy = AutoFLIP(FedAvg(**options(net)), model=net(), **plain)
     _, proxies = serve(strategy, rounds=2)
     for proxy in proxies:
         explore, train, evaluate, *_ = proxy.down
@@ -356,7 +361,7 @@ def test_evaluating_clients_get_the_masked_model():
 def test_a_config_hands_the_mask_to_the_client():
     calls = []
     serve(
-        AutoFLIP(FedAvg(**options(net)), model=net(), threshold=0.5),
+        AutoFLIP(FedAvg(**options(net)), model=net(), **flat(threshold=0.5)),
         rounds=1,
         calls=calls,
     )

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.method import mask
@@ -403,3 +403,84 @@ def test_the_cut_of_a_large_model_is_exact(threshold, ties):
     kept = np.concatenate([keep.ravel() for keep in masks.values()])
     assert kept.size - kept.sum() == round(threshold * kept.size)
     assert everything[kept].min() >= everything[~kept].max()
+
+
+# --- LAMP -----------------------------------------------------------------------------
+
+
+def lamp(scores, kept, **more):
+    total = sum(np.size(score) for score in scores.values())
+    masks = mask.from_scores(scores, threshold=1 - kept / total, balance="lamp", **more)
+    return {name: np.flatnonzero(keep).tolist() for name, keep in masks.items()}
+
+
+def test_lamp_by_hand():
+    """1/14, 4/13 and 1 in one layer, 100/500 and 1 in the other."""
+    scores = {"small": np.float32([1, 3, 2]), "large": np.float32([20, 10])}
+    assert lamp(scores, 2) == {"small": [1], "large": [0]}
+    assert lamp(scores, 3) == {"small": [1, 2], "large": [0]}
+    assert lamp(scores, 4) == {"small": [1, 2], "large": [0, 1]}
+    masks = mask.from_scores(scores, threshold=0.4)
+    assert masks["small"].tolist() == [False, True, False], "one cut for all"
+
+
+def test_lamp_keeps_to_floors_whole_tensors_and_units():
+    scores = {"a": np.float32([1, 2, 3, 4]), "b": np.float32([1, 1, 1, 9])}
+    assert lamp(scores, 3) == {"a": [2, 3], "b": [3]}
+    assert {n: len(v) for n, v in lamp(scores, 4).items()} == {"a": 3, "b": 1}
+    assert {n: len(v) for n, v in lamp(scores, 4, floor=0.5).items()} == {
+        "a": 2,
+        "b": 2,
+    }
+    assert lamp(scores, 5, whole=["b"]) == {"a": [3], "b": [0, 1, 2, 3]}
+    units = {"a": np.array([True, True, False, False]), "b": np.ones(4, np.bool_)}
+    assert lamp(scores, 2, units=units) == {"a": [1], "b": [3]}
+
+
+def reference_lamp(scores, kept):
+    """How many entries of each tensor are among the `kept` largest LAMP scores."""
+    every = []
+    for row, score in enumerate(scores.values()):
+        squares = np.sort(np.square(score.astype(np.float64)).reshape(-1))[::-1]
+        every += [(s, row) for s in squares / np.cumsum(squares)]
+    rows = [row for _, row in sorted(every, reverse=True)[:kept]]
+    return np.bincount(rows, minlength=len(scores))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+def test_lamp_is_that_of_the_paper_to_a_hundredth(share):
+    rng = np.random.default_rng(0)
+    scores = {
+        "narrow": rng.normal(0, 1, (300, 20)),
+        "tiny": rng.normal(0, 1e-6, (50, 50)),
+        "heavy": rng.lognormal(0, 2, 4000),
+    }
+    scores = {n: np.abs(v).astype(np.float32) for n, v in scores.items()}
+    total = sum(v.size for v in scores.values())
+    masks = mask.from_scores(scores, threshold=1 - share, balance="lamp")
+    found = [int(keep.sum()) for keep in masks.values()]
+    assert sum(found) == total - round((1 - share) * total)
+    expected = reference_lamp(scores, sum(found))
+    assert_allclose(found, expected, atol=0.01 * total)
+    for name, keep in masks.items():  # the largest of each
+        assert scores[name][keep].min() >= scores[name][~keep].max(initial=0)
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.integers(0, 99),
+)
+def test_lamp_keeps_exactly_as_many_even_of_zeros_and_infinities(
+    sizes, threshold, floor, seed
+):
+    rng = np.random.default_rng(seed)
+    odd = np.float32([0, 0, 1e-30, 1, 3e38, np.inf])
+    scores = {f"t{i}": rng.choice(odd, size) for i, size in enumerate(sizes)}
+    kept = sum(sizes) - round(threshold * sum(sizes))
+    assume(sum(math.ceil(floor * size) for size in sizes) <= kept)
+    masks = mask.from_scores(scores, threshold=threshold, floor=floor, balance="lamp")
+    assert sum(int(keep.sum()) for keep in masks.values()) == kept
+    for keep in masks.values():
+        assert keep.sum() >= math.ceil(floor * keep.size)

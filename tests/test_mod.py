@@ -359,7 +359,7 @@ def test_a_broken_message_of_ours_is_an_error_that_names_the_entry(entry, value)
 def test_masks_from_reads_the_mask_of_a_message_and_of_its_config():
     model, messages = messages_of("train")
     grid = LocalGrid(toy_app(), NODES)
-    run(AutoFLIP(threshold=0.6), grid, net(), 1)
+    run(AutoFLIP(**flat(threshold=0.6)), grid, net(), 1)
     expected = masks_in(next(s for s in grid.down if s.phase == "train"), model)
     for source in (messages[0], dict(messages[0].content["config"])):
         masks = masks_from(source)

@@ -124,7 +124,6 @@ def test_a_private_client_tells_nothing_else(caplog):
     [
         ("exploration.privacy-clip=1", "go together"),
         ("exploration.warm-start=true", "signs of the updates without noise"),
-        ("pruning.refresh=0.3", "not gradients"),
         ("strategy.name=ssfl", "not gradients"),
     ],
 )

@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from flat import PLAIN
 from numpy.testing import assert_array_equal
 from preparing import added, prepared
 
@@ -37,7 +38,7 @@ def dense(node_id):
 
 
 def pruner_of(directory, explorers=(), **settings):
-    chosen = {"threshold": 0.7, "floor": 0.0, "score": "guidance", **settings}
+    chosen = {**PLAIN, "threshold": 0.7, "floor": 0.0, **settings}
     pruner = prepared(AutoFlipPruner(), INITIAL, PruningSettings(**chosen), directory)
     for node_id in explorers:
         added(pruner, node_id, frame(node_id), 1.0, INITIAL)
@@ -107,6 +108,26 @@ def test_saliency_weighs_the_guidance_with_the_initial_weights(tmp_path, mu):
     assert_keeps_the_best(masks_of(pruner, [1]), expected, pruned=round(0.7 * TOTAL))
     again = masks_of(pruner, [1])  # scores are written in place: not into what is held
     assert_keeps_the_best(again, expected, pruned=round(0.7 * TOTAL))
+
+
+def test_staged_masks_go_by_saliency_first_and_by_the_weights_later(tmp_path):
+    """Density 0.6, then 0.3; a weight that was pruned is zero and stays pruned."""
+    settings = {"score": "staged", "gradual_rounds": 1, "population_weight": 1.0}
+    pruner = pruner_of(tmp_path, [0, 1], **settings)
+    assert pruner.asks(1, connected=[0], sampled=[0]) is not None
+    first = pruner.masks([0], INITIAL, 1)
+    expected = reference_scores([0, 1], [0], "client", 1.0, score="saliency")
+    assert_keeps_the_best(first, expected, pruned=round(0.4 * TOTAL))
+    assert pruner.asks(2, connected=[0], sampled=[0, 9]) is None, "9 need not explore"
+    rng = np.random.default_rng(3)
+    trained = {n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
+    trained = mask.apply(trained, first)
+    later = pruner.masks([0], trained, 2)
+    sizes = {name: np.abs(value) for name, value in trained.items()}
+    assert_keeps_the_best(later, sizes, pruned=round(0.7 * TOTAL))
+    assert all((first[name] | ~keep).all() for name, keep in later.items())
+    assert pruner.kept_guidance.size == TOTAL - round(0.7 * TOTAL)
+    assert pruner.masks([0], INITIAL, 3) is later, "the density does not fall any more"
 
 
 def test_value_and_floor_reach_the_mask(tmp_path):

@@ -52,12 +52,14 @@ def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+OVERRIDES = "data.holdout=0.2 strategy.fraction-evaluate=1 pruning.gradual-rounds=0"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One finished run, looked at by many tests."""
     folder = tmp_path_factory.mktemp("runs") / "new" / "one"
-    grid = go(folder, "data.holdout=0.2 strategy.fraction-evaluate=1")
-    return folder, grid
+    return folder, go(folder, OVERRIDES)
 
 
 def test_settings_are_written_resolved_and_are_a_preset_again(finished):
@@ -68,9 +70,7 @@ def test_settings_are_written_resolved_and_are_a_preset_again(finished):
     assert written["data"]["max-samples"] == 120
     assert written["pruning"]["population-weight"] == 1.0
     assert written["training"]["optimizer"] == "sgd"
-    expected = load(
-        "quickstart", f"{SMALL} data.holdout=0.2 strategy.fraction-evaluate=1"
-    )
+    expected = load("quickstart", f"{SMALL} {OVERRIDES}")
     assert written == yaml.safe_load(expected.as_yaml())
 
 

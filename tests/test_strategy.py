@@ -54,6 +54,7 @@ from autoflip_flwr.errors import (
     AutoFlipError,
     SettingsError,
 )
+from autoflip_flwr.settings import BaselineSettings
 
 NODES = [11, 12, 13, 14, 15]
 
@@ -74,7 +75,9 @@ def some_of(fraction=0.4):
 def test_with_nothing_pruned_every_global_model_is_the_inner_strategys(make_inner):
     dense, _ = run(make_inner(), LocalGrid(toy_app(mods=[]), NODES), net())
     pruned, _ = run(
-        AutoFLIP(make_inner(), threshold=0), LocalGrid(toy_app(), NODES), net()
+        AutoFLIP(make_inner(), **flat(threshold=0.0)),
+        LocalGrid(toy_app(), NODES),
+        net(),
     )
     assert len(pruned) == len(dense) == 4
     for ours, theirs in zip(pruned, dense, strict=True):
@@ -137,7 +140,7 @@ TRAVELLING = [
 ]
 
 
-@pytest.mark.parametrize("values", ["float32", "float16"])
+@pytest.mark.parametrize("values", ["float32", "float16", "int8"])
 @pytest.mark.parametrize(("make", "app"), TRAVELLING)
 def test_messages_cost_the_kept_values_the_mask_and_the_buffers(make, app, values):
     model = make()
@@ -153,18 +156,40 @@ def test_messages_cost_the_kept_values_the_mask_and_the_buffers(make, app, value
     down = [nbytes(s.content) for s in grid.down if s.phase == "train"]
     up = [nbytes(s.content) for s in grid.up if s.phase == "train"]
     assert len(down) == len(up) == 2
-    assert max(down) <= 1.02 * (floats + prunable / 8 + buffers) + 4096
-    assert max(up) <= 1.02 * (floats + buffers) + 4096
+    scales = kept // 64 if values == "int8" else 0  # four bytes for 256 values
+    assert max(down) <= 1.02 * (floats + scales + prunable / 8 + buffers) + 4096
+    assert max(up) <= 1.02 * (floats + scales + buffers) + 4096
     assert min(down) >= floats + prunable // 8 + buffers
     assert min(up) >= floats + buffers
     explored = [nbytes(s.content) for s in grid.up if s.phase == "explore"]
     assert max(explored) <= prunable + 4096, "a quarter of float32"
 
 
+def test_rounding_to_bytes_on_the_way_down_does_not_enter_the_model():
+    """Clients that learn nothing for ten rounds leave the weights as they were."""
+    app = nudging_app(scale=0.0)
+    none = BaselineSettings(dense_rounds=0)
+    strategy = AutoFLIP(**flat(values="int8", method="magnitude", baselines=none))
+    seen, _ = run(strategy, LocalGrid(app, NODES), plain_net(), 10)
+    for name, value in seen[1].items():
+        assert_allclose(seen[-1][name], value, rtol=1e-5)
+
+
+def test_with_bytes_the_weights_are_nearly_those_of_floats():
+    ends = []
+    for values in ("float32", "int8"):
+        strategy = AutoFLIP(**flat(threshold=0.5, values=values, seed=0))
+        ends.append(run(strategy, LocalGrid(toy_app(), NODES), net(), 3)[0])
+    (first, *_, floats), (_, *_, rounded) = ends
+    moved = np.concatenate([(floats[n] - first[n]).ravel() for n in floats])
+    off = np.concatenate([(floats[n] - rounded[n]).ravel() for n in floats])
+    assert 0 < np.linalg.norm(off) < 0.1 * np.linalg.norm(moved)
+
+
 def test_a_train_message_is_one_flat_array_the_buffers_and_the_masks_bits():
     model = net()
     grid = LocalGrid(toy_app(), NODES)
-    run(AutoFLIP(threshold=0.5), grid, model, 2)
+    run(AutoFLIP(**flat(threshold=0.5)), grid, model, 2)
     buffers = [name for name, _ in model.named_buffers()]
     for sent in (*grid.down, *grid.up):
         assert len(sent.content.array_records) == (
@@ -185,7 +210,8 @@ def test_what_arrives_is_the_global_model_under_the_mask():
     model = net()
     calls = []
     grid = LocalGrid(toy_app(calls=calls), NODES)
-    seen, _ = run(AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.6), grid, model, 2)
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), **flat(threshold=0.6))
+    seen, _ = run(strategy, grid, model, 2)
     trained = [c for c in calls if c["config"]["autoflip.phase"] == "train"]
     sent = [s for s in grid.down if s.phase == "train"]
     for i, (call, message) in enumerate(zip(trained, sent, strict=True)):
@@ -440,7 +466,7 @@ def test_local_differential_privacy_inside_sends_kept_values_only():
     )
     app = toy_app(plain_net, mods=[AutoFlipMod(), private_mod])
     grid = LocalGrid(app, NODES)
-    seen, _ = run(AutoFLIP(threshold=0.7), grid, model, 3)
+    seen, _ = run(AutoFLIP(**flat(threshold=0.7)), grid, model, 3)
     mask = masks_by_round(grid, model)[-1]
     kept = sum(int(keep.sum()) for keep in mask.values())
     for reply in grid.up:
@@ -482,8 +508,16 @@ def test_the_callers_records_are_left_alone(make_inner, pruned_weights):
         evaluate_config=evaluate,
     )
     assert {name: array.data for name, array in record.items()} == before
-    assert dict(train) == {"lr": 0.1}
-    assert dict(evaluate) == {"batch": 3}
+    plain_train, plain_evaluate = ConfigRecord({"lr": 0.1}), ConfigRecord({"batch": 3})
+    make_inner().start(
+        LocalGrid(toy_app(mods=[]), NODES),
+        record,
+        num_rounds=3,
+        train_config=plain_train,
+        evaluate_config=plain_evaluate,
+    )
+    assert dict(train) == dict(plain_train), "Flower writes the round into them"
+    assert dict(evaluate) == dict(plain_evaluate)
 
 
 def test_an_inner_strategy_may_write_to_the_record_it_is_given():
@@ -499,6 +533,46 @@ def test_an_inner_strategy_may_write_to_the_record_it_is_given():
     names = list(record)
     AutoFLIP(Emptying()).start(LocalGrid(toy_app(), NODES), record, num_rounds=1)
     assert list(record) == names
+
+
+class Own(FedAvg):
+    """As in projects: a state, a schedule, a loop of its own, models it saves."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.saved, self.rates, self.began = [], [], 0
+
+    def configure_train(self, server_round, arrays, config, grid):
+        config["lr"] = config["lr"] / 2
+        self.rates.append(config["lr"])
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.saved.append(arrays)
+        return arrays, metrics
+
+    def start(self, grid, initial_arrays, num_rounds=3, **named):
+        self.began += 1
+        return super().start(grid, initial_arrays, num_rounds + 1, **named)
+
+    def best(self):
+        return len(self.saved)
+
+
+def test_a_strategy_keeps_its_own_attributes_methods_schedule_and_start():
+    strategy = AutoFLIP(Own(fraction_evaluate=0))
+    grid = LocalGrid(toy_app(), NODES)
+    _, result = run(strategy, grid, net(), 3, config=ConfigRecord({"lr": 0.8}))
+    assert strategy.began == 1
+    assert strategy.best() == len(strategy.saved) == 4, "its loop has a round more"
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    # the first round is configured twice: a warm start makes its messages again
+    assert strategy.strategy.rates == [0.4, 0.4, 0.2, 0.1, 0.05]
+    rates = {s.config["server-round"]: s.config["lr"] for s in grid.down}
+    assert rates == {1: 0.4, 2: 0.2, 3: 0.1, 4: 0.05}
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = strategy.nothing
 
 
 #: Numbers of samples, some of whose shares do not add up to one exactly.

@@ -63,6 +63,38 @@ def test_units_go_in_the_order_of_their_scores():
     assert_array_equal(units.choose(SCORES, budget=22), [0, 0, 0, 1])  # one stays
 
 
+def test_units_go_until_the_operations_are_reached_or_the_budget_ends():
+    units = mlp()  # 20 multiply-accumulates, 5 a neuron
+    by = {"budget": 22, "limits": Limits()}
+    assert_array_equal(units.choose(SCORES, **by, operations=20), [1, 1, 1, 1])
+    assert_array_equal(units.choose(SCORES, **by, operations=19), [1, 0, 1, 1])
+    assert_array_equal(units.choose(SCORES, **by, operations=10), [0, 0, 1, 1])
+    few = units.choose(SCORES, budget=6, operations=10)
+    assert_array_equal(few, [1, 0, 1, 1], "the budget comes first")
+
+
+def test_a_score_per_cost_by_hand():
+    """A channel: 36 + 6 of 174 operations, 4 + 6 of 46 parameters; a neuron: 10, 10."""
+    scores = {
+        "conv": np.float32([1, 2, 3, 4]).repeat(4).reshape(4, 1, 2, 2),
+        "fc1": np.zeros((3, 8), np.float32),
+        "fc2": np.full((2, 3), 5, np.float32),
+    }
+    channel, neuron = (42 / 174 + 10 / 46) / 2, (10 / 174 + 10 / 46) / 2
+    relative = np.array([1, 2, 3, 4]) / 2.5  # 0.4, 0.8, 1.2, 1.6 over their mean, 1
+    expected = [*relative / channel, *np.ones(3) / neuron]
+    np.testing.assert_allclose(two_groups().per_cost(scores), expected)
+
+
+def test_operations_beyond_reach_say_what_limits_them():
+    units = mlp()
+    units.check_operations(SCORES, share=0.25, budget=18)
+    with pytest.raises(MaskError, match=r"of at least 0\.250, got 0\.2\. At most 22 p"):
+        units.check_operations(SCORES, share=0.2, budget=22)
+    with pytest.raises(MaskError, match=r"of at least 0\.750, .* At most 6 parameters"):
+        units.check_operations(SCORES, share=0.5, budget=6)
+
+
 def test_masks_empty_the_rows_and_columns_of_a_unit():
     masks = mlp().masks(np.array([True, False, True, True]), SCORES)
     assert_array_equal(masks["w1"], [[1] * 3, [0] * 3, [1] * 3, [1] * 3])

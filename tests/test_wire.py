@@ -278,7 +278,10 @@ def test_a_missing_or_mistyped_entry_is_named(key, value):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({wire.VALUE_TYPE: "int8"}, r"expected one of \['float32', 'float16'\]"),
+        (
+            {wire.VALUE_TYPE: "int7"},
+            r"expected one of \['float32', 'float16', 'int8'\]",
+        ),
         ({wire.MASK: b""}, r"expected \d+ B \(92 entries / 8\), got 0 B"),
     ],
 )

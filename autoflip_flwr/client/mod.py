@@ -79,7 +79,7 @@ class AutoFlipMod:
             return reply
         reply_key, record = records.only_array_record(reply.content)
         trained = records.named_arrays(record, plan.manifest, exact=False)
-        reply.content[reply_key] = plan.pack(trained)
+        reply.content[reply_key] = plan.pack_reply(trained, arrays)
         return reply
 
     def _explore(
@@ -94,8 +94,8 @@ class AutoFlipMod:
         if privacy is not None and asked.measure != "deviation":
             raise WireError(
                 "this client tells its guidance alone, with noise; the server asked "
-                f"for {asked.measure!r}: set exploration.warm-start=false, "
-                "pruning.refresh=0 and strategy.name=autoflip"
+                f"for {asked.measure!r}: set exploration.warm-start=false and "
+                "strategy.name=autoflip"
             )
         key, record = records.only_array_record(message.content)
         initial = asked.unpack(record)

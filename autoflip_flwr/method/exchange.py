@@ -31,16 +31,10 @@ def cosine_share(first: float, server_round: int, *, until: int | None) -> float
     return first / 2 * (1 + math.cos(math.pi * past))
 
 
-def adjusted(
-    keep: Mask,
-    size: Float32,
-    gradient: Float32,
-    share: float,
-    *,
-    free: Mask | None = None,
-    back: bool = False,
-) -> Mask:
+def adjusted(keep: Mask, size: Float32, gradient: Float32, share: float) -> Mask:
     """Drop the smallest kept weights of a tensor and grow as many others.
+
+    A weight that was dropped may grow again at once.
 
     Parameters
     ----------
@@ -50,22 +44,13 @@ def adjusted(
         Magnitudes of weights and gradients, of the same shape.
     share : float
         Share of the kept weights to drop, in [0, 1].
-    free : bool array, optional
-        True = may grow; all by default.
-    back : bool
-        Whether dropped weights may grow again at once.
     """
-    closed = keep if free is None else keep | ~free
     kept = int(np.count_nonzero(keep))
     count = int(share * kept)
-    if not back:
-        count = min(count, closed.size - int(np.count_nonzero(closed)))
     if count == 0:
         return keep
     stay = top(np.where(keep, size, -np.inf).astype(np.float32), kept - count)
-    if back:
-        closed = closed & (stay | ~keep)
-    grown = top(np.where(closed, -np.inf, gradient).astype(np.float32), count)
+    grown = top(np.where(stay, -np.inf, gradient).astype(np.float32), count)
     return stay | grown
 
 

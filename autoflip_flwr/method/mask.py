@@ -4,14 +4,24 @@ A mask is bool, True = keep.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.method.parallel import parallel_map
-from autoflip_flwr.types import Array, Float32, Mask, Masks, Mode, Params, Scores
+from autoflip_flwr.types import (
+    Array,
+    Balance,
+    Float32,
+    Mask,
+    Masks,
+    Mode,
+    Params,
+    Scores,
+)
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
@@ -24,6 +34,8 @@ def from_scores(
     threshold: float,
     mode: Mode = "quantile",
     floor: float = 0.0,
+    whole: Collection[str] = (),
+    balance: Balance = "global",
     units: Masks | None = None,
     overwrite: bool = False,
 ) -> dict[str, Mask]:
@@ -42,6 +54,14 @@ def from_scores(
     floor : float
         In [0, 1]. Each tensor keeps at least its best ``ceil(floor * size)`` entries.
         Except for ``value`` the other tensors keep fewer in return.
+    whole : collection of str
+        Names of tensors that keep all entries, as with a floor of 1.
+    balance : {"global", "lamp"}
+        ``global`` compares all scores. ``lamp`` compares each squared score with the
+        sum of its tensor's squared scores that are not smaller (Lee et al.,
+        arXiv:2010.07611, Eq. 3), so that a tensor of small scores is not emptied. The
+        numbers of kept entries are those of scores cut to 8 significant bits. Scores
+        must be >= 0. ``value`` has no number to share out, so it ignores it.
     units : mapping of name -> bool array, optional
         A mask of whole units (`structured.Units`). Its entries are pruned first, then
         single weights, up to the same number as without it. The floor of a tensor is
@@ -77,8 +97,9 @@ def from_scores(
         if np.isnan(flat).any():
             raise MaskError(f"{name}: expected scores without NaN, got some")
     sizes = [flat.size for flat in flats]
-    check_floor(sizes, threshold=threshold, mode=mode, floor=floor)
-    least = [math.ceil(floor * size) for size in sizes]
+    floors = [1.0 if name in whole else floor for name in scores]
+    check_floor(sizes, threshold=threshold, mode=mode, floors=floors)
+    least = [math.ceil(f * size) for f, size in zip(floors, sizes, strict=True)]
     if mode == "value":
         keeps = [flat >= threshold for flat in flats]
         _raise_if_emptied(list(scores), keeps, threshold, least)
@@ -95,7 +116,8 @@ def from_scores(
             np.copyto(flats[index], -np.inf, where=~alive)
             least[index] = min(least[index], int(np.count_nonzero(alive)))
     if units is not None or mode != "value":
-        keeps = _keep_highest(flats, kept, least)
+        lamp = balance == "lamp" and mode != "value"
+        keeps = (_keep_lamp if lamp else _keep_highest)(flats, kept, least)
     return {
         name: keep.reshape(np.shape(score))
         for (name, score), keep in zip(scores.items(), keeps, strict=True)
@@ -163,21 +185,23 @@ def check_layers(masks: Masks) -> None:
 
 
 def check_floor(
-    sizes: Sequence[int], *, threshold: float, mode: Mode, floor: float
+    sizes: Sequence[int], *, threshold: float, mode: Mode, floors: Sequence[float]
 ) -> None:
     """Raise a MaskError if the floor leaves too few entries to prune.
 
-    `sizes` are the numbers of entries of the tensors; the rest as in `from_scores`.
+    `sizes` and `floors` are the numbers of entries of the tensors and the least share
+    of each that is kept; the rest as in `from_scores`.
     """
     if mode == "value":
         return
     total = sum(sizes)
     kept = _kept(total, threshold, mode)
-    least = sum(math.ceil(floor * size) for size in sizes)
+    least = sum(math.ceil(f * size) for f, size in zip(floors, sizes, strict=True))
     if least > kept:
         raise MaskError(
-            f"the floor keeps at least {least} of {total} parameters, but only "
-            f"{kept} are to be kept; lower the floor or prune less"
+            f"the floor (1 for tensors that are kept whole) keeps at least {least} of "
+            f"{total} parameters, but only {kept} are to be kept; lower the floor or "
+            "prune less"
         )
 
 
@@ -247,6 +271,71 @@ def _keep_highest(
             flat = flats[index]
             keeps[index] = ~_lowest([flat], flat.size - least[index])[0]
             contest.remove(index)
+
+
+def _keep_lamp(flats: Sequence[Array], kept: int, least: Sequence[int]) -> list[Mask]:
+    """Keep exactly `kept` entries, as many of each tensor as LAMP does.
+
+    A squared score over the sum of those not smaller rises with the score, so only the
+    number of kept entries of each tensor is needed, and a histogram is enough for it.
+    """
+    counts = _lamp_counts(parallel_map(_histogram, flats), kept, least)
+    return [
+        ~_lowest([flat], flat.size - count)[0]
+        for flat, count in zip(flats, counts, strict=True)
+    ]
+
+
+def _histogram(flat: Array) -> NDArray[np.int64]:
+    """Count the scores >= 0 by the upper 16 bits of float32: 8 significant ones."""
+    counts = np.zeros(1 << 15, np.int64)
+    for start in range(0, flat.size, _SAMPLE):
+        block = np.ascontiguousarray(flat[start : start + _SAMPLE], np.float32)
+        codes = block.view(np.uint32) >> 16
+        counts += np.bincount(codes, minlength=1 << 16)[: 1 << 15]
+    return counts
+
+
+#: The least score of each bin of `_histogram`, squared; Inf counts as 1e40.
+_SQUARES = np.square(
+    np.append(
+        (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32).astype(np.float64),
+        np.full((1 << 15) - 0x7F80, 1e40),
+    )
+)
+
+
+def _lamp_counts(
+    histograms: Sequence[NDArray[np.int64]], kept: int, least: Sequence[int]
+) -> list[int]:
+    """Return how many entries each tensor keeps."""
+    rows, counts, scores = [], [], []
+    for row, histogram in enumerate(histograms):
+        bins = np.flatnonzero(histogram)
+        own, squares = histogram[bins], _SQUARES[bins]
+        tails = np.cumsum((own * squares)[::-1])[::-1]
+        rows.append(np.full(bins.size, row))
+        counts.append(own)
+        scores.append(
+            np.divide(squares, tails, out=np.zeros(bins.size), where=tails > 0)
+        )
+    row_of, count_of = np.concatenate(rows), np.concatenate(counts)
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    fixed: dict[int, int] = {}
+    while True:
+        free = order[~np.isin(row_of[order], list(fixed))]
+        left = kept - sum(fixed.values())
+        before = np.cumsum(count_of[free]) - count_of[free]
+        taken = np.clip(left - before, 0, count_of[free])
+        found = np.bincount(row_of[free], weights=taken, minlength=len(histograms))
+        short = [
+            row
+            for row, minimum in enumerate(least)
+            if row not in fixed and found[row] < minimum
+        ]
+        if not short:
+            return [fixed.get(row, int(n)) for row, n in enumerate(found)]
+        fixed |= {row: least[row] for row in short}
 
 
 def _lowest(flats: Sequence[Array], count: int) -> list[Mask]:

@@ -34,7 +34,14 @@ def weight_size(initial: Array) -> Float32:
     return size
 
 
-#: Name of a score -> function of (guidance, initial weights) of one tensor.
+#: Name of a score -> function of (guidance, initial weights) of one tensor; that of
+#: ``staged`` for the first mask.
 SCORES: MappingProxyType[ScoreName, Callable[[Float32, Array], Float32]] = (
-    MappingProxyType({"guidance": guidance_score, "saliency": saliency_score})
+    MappingProxyType(
+        {
+            "guidance": guidance_score,
+            "saliency": saliency_score,
+            "staged": saliency_score,
+        }
+    )
 )

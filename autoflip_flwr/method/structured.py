@@ -7,7 +7,7 @@ form a group. NumPy alone; `autoflip_flwr.units` finds the units of a PyTorch mo
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -195,6 +195,36 @@ class Units:
             size += each * np.bincount(owner, minlength=self.count + 1)[1:]
         return total / np.maximum(size, 1)
 
+    def per_cost(self, scores: Scores) -> NDArray[np.float64]:
+        """Return each unit's score, relative to its group's, over what it costs.
+
+        The score is the mean of `means` over the mean of its group's units, so that
+        groups of small scores are not emptied. The cost is the mean of its share of the
+        model's multiply-accumulates and of its share of the parameters.
+        """
+        means = self.means(scores)
+        for group in self.groups:
+            means[group.units] /= max(float(means[group.units].mean()), 1e-30)
+        sizes = {n: 1 for n in self.parameters if n in scores}
+        cost = sum(
+            self._totals(entries) / max(1, total)
+            for entries, total in (
+                (self.uses, self.operations()),
+                (sizes, sum(math.prod(self.shapes[n]) for n in sizes)),
+            )
+        )
+        return np.asarray(means / np.maximum(cost / 2, 1e-30))
+
+    def _totals(self, per_entry: Mapping[str, int]) -> NDArray[np.float64]:
+        """Sum a value per entry of a parameter over the entries that go with a unit."""
+        total = np.zeros(self.count + 1)  # the first stands for no unit
+        for name, value in per_entry.items():
+            entries = math.prod(self.shapes[name])
+            for owner in self.parameters.get(name, {}).values():
+                each = value * entries / max(1, owner.size)
+                total += each * np.bincount(owner + 1, minlength=self.count + 1)
+        return total[1:]
+
     def pruned(self, keep: Keep, prunable: Iterable[str] | None = None) -> int:
         """Count the parameters that go when the other units do."""
         names = self.parameters if prunable is None else prunable
@@ -227,11 +257,12 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
         means: NDArray[np.float64] | None = None,
+        operations: float | None = None,
     ) -> Keep:
         """Choose the units to keep, so that at most `budget` parameters are pruned.
 
         Units go in the order of their scores, the lowest first, until the next one
-        would prune too much.
+        would prune too much, or `operations` are reached.
 
         Parameters
         ----------
@@ -241,6 +272,9 @@ class Units:
         limits : Limits
         means : float64 array, optional
             A score per unit instead of `means(scores)`.
+        operations : float, optional
+            No more units go where the model needs at most so many
+            multiply-accumulates.
         """
         if means is None:
             means = self.means(scores)
@@ -255,7 +289,14 @@ class Units:
         def pruned(steps: int) -> int:
             return self.pruned(kept(steps), scores)
 
-        return kept(bisect_right(range(1, len(ends)), budget, key=pruned))
+        steps = bisect_right(range(1, len(ends)), budget, key=pruned)
+        if operations is not None:
+
+            def saved(count: int) -> int:
+                return -self.operations(kept(count))
+
+            steps = bisect_left(range(steps), -operations, key=saved)
+        return kept(steps)
 
     def prune(
         self,
@@ -264,9 +305,12 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
         means: NDArray[np.float64] | None = None,
+        operations: float | None = None,
     ) -> dict[str, NDArray[np.bool_]]:
         """Return the mask that prunes what `choose` does not keep."""
-        keep = self.choose(scores, budget=budget, limits=limits, means=means)
+        keep = self.choose(
+            scores, budget=budget, limits=limits, means=means, operations=operations
+        )
         return self.masks(keep, scores)
 
     def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
@@ -332,6 +376,36 @@ class Units:
                 f"can be pruned: {able}; that have parameters which are excluded or "
                 f"not trained: {excluded}; left whole: {dict(self.whole)}. Prune fewer "
                 "whole units, or lower the limits, or exclude less"
+            )
+
+    def check_operations(
+        self,
+        prunable: Iterable[str],
+        *,
+        share: float,
+        budget: int,
+        limits: Limits = Limits(),
+    ) -> None:
+        """Refuse a share of the dense operations that no choice of units reaches.
+
+        Raises
+        ------
+        MaskError
+            With the least share that can be reached, and what limits it.
+        """
+        names = list(prunable)
+        scores = {name: np.zeros(self.shapes[name], np.float32) for name in names}
+        cheapest = -self._totals(self.uses)  # units with the most operations go first
+        keep = self.choose(scores, budget=budget, limits=limits, means=cheapest)
+        dense = self.operations()
+        least = self.operations(keep) / max(1, dense)
+        if least > share:
+            raise MaskError(
+                f"operations: expected a share of the dense {dense} "
+                f"multiply-accumulates of at least {least:.3f}, got {share}. At most "
+                f"{budget} parameters are pruned, groups keep their least ({limits}), "
+                f"and left whole are {dict(self.whole)}. Prune more parameters, lower "
+                "the limits, or allow more operations"
             )
 
     def masks(self, keep: Keep, names: Iterable[str]) -> dict[str, NDArray[np.bool_]]:

@@ -3,6 +3,7 @@
 Exploration replies -> guidance -> scores -> mask.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from autoflip_flwr.errors import ExplorationError, GuidanceError
 from autoflip_flwr.method import agreement as agreements
-from autoflip_flwr.method.exchange import EVERY, adjusted, cosine_share, due
+from autoflip_flwr.method.exchange import due
 from autoflip_flwr.method.guidance import (
     LocalMatrix,
     Rescaling,
@@ -19,11 +20,11 @@ from autoflip_flwr.method.guidance import (
     middle,
     rescaling,
 )
-from autoflip_flwr.method.mean import WeightedMean
 from autoflip_flwr.method.parallel import parallel_map
 from autoflip_flwr.method.scores import SCORES, weight_size
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
+from autoflip_flwr.pruners.weights import magnitudes
 from autoflip_flwr.types import Float32, Masks, Nodes, Params, Scores
 
 #: Values, over all explorers, that robust combination reads at a time.
@@ -44,7 +45,7 @@ class AutoFlipPruner(Pruner):
     """
 
     _saved = (
-        *("_asked", "_renewing", "initial", "_gradients", "_masks", "_refreshed"),
+        *("_asked", "_renewing", "initial", "_masks", "_threshold", "_by_weights"),
         *("kept_guidance", "_signs", "_store"),
     )
 
@@ -60,12 +61,11 @@ class AutoFlipPruner(Pruner):
         self._check_units()
         self._asked: set[int] = set()
         self._renewing = False
-        self._refreshing = False
-        self._gradients = WeightedMean()
         self._store = GuidanceStore(problem.directory, self.shapes)
         self._population: dict[str, Float32] | None = None
         self._masks: Masks | None = None
-        self._refreshed = False  # whether a refresh has changed `_masks`
+        self._threshold = math.nan  # of `_masks`
+        self._by_weights = False  # whether the weights decide over the next mask
         voted = settings.agreement == "vote"
         self._votes = agreements.Votes(self.shapes if voted else {})
         signed = settings.agreement == "sign"
@@ -103,6 +103,8 @@ class AutoFlipPruner(Pruner):
             self._asked.clear()
             self._renewing = True  # the old guidance stays until the first new answer
         first = not self._asked
+        if self._by_weights and not first:
+            return None  # guidance has had its say
         candidates = connected if first else sampled
         new = [node_id for node_id in candidates if node_id not in self._asked]
         self._asked.update(new)
@@ -112,37 +114,17 @@ class AutoFlipPruner(Pruner):
             new = [node_id for i, node_id in enumerate(new) if i in chosen]
         elif fraction < 1.0:
             new = [node_id for node_id in new if self.rng.random() < fraction]
-        if new:
-            self._refreshing = False
-            return Ask(nodes=new, renew=self._renewing and first)
-        wanted = due(server_round, self.settings.refresh_every or EVERY)
-        self._refreshing = wanted and self._refresh_share(server_round) > 0
-        if not self._refreshing:
-            return None
-        return Ask(nodes=sampled, measure="gradient", current=True)
-
-    def _refresh_share(self, server_round: int) -> float:
-        settings = self.settings
-        return cosine_share(
-            settings.refresh, server_round, until=settings.refresh_until
-        )
+        return Ask(nodes=new, renew=self._renewing and first) if new else None
 
     def add(self, node_id: int, measured: Measured, start: Params) -> None:
-        """Take a node's local guidance, or its gradients for a refresh.
-
-        In the guidance all nodes have the same weight.
-        """
-        if self._refreshing:
-            self._gradients.add(measured.guidance().dense(), measured.examples)
-            return
+        """Take a node's local guidance; all nodes have the same weight in it."""
         if self._renewing:
             self.initial = dict(start)
             self._forget()
             self._renewing = False
         replaced = node_id in self._store
         self._store.put(node_id, measured)
-        if not self._refreshed:  # a new mask would undo the exchanges
-            self._masks = None
+        self._masks = None
         if replaced:  # the next mask sums all guidance on disk again
             self._population = None
             self._votes.forget()
@@ -189,46 +171,49 @@ class AutoFlipPruner(Pruner):
         missing = 1 - len(known) / len(sampled) if sampled else 1.0
         mu = self.settings.population_weight
         share = mu + (1 - mu) * missing
-        if share == 1.0 and self._masks is not None:
-            if self._gradients.weight:
-                self._masks = self._exchanged(self._masks, weights, server_round)
-                self._refreshed = True
-            return self._masks  # until another node explores
-        self._gradients.take()
-        scores = self._scores(known, share)
+        threshold = self.threshold_of(server_round)
+        lasting = share == 1.0 or self._by_weights
+        if lasting and self._masks is not None and threshold == self._threshold:
+            return self._masks  # until another node explores, or density falls
+        if self._by_weights:
+            scores = magnitudes({name: weights[name] for name in self.shapes})
+        else:
+            scores = self._scores(known, share)
         agreement = self._agreement()
         mixture = scores
         if agreement is not None:
             weight = self.settings.agreement_weight
             mixture = agreements.mixed(scores, agreement, weight=weight)
         # Only scores of pruned units are overwritten; `_guidance_of` needs the others.
-        budget = int(self.settings.units * self.pruned_count(mixture))
-        masks = self.cut(mixture, unit_budget=budget, overwrite=True)
-        self.kept_guidance = self._guidance_of(scores, masks)
-        fixed = share == 1.0 and self.settings.agreement != "sign"
-        self._masks = masks if fixed else None
+        masks = self.cut(
+            mixture,
+            threshold=threshold,
+            balance=self.settings.balance,
+            overwrite=True,
+            **self._unit_target(mixture, threshold),
+        )
+        if self._by_weights:
+            self.kept_guidance = self._guidance_left(masks)
+        else:
+            self.kept_guidance = self._guidance_of(scores, masks)
+        self._by_weights = self.settings.score == "staged"
+        fixed = share == 1.0 or self._by_weights
+        fixed = fixed and self.settings.agreement != "sign"
+        self._masks, self._threshold = masks if fixed else None, threshold
         return masks
 
-    def _exchanged(self, masks: Masks, weights: Params, server_round: int) -> Masks:
-        """Exchange small weights for others with large gradients, in kept units."""
-        share, gradients = self._refresh_share(server_round), self._gradients.take()
-        alive: Masks = {}
-        if self.units is not None:
-            alive = self.units.masks(self.units.used(masks), masks)
-        exchanged = {
-            name: adjusted(
-                keep,
-                np.abs(weights[name], dtype=np.float32),
-                gradients[name],
-                share,
-                free=alive.get(name),
-            )
-            if keep.ndim > 1
-            else keep
-            for name, keep in masks.items()
+    def _unit_target(self, scores: Scores, threshold: float) -> dict[str, Any]:
+        """Return what `cut` needs to know of units; a target falls with the density."""
+        settings, pruned = self.settings, self.pruned_count(scores, threshold)
+        if settings.operations is None:
+            return {"unit_budget": int(settings.units * pruned)}
+        units = self.known_units()
+        done = pruned / max(1, self.pruned_count(scores))
+        return {
+            "unit_budget": pruned,
+            "unit_scores": units.per_cost(scores),
+            "operations": units.operations() * (1 - done * (1 - settings.operations)),
         }
-        self.kept_guidance = None  # it belongs to the old mask
-        return exchanged
 
     def learn(self, agreement: Float32 | None, masks: Masks) -> None:
         """Take the agreement of the clients of a round."""
@@ -247,43 +232,70 @@ class AutoFlipPruner(Pruner):
 
     def _guidance_of(self, scores: Scores, masks: Masks) -> Float32:
         """Return the guidance of the kept entries, flat, computed from their scores."""
-        kept = np.concatenate([scores[name][keep] for name, keep in masks.items()])
-        if self.settings.score == "saliency":
-            kept /= weight_size(
-                np.concatenate([self.initial[n][keep] for n, keep in masks.items()])
-            )
-            np.square(kept, out=kept)
-        return kept.astype(np.float32, copy=False)
+        sizes = [int(np.count_nonzero(keep)) for keep in masks.values()]
+        guidance = np.empty(sum(sizes), np.float32)
+        ends = dict(zip(masks, np.cumsum(sizes).tolist(), strict=True))
+
+        def one(name: str, size: int) -> None:
+            kept = guidance[ends[name] - size : ends[name]]
+            kept[:] = scores[name][masks[name]]
+            if self.settings.score != "guidance":
+                kept /= weight_size(self.initial[name][masks[name]])
+                np.square(kept, out=kept)
+
+        parallel_map(lambda pair: one(*pair), zip(masks, sizes, strict=True))
+        return guidance
+
+    def _guidance_left(self, masks: Masks) -> Float32 | None:
+        """Return what a narrower mask leaves of `kept_guidance`; None for a wider."""
+        before, guidance = self._masks, self.kept_guidance
+        if before is None or guidance is None:
+            return None
+        if any((keep & ~before[name]).any() for name, keep in masks.items()):
+            return None
+        left = parallel_map(lambda name: masks[name][before[name]], masks)
+        return guidance[np.concatenate(left)]
 
     def _forget(self) -> None:
         """Drop all guidance."""
         self._store.forget()
         self._population = None
         self._masks = None
-        self._refreshed = False
+        self._by_weights = False
         self._votes.forget()
 
     def _check_units(self) -> None:
         """Check the number of units to prune; in mode value the scores decide it."""
-        settings = self.settings
-        if settings.units == 0:
+        settings, limits = self.settings, limits_of(self.settings)
+        share = settings.operations
+        if settings.units == 0 and share is None:
             return
         units = self.known_units()
-        if settings.mode != "value":
-            budget = int(settings.units * self.pruned_count(self.initial))
-            units.check_budget(self.initial, budget=budget, limits=limits_of(settings))
+        if settings.mode == "value":
+            return
+        budget = self.pruned_count(self.initial)
+        if share is not None:
+            units.check_operations(
+                self.initial, share=share, budget=budget, limits=limits
+            )
+        else:
+            budget = int(settings.units * budget)
+            units.check_budget(self.initial, budget=budget, limits=limits)
 
     def _scores(self, sampled: Nodes, share: float) -> dict[str, Float32]:
         """Score the guidance, in which the population has the weight `share`."""
         score = SCORES[self.settings.score]
-        robust = self.settings.combination != "mean"
-        combined = (self._robust if robust else self._mean)(sampled, share)
+        combined = self._combined(sampled, share)
 
         def one(name: str) -> Float32:
             initial = self.initial[name].reshape(-1)
             return score(combined(name), initial).reshape(self.shapes[name])
 
         return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
+
+    def _combined(self, sampled: Nodes, share: float) -> _Combined:
+        robust = self.settings.combination != "mean"
+        return (self._robust if robust else self._mean)(sampled, share)
 
     def _mean(self, sampled: Nodes, population_share: float) -> _Combined:
         """Return a function: name -> mean guidance of the tensor."""

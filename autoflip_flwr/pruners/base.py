@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.method import mask as masking
+from autoflip_flwr.method.gradual import density
 from autoflip_flwr.method.structured import Limits, Units
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.types import (
     Array,
+    Balance,
     Float32,
     Mask,
     Masks,
@@ -48,6 +50,7 @@ class Problem:
     units: Units | None = None  # None: not needed, or the model is unknown
     seed: int | None = None
     trainable_known: bool = True  # whether the trainable parameters are known
+    rounds: int | None = None  # number of rounds of the run; None: unknown
 
 
 class Pruner(ABC):
@@ -107,11 +110,16 @@ class Pruner(ABC):
         self.units = problem.units
         self.rng = np.random.default_rng(problem.seed)
         self.kept_guidance = None
+        half = 10 if problem.rounds is None else problem.rounds // 2
+        chosen = self.settings.gradual_rounds
+        self._gradual_rounds = half if chosen is None else chosen
+        self._spared = self._spared_vectors()
+        floor = self.settings.floor
         masking.check_floor(
             [math.prod(shape) for shape in self.shapes.values()],
             threshold=self.settings.threshold,
             mode=self.settings.mode,
-            floor=self.settings.floor,
+            floors=[1.0 if name in self._spared else floor for name in self.shapes],
         )
 
     def start(self) -> None:  # noqa: B027 - most pruners write no files
@@ -122,12 +130,14 @@ class Pruner(ABC):
         parts = {name.lstrip("_"): getattr(self, name) for name in self._saved}
         return {
             "rng": self.rng.bit_generator.state,
+            "gradual_rounds": self._gradual_rounds,  # a longer run keeps the schedule
             **{k: v.state() if hasattr(v, "state") else v for k, v in parts.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state`; a CheckpointError if a file of it has changed."""
         self.rng.bit_generator.state = state["rng"]
+        self._gradual_rounds = state["gradual_rounds"]
         for name in self._saved:
             part, value = getattr(self, name), state[name.lstrip("_")]
             if hasattr(part, "restore"):
@@ -191,19 +201,29 @@ class Pruner(ABC):
         self,
         scores: Scores,
         *,
+        threshold: float | None = None,
+        balance: Balance = "global",
         unit_budget: int = 0,
         unit_scores: NDArray[np.float64] | None = None,
+        operations: float | None = None,
         overwrite: bool = False,
     ) -> dict[str, Mask]:
-        """Keep the largest scores, at the density of the settings.
+        """Keep the largest scores, and all vectors where the settings spare them.
 
         Parameters
         ----------
         scores : mapping of name -> array
+        threshold : float, optional
+            That of a round, see `threshold_of`; by default that of the settings.
+        balance : {"global", "lamp"}
+            How tensors share what is kept, see `mask.from_scores`.
         unit_budget : int
             At most so many of the pruned entries belong to whole pruned units.
         unit_scores : float64 array, optional
             One score per unit; by default the mean over the entries of the unit.
+        operations : float, optional
+            No more units are pruned where the model needs at most so many
+            multiply-accumulates.
         overwrite : bool
             Whether the scores may be overwritten.
         """
@@ -212,23 +232,61 @@ class Pruner(ABC):
         if unit_budget:
             limits = limits_of(settings)
             unit_masks = self.known_units().prune(
-                scores, budget=unit_budget, limits=limits, means=unit_scores
+                scores,
+                budget=unit_budget,
+                limits=limits,
+                means=unit_scores,
+                operations=operations,
             )
         masks = masking.from_scores(
             scores,
-            threshold=settings.threshold,
+            threshold=settings.threshold if threshold is None else threshold,
             mode=settings.mode,
             floor=settings.floor,
+            whole=self._spared,
+            balance=balance,
             units=unit_masks,
             overwrite=overwrite,
         )
         masking.check_layers(masks)
         return masks
 
-    def pruned_count(self, scores: Scores) -> int:
-        """Count the entries that the settings prune."""
-        threshold, mode = self.settings.threshold, self.settings.mode
-        return masking.pruned_count(scores, threshold=threshold, mode=mode)
+    def _spared_vectors(self) -> tuple[str, ...]:
+        """Return the vectors, unless they were most of what the settings keep."""
+        settings = self.settings
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        vectors = tuple(n for n, shape in self.shapes.items() if len(shape) < 2)
+        kept = float(sum(sizes.values()))
+        if settings.mode != "value":
+            kept -= self.pruned_count(self.initial)
+        small = sum(sizes[name] for name in vectors) <= kept / 2
+        return vectors if small and not settings.vectors else ()
+
+    def threshold_of(self, server_round: int) -> float:
+        """Return the threshold of a round, which rises to that of the settings.
+
+        ``value`` has no density that could fall: its threshold is the same always.
+        """
+        settings = self.settings
+        if settings.mode == "value" or server_round > self._gradual_rounds:
+            return settings.threshold
+        ratio = settings.mode == "compression"
+        share = density(
+            server_round,
+            first=settings.initial_density,
+            final=1 / settings.threshold if ratio else 1 - settings.threshold,
+            rounds=self._gradual_rounds,
+        )
+        return 1 / share if ratio else 1 - share
+
+    def pruned_count(self, scores: Scores, threshold: float | None = None) -> int:
+        """Count the entries that a threshold prunes, by default the settings'."""
+        settings = self.settings
+        return masking.pruned_count(
+            scores,
+            threshold=settings.threshold if threshold is None else threshold,
+            mode=settings.mode,
+        )
 
     def known_units(self) -> Units:
         """Return the model's units; a SettingsError if the model is unknown."""

@@ -198,7 +198,7 @@ class FedDST(GradientPruner):
             share, gradients = self._share(server_round), self._measured.take()
             sizes = magnitudes(weights)
             self._chosen = {
-                name: adjusted(keep, sizes[name], gradients[name], share, back=True)
+                name: adjusted(keep, sizes[name], gradients[name], share)
                 for name, keep in self._chosen.items()
             }
         return self._chosen

@@ -37,6 +37,8 @@ class Part(Protocol):
 class _Stateful(Protocol):
     """A strategy that provides its own state."""
 
+    def expect(self, num_rounds: int) -> None: ...
+
     def state(self, arrays: ArrayRecord) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any], arrays: ArrayRecord) -> None: ...
@@ -116,6 +118,9 @@ class Checkpointed(Strategy):
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         layout = {n: [a.dtype, list(a.shape)] for n, a in initial_arrays.items()}
+        for one in self._built:
+            if isinstance(one, _Stateful):
+                one.expect(num_rounds)
         resumed = self._resume(layout)
         arrays = initial_arrays if resumed is None else resumed
         if resumed is not None:

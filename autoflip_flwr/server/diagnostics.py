@@ -5,8 +5,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.types import ValueType
-
 
 class Diagnostics:
     """Diagnostics of the current round.
@@ -33,19 +31,13 @@ class Diagnostics:
         self.guidance_cosine: float | None = None
         self._count, self._weight = 0, 0.0
 
-    def observe(
-        self, sent: bytes, received: bytes, values: ValueType, examples: float
-    ) -> None:
-        """Add one client's update: the received frame minus the sent one."""
-        kind = np.dtype(values).newbyteorder("<")
+    def observe(self, update: NDArray[np.float32], examples: float) -> None:
+        """Add one client's update of the kept values, flat; it is overwritten."""
         if not self._count:
-            self._start = np.frombuffer(sent, kind).astype(np.float32)
             self._sum, self._squares, self._signs = (
-                np.zeros_like(self._start) for _ in range(3)
+                np.zeros_like(update) for _ in range(3)
             )
-        update = np.frombuffer(received, kind).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # a client may send anything
-            update -= self._start
             self._sum += update
             if self._with_signs:
                 self._signs += np.float32(examples) * np.sign(update)

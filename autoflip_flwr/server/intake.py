@@ -150,7 +150,7 @@ class Intake:
     def _warms(self, ask: Ask) -> bool:
         """Tell whether training starts from the weights of these explorers."""
         wanted = self._rounds.exploration.warm_start and ask.measure == "deviation"
-        return wanted and not self._warm
+        return bool(wanted) and not self._warm
 
     def _start_of(self, ask: Ask) -> Params:
         return self._rounds.arrays if ask.current else self._rounds.initial

@@ -115,7 +115,7 @@ class Replies:
             reply = read(node_id, origin)
             assert plan is not None, "a reply before the first message"
             reply.record = records.named(reply.record, plan)
-            reply.arrays = plan.unpack(reply.record, fill=rounds.arrays)
+            reply.arrays = plan.unpack_reply(reply.record, rounds.arrays)
             return reply
 
         replies = self.readable(server_round, received, dense)
@@ -124,8 +124,9 @@ class Replies:
             rounds.drop(server_round, replies[index].node_id, reason)
         replies = [reply for i, reply in enumerate(replies) if i not in odd]
         for reply in replies:
-            frame = reply.record[records.VALUES].data
-            rounds.diagnostics.observe(sent, frame, rounds.values, reply.examples)
+            assert plan is not None
+            update = plan.update(sent, reply.record[records.VALUES].data)
+            rounds.diagnostics.observe(update, reply.examples)
         least = self._settings.min_replies
         if len(replies) < least:
             reason = f"{len(replies)} valid replies, expected {least} or more"

@@ -54,6 +54,7 @@ class Rounds:
         self.diagnostics = Diagnostics(signs=self.pruning.agreement == "sign")
         self.dropped: dict[int, str] = {}
         self.fresh = True  # False in a resumed run
+        self.total: int | None = None  # rounds of the run; None: unknown
         self._previous: Plan | None = None
         self._manifest: Manifest | None = None
 
@@ -80,6 +81,7 @@ class Rounds:
                     units=self.units,
                     seed=self.seed,
                     trainable_known=self.pruning.prunable is not None,
+                    rounds=self.total,
                 )
             )
             if self.fresh:

@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from autoflip_flwr.errors import WireError
 from autoflip_flwr.pruners.store import Answer
@@ -18,6 +18,14 @@ from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
 
 _log = logging.getLogger("flwr")
+
+_OF_A_ROUND = (
+    "configure_train",
+    "aggregate_train",
+    "configure_evaluate",
+    "aggregate_evaluate",
+    "summary",
+)
 
 
 class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
@@ -35,6 +43,28 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._sent: list[Message] = []
         self._values = b""  # the frame of kept values that was sent
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        *rest: Any,
+        **named: Any,
+    ) -> Result:
+        """Run all rounds; parameters and result are `Strategy.start`'s.
+
+        If the inner strategy has a `start` of its own, it runs, with AutoFLIP's methods
+        in place of those that `Strategy.start` calls.
+        """
+        self.expect(num_rounds)
+        inner, kind = self.strategy, type(self.strategy)
+        if kind.start is Strategy.start:
+            return super().start(grid, initial_arrays, num_rounds, *rest, **named)
+        ours = {name: staticmethod(getattr(self, name)) for name in _OF_A_ROUND}
+        starter: Strategy = object.__new__(type(kind.__name__, (kind,), ours))
+        starter.__dict__ = vars(inner)  # what it keeps, the inner strategy keeps
+        return starter.start(grid, initial_arrays, num_rounds, *rest, **named)
+
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
         _log.info("\t├──> %s", repr(self))  # a log record must not keep the strategy
@@ -44,11 +74,14 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let new nodes explore, make the mask, pack the inner strategy's messages."""
-        current = self._adopt(arrays)
+        current, before = self._adopt(arrays), dict(config)
 
         def inner_messages() -> tuple[list[Message], list[int]]:
-            own = ConfigRecord(dict(config))
-            messages = self.strategy.configure_train(server_round, current, own, grid)
+            config.clear()  # a strategy that changes it does so once a round
+            config.update(before)
+            messages = self.strategy.configure_train(
+                server_round, current, config, grid
+            )
             messages = list(messages)
             return messages, [message.metadata.dst_node_id for message in messages]
 
@@ -92,8 +125,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Pack the inner strategy's messages with the round's mask."""
-        own = ConfigRecord(dict(config))
-        messages = self.strategy.configure_evaluate(server_round, arrays, own, grid)
+        messages = self.strategy.configure_evaluate(server_round, arrays, config, grid)
         return self._pack(list(messages), self.rounds.plan, "evaluate")
 
     def aggregate_evaluate(

@@ -42,8 +42,8 @@ class Wrapper(Generic[S]):
         Any strategy of the same API; ``FedAvg()`` by default.
     threshold : float, optional
         With the default mode, the share of the parameters to prune, in [0, 1]. At 0
-        nothing is pruned and the result is the inner strategy's. Overrides the one in
-        `pruning`; 0.8 by default.
+        nothing is pruned; without a warm start the result is the inner strategy's.
+        Overrides the one in `pruning`; 0.8 by default.
     units : float, optional
         Share of the pruned parameters, in [0, 1], to prune as whole units (filters,
         neurons, hidden units), so that clients can train a smaller network. The rest
@@ -125,30 +125,42 @@ class Wrapper(Generic[S]):
             values["prunable"] = tuple(trainable_names(model))
         pruning = PruningSettings(**values)
         exploration = exploration or ExplorationSettings()
-        if exploration.warm_start:
-            _check_warm_start(self.strategy)
         wire = wire or WireSettings()
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
         self.model = model
         self.pruner = AutoFlipPruner() if pruner is None else pruner
+        self._settings = {"pruning": pruning, "exploration": exploration, "wire": wire}
         self.rounds = Rounds(
             self.pruner,
             pruning,
-            exploration,
+            _with_warm_start(exploration, self.strategy, self.pruner),
             directory=Path(store),
             values=wire.values,
-            units=_units_of(self.pruner, pruning.units, model, example_inputs),
+            units=_units_of(self.pruner, pruning, model, example_inputs),
             seed=seed,
         )
-        self._wire = wire
         self._intake = Intake(self.rounds, outlier=wire.outlier)
         self._replies = Replies(self.rounds, wire)
         self._begin()
 
     def _begin(self) -> None:
         """Prepare what only one API needs."""
+
+    def expect(self, num_rounds: int) -> None:
+        """Tell how many rounds the run has; `start` does, where there is one.
+
+        What is left to the number of rounds follows from it (`gradual_rounds`).
+        """
+        self.rounds.total = num_rounds
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the inner strategy's own attributes and methods."""
+        inner = vars(self).get("strategy")
+        if inner is None or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(inner, name)
 
     def __repr__(self) -> str:
         """Show the arguments that are not the defaults."""
@@ -163,11 +175,7 @@ class Wrapper(Generic[S]):
             parts.append(f"model={type(self.model).__name__}()")
         if not isinstance(self.pruner, AutoFlipPruner):
             parts.append(f"pruner={type(self.pruner).__name__}()")
-        for name, chosen in (
-            ("pruning", rounds.pruning),
-            ("exploration", rounds.exploration),
-            ("wire", self._wire),
-        ):
+        for name, chosen in self._settings.items():
             usual = type(chosen)()
             own = [
                 f"{key}={value!r}"
@@ -204,20 +212,31 @@ class Wrapper(Generic[S]):
             )
 
 
-def _check_warm_start(inner: object) -> None:
-    """Refuse a warm start that would bypass the protection of the inner strategy."""
-    name = type(inner).__name__
+def _with_warm_start(
+    exploration: ExplorationSettings, inner: object, pruner: Pruner
+) -> ExplorationSettings:
+    """Decide on a warm start; refuse one that bypasses the inner strategy's protection.
+
+    If it is left open, an exploration for the mask gives one where nothing is bypassed.
+    """
+    name, reason = type(inner).__name__, ""
     if name.startswith("DifferentialPrivacy"):
-        raise SettingsError(
+        reason = (
             "warm_start would move the model by the explorers' updates, without the "
             f"clipping and noise of {name}; use one or the other"
         )
     if name in _ROBUST:
-        raise SettingsError(
+        reason = (
             "warm_start would move the model by the mean of all explorers' updates, "
             f"which one of them can ruin before {name} sees a reply; use one or the "
             "other"
         )
+    if exploration.warm_start and reason:
+        raise SettingsError(reason)
+    warm = exploration.warm_start
+    if warm is None:
+        warm = pruner.explores and not reason and not exploration.privacy_noise
+    return exploration.model_copy(update={"warm_start": warm})
 
 
 def _check(name: str, value: object, kind: Any, expected: str) -> None:
@@ -228,12 +247,14 @@ def _check(name: str, value: object, kind: Any, expected: str) -> None:
 
 def _units_of(
     pruner: Pruner,
-    share: float,
+    pruning: PruningSettings,
     model: nn.Module | None,
     example_inputs: ExampleInputs | None,
 ) -> Units | None:
     """Trace the units of the model if the pruner needs them or can use them."""
-    needed = pruner.needs_units or (share > 0 and isinstance(pruner, AutoFlipPruner))
+    asked = "units" if pruning.units else "operations" if pruning.operations else ""
+    ours = isinstance(pruner, AutoFlipPruner)
+    needed = pruner.needs_units or (bool(asked) and ours)
     if not needed and not pruner.takes_units:
         return None
     if model is None or example_inputs is None:
@@ -241,7 +262,7 @@ def _units_of(
             return None
         missing = "model=Net(), " if model is None else ""
         raise SettingsError(
-            f"{'units' if share else type(pruner).__name__}: pruning whole units needs "
+            f"{asked or type(pruner).__name__}: pruning whole units needs "
             f"the model and one sample that it runs on: AutoFLIP(..., {missing}"
             "example_inputs=next(iter(loader))[0][:1])"
         )

@@ -6,7 +6,7 @@ docs/wire-format.md shows the three frames on one screen.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, get_args, overload
 
@@ -23,6 +23,10 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 S = TypeVar("S", bound=np.generic)
 
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
+
+#: Values of int8 that share a scale, and the largest code.
+BLOCK, _CODES = 256, 127
+_LARGEST_SCALE = np.float32(np.finfo(np.float32).max / 128)  # 127 of it are finite
 
 #: Local guidance covers this many octaves below the largest value of a tensor.
 _OCTAVES = 40
@@ -43,13 +47,14 @@ def encode(
         Floating values; a mapping has all names of `mask`.
     mask : bool array or mapping of name -> bool array
         True = keep, shapes equal to those of `values`.
-    dtype : {"float32", "float16"}
-        Type of the sent values; larger values saturate (float16: +-65504).
+    dtype : {"float32", "float16", "int8"}
+        Type of the sent values; larger values saturate (float16: +-65504). ``int8``
+        rounds each value to a 127th of the largest of its block of 256.
 
     Returns
     -------
     bytes
-        ``kept * itemsize`` bytes.
+        ``kept * itemsize`` bytes; ``int8``: first four for each block's scale.
 
     Raises
     ------
@@ -59,6 +64,8 @@ def encode(
         If a kept value is NaN or infinite, which a peer would reject.
     """
     wire_type = _wire_type(dtype)
+    quantizes = wire_type.kind == "i"
+    sent_as = np.dtype("<f4") if quantizes else wire_type
     pairs = _pairs(values, mask)
 
     def one(item: tuple[str, Array, Mask]) -> Array:
@@ -66,12 +73,65 @@ def encode(
         kept = value.reshape(-1).take(np.flatnonzero(keep))
         remedy = "; the training has diverged (lower the learning rate)"
         _check_finite(name, kept, remedy)
-        if wire_type.itemsize < kept.dtype.itemsize:
-            limits = np.finfo(wire_type)
+        if sent_as.itemsize < kept.dtype.itemsize:
+            limits = np.finfo(sent_as)
             kept = kept.clip(limits.min, limits.max)
-        return kept.astype(wire_type, copy=False)
+        return kept.astype(sent_as, copy=False)
 
-    return b"".join(part.data for part in parallel_map(one, pairs))
+    parts = parallel_map(one, pairs)
+    if quantizes:
+        scaled = parallel_map(_scaled, parts)
+        parts = [scales for scales, _ in scaled] + [codes for _, codes in scaled]
+    return b"".join(part.data for part in parts)
+
+
+def _scaled(kept: Float32) -> tuple[Float32, NDArray[np.int8]]:
+    """Return a scale per block, a 127th of its largest size, and a code per value."""
+    scales = np.zeros(-(-kept.size // BLOCK), "<f4")
+    codes = np.zeros(kept.size, np.int8)
+    if kept.size:
+        starts = np.arange(0, kept.size, BLOCK)
+        largest = np.maximum.reduceat(np.abs(kept), starts)
+        scales[:] = np.minimum(largest / np.float32(_CODES), _LARGEST_SCALE)
+        steps = np.where(scales > 0, scales, 1).repeat(BLOCK)[: kept.size]
+        codes[:] = np.rint(kept / steps).clip(-_CODES, _CODES)
+    return scales, codes
+
+
+def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
+    """Read the kept values of all tensors, flat; `counts` are those of each tensor.
+
+    Raises
+    ------
+    WireError
+        If the length is wrong, or a scale is negative, NaN, infinite or so large that
+        its values would be infinite. Values of floating types are not checked.
+    """
+    wire_type, kept = _wire_type(dtype), sum(counts)
+    blocks = [-(-count // BLOCK) for count in counts]
+    header = 4 * sum(blocks) if wire_type.kind == "i" else 0
+    expected = header + kept * wire_type.itemsize
+    if len(frame) != expected:
+        also = f"4 x {sum(blocks)} scales + " if header else ""
+        raise WireError(
+            f"values do not fit the mask: expected {expected} B "
+            f"({also}{wire_type.itemsize} x {kept} kept), got {len(frame)} B"
+        )
+    values: Array = np.frombuffer(frame, wire_type, offset=header)
+    if wire_type.kind != "i":
+        return values
+    scales = np.frombuffer(frame, "<f4", count=sum(blocks))
+    if not ((scales >= 0) & (scales <= _LARGEST_SCALE)).all():
+        raise WireError(
+            f"expected scales of blocks in [0, {_LARGEST_SCALE:.3g}], got "
+            f"{scales.min(initial=0)} to {scales.max(initial=0)}"
+        )
+    ends = np.cumsum(blocks)
+    sizes = np.full(scales.size, BLOCK)
+    for end, count in zip(ends, counts, strict=True):
+        if count % BLOCK:
+            sizes[end - 1] = count % BLOCK
+    return np.repeat(scales, sizes) * values
 
 
 @overload
@@ -98,7 +158,7 @@ def decode(
     Parameters
     ----------
     frame : bytes
-        Exactly ``kept * itemsize`` bytes.
+        As long as `encode` makes it.
     mask, dtype
         As in `encode`.
     fill : array or mapping, optional
@@ -115,17 +175,10 @@ def decode(
     WireError
         If the length is wrong or a value is NaN or infinite.
     """
-    wire_type = _wire_type(dtype)
     masks = mask if isinstance(mask, Mapping) else {_SINGLE: mask}
     fills = fill if isinstance(fill, Mapping) or fill is None else {_SINGLE: fill}
     counts = [int(np.count_nonzero(keep)) for keep in masks.values()]
-    expected = sum(counts) * wire_type.itemsize
-    if len(frame) != expected:
-        raise WireError(
-            f"values do not fit the mask: expected {expected} B "
-            f"({wire_type.itemsize} x {sum(counts)} kept), got {len(frame)} B"
-        )
-    kept = np.frombuffer(frame, wire_type)
+    kept = flat(frame, counts, dtype=dtype)
     offsets = np.cumsum([0, *counts])
 
     def one(index: int) -> Array:

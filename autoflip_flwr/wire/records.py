@@ -91,6 +91,41 @@ class Plan:
                 record[entry.name] = FlowerArray(np.asarray(arrays[entry.name]))
         return ArrayRecord(record)
 
+    def pack_reply(self, trained: Params, received: Params) -> ArrayRecord:
+        """Pack what a client trained; with int8, how far it is from what it received.
+
+        So rounding is relative to the update, and the rounding of what was sent does
+        not enter the server's weights.
+        """
+        if self.values != "int8":
+            return self.pack(trained)
+        moved = {name: trained[name] - received[name] for name in self.masks}
+        return self.pack({**trained, **moved})
+
+    def unpack_reply(self, record: ArrayRecord, own: Params) -> dict[str, Array]:
+        """Return a reply's arrays; pruned entries have the values of `own`.
+
+        `own` are the server's arrays; see `unpack` for the errors.
+        """
+        if self.values != "int8":
+            return self.unpack(record, fill=own)
+        arrays = self.unpack(record)
+        for name in self.masks:
+            with np.errstate(over="ignore"):
+                arrays[name] += own[name]
+            if not np.isfinite(arrays[name]).all():
+                raise WireError(f"{name}: expected an update to finite values")
+        return arrays
+
+    def update(self, sent: bytes, received: bytes) -> Array:
+        """Return a client's update of the kept values, flat, float32."""
+        counts = [int(np.count_nonzero(keep)) for keep in self.masks.values()]
+        values = codec.flat(received, counts, dtype=self.values).astype(np.float32)
+        if self.values != "int8":
+            with np.errstate(over="ignore", invalid="ignore"):  # any value may come
+                values -= codec.flat(sent, counts, dtype=self.values)
+        return values
+
     def unpack(
         self, record: ArrayRecord, *, fill: Params | None = None
     ) -> dict[str, Array]:
