@@ -104,8 +104,8 @@ class ExplorationSettings(Group):
     fraction: PositiveShare = 1.0  # share of the nodes that explore
     patience: AtLeastOne = 5  # epochs without a lower loss before an explorer stops
     every: Count = 0  # explore again every so many rounds; 0: once
-    # Begin where the explorers on average ended, not at W0. None: yes, unless the inner
-    # strategy is robust or private, or guidance has noise.
+    # Begin where the explorers on average ended, not at W0. None: yes if they explore
+    # for the mask; no if the inner strategy is robust or private, or guidance noisy.
     warm_start: bool | None = None
     timeout: Positive = 3600.0  # seconds to wait for the explorers
     # Differential privacy on the client: L2 norm that guidance is clipped to, and the

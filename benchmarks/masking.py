@@ -3,10 +3,11 @@
     python benchmarks/masking.py --explorers 5 --explorers 500
     python benchmarks/masking.py --explorers 5 --units 0.8
 
-The mask is for 5 sampled clients, at the default settings. FedAvg runs
-`FedAvg.aggregate_train` on 5 dense replies. Memory is the peak of what Python and NumPy
-allocate while the mask is made, minus the allocation before the first explorer, in
-float32 models. 500 explorers need 12 GB of disk.
+The masks are those of rounds in which the density falls, at the default settings.
+FedAvg runs `FedAvg.aggregate_train` on 5 dense replies. Memory is the peak of what
+Python and NumPy allocate while the first mask is made, which reads the guidance, minus
+the allocation before the first explorer, in float32 models. 500 explorers need 12 GB of
+disk.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def main() -> None:
                 pruner.add(node_id, answers.get(node_id), weights)
             answers.forget()
             tracemalloc.reset_peak()
-            pruner.masks(range(SAMPLED), weights, 1)
+            pruner.learn(None, pruner.masks(range(SAMPLED), weights, 1))
             peak = tracemalloc.get_traced_memory()[1] - before
             tracemalloc.stop()
             rounds = itertools.count(2)

@@ -113,3 +113,15 @@ def test_a_baseline_has_its_own_schedule():
     strategy = AutoFLIP(pruner=Magnitude(dense_rounds=1))
     run(strategy, LocalGrid(toy_app(), NODES), net(), 2)
     assert strategy.rounds.density == pytest.approx(0.2, abs=0.01)
+
+
+def test_vectors_are_pruned_where_the_floor_leaves_no_room_for_them():
+    """700 biases are under half of 1,510 kept, but the floor takes 1,000."""
+    weights = {"w": np.ones((1000, 100), np.float32), "b": np.ones(700, np.float32)}
+    pruner = prepared(Smallest(), weights, PruningSettings(threshold=0.985))
+    assert sum(int(k.sum()) for k in pruner.masks([1], weights, 99).values()) == 1510
+
+
+def test_a_density_that_has_nothing_to_fall_is_the_final_one_exactly():
+    pruner = prepared(Smallest(), WEIGHTS, PruningSettings(threshold=0.3))
+    assert {pruner.threshold_of(n) for n in range(1, 30)} == {0.3}

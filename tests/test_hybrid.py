@@ -358,6 +358,17 @@ def test_clients_need_at_most_the_operations_that_were_asked_for():
     assert strategy.rounds.density == pytest.approx(0.3, abs=0.01)
 
 
+def test_a_value_as_threshold_prunes_whole_units_with_their_biases():
+    scores = dict(SCORES)
+    units_mask = mlp().masks(np.array([False, True, True, True]), scores)
+    masks = mask.from_scores(
+        scores, threshold=2.5, mode="value", floor=0.01, whole=["b1"], units=units_mask
+    )
+    assert not masks["b1"][0]
+    assert not masks["w1"][0].any()
+    assert masks["b1"][1:].all()
+
+
 def test_a_target_of_operations_needs_the_model_and_one_that_can_be_reached():
     target = PruningSettings(operations=0.4)
     with pytest.raises(SettingsError, match=r"operations: pruning whole units needs"):

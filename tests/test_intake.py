@@ -39,7 +39,7 @@ from inprocess import (
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
-from autoflip_flwr import AutoFLIP
+from autoflip_flwr import AutoFLIP, ExplorationSettings
 from autoflip_flwr.errors import (
     ExplorationError,
     SettingsError,
@@ -463,3 +463,24 @@ def test_a_warm_start_that_nobody_answers_leaves_a_baseline_its_start(caplog):
         run(strategy, grid, net(), 2)
     assert caplog.text.count("0 of 5 nodes explored") == 1, "not again in round 2"
     assert strategy.rounds.density < 1
+
+
+class OwnKrum(Krum):
+    """A robust strategy under a name of its own."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        OwnKrum,
+        lambda: type("OwnPrivate", (DifferentialPrivacyServerSideFixedClipping,), {})(
+            FedAvg(), 1.0, 1.0, 2
+        ),
+    ],
+    ids=["robust", "private"],
+)
+def test_no_default_goes_around_what_a_subclass_protects(make):
+    assert AutoFLIP(FedAvg()).rounds.exploration.warm_start
+    assert not AutoFLIP(make()).rounds.exploration.warm_start
+    with pytest.raises(SettingsError, match="warm_start would move the model"):
+        AutoFLIP(make(), exploration=ExplorationSettings(warm_start=True))

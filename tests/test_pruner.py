@@ -118,6 +118,12 @@ def test_staged_masks_go_by_saliency_first_and_by_the_weights_later(tmp_path):
     first = pruner.masks([0], INITIAL, 1)
     expected = reference_scores([0, 1], [0], "client", 1.0, score="saliency")
     assert_keeps_the_best(first, expected, pruned=round(0.4 * TOTAL))
+    second = pruner.masks(
+        [0], INITIAL, 2
+    )  # nobody trained in round 1: guidance decides
+    assert_keeps_the_best(second, expected, pruned=round(0.7 * TOTAL))
+    first = pruner.masks([0], INITIAL, 1)
+    pruner.learn(None, first)  # this round has trained it
     assert pruner.asks(2, connected=[0], sampled=[0, 9]) is None, "9 need not explore"
     rng = np.random.default_rng(3)
     trained = {n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}

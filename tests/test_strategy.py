@@ -175,6 +175,19 @@ def test_rounding_to_bytes_on_the_way_down_does_not_enter_the_model():
         assert_allclose(seen[-1][name], value, rtol=1e-5)
 
 
+def test_bytes_need_the_global_model_to_be_what_is_sent():
+    class Shifted(FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            moved = {n: Array(v.numpy() + np.float32(1)) for n, v in arrays.items()}
+            return super().configure_train(
+                server_round, ArrayRecord(moved), config, grid
+            )
+
+    strategy = AutoFLIP(Shifted(fraction_evaluate=0), **flat(values="int8"))
+    with pytest.raises(SettingsError, match="Shifted sends other weights than the gl"):
+        run(strategy, LocalGrid(toy_app(plain_net), NODES), plain_net(), 1)
+
+
 def test_with_bytes_the_weights_are_nearly_those_of_floats():
     ends = []
     for values in ("float32", "int8"):

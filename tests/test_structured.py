@@ -95,6 +95,20 @@ def test_operations_beyond_reach_say_what_limits_them():
         units.check_operations(SCORES, share=0.5, budget=6)
 
 
+def test_cheap_units_with_many_operations_count_as_in_reach():
+    """A unit of `a`: 1000 parameters and operations; one of `b`: 10 and 900."""
+    a, b = np.arange(4), np.arange(4, 12)
+    units = Units(
+        groups=(Group("a", 0, 4), Group("b", 4, 8)),
+        parameters={"a": {0: a}, "b": {0: b}},
+        buffers={},
+        shapes={"a": (4, 1000), "b": (8, 10)},
+        uses={"a": 1, "b": 90},
+    )
+    # seven of `b` go: 11,200 - 6,300
+    units.check_operations(["a", "b"], share=0.44, budget=1000)
+
+
 def test_masks_empty_the_rows_and_columns_of_a_unit():
     masks = mlp().masks(np.array([True, False, True, True]), SCORES)
     assert_array_equal(masks["w1"], [[1] * 3, [0] * 3, [1] * 3, [1] * 3])

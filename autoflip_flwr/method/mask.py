@@ -110,11 +110,14 @@ def from_scores(
     else:
         kept = _kept(sum(sizes), threshold, mode)
     if units is not None:
-        flats = flats if overwrite else [flat.copy() for flat in flats]
+        flats, most = flats if overwrite else [flat.copy() for flat in flats], 0
         for index, name in enumerate(scores):
             alive = units[name].reshape(-1)
             np.copyto(flats[index], -np.inf, where=~alive)
-            least[index] = min(least[index], int(np.count_nonzero(alive)))
+            left = int(np.count_nonzero(alive))
+            least[index] = min(least[index], left)
+            most += left
+        kept = min(kept, most)  # what `whole` and floors would keep of pruned units
     if units is not None or mode != "value":
         lamp = balance == "lamp" and mode != "value"
         keeps = (_keep_lamp if lamp else _keep_highest)(flats, kept, least)

@@ -386,7 +386,9 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
     ) -> None:
-        """Refuse a share of the dense operations that no choice of units reaches.
+        """Refuse a share of the dense operations that is out of reach.
+
+        Units go by their operations, or by those per parameter, whichever saves more.
 
         Raises
         ------
@@ -395,10 +397,14 @@ class Units:
         """
         names = list(prunable)
         scores = {name: np.zeros(self.shapes[name], np.float32) for name in names}
-        cheapest = -self._totals(self.uses)  # units with the most operations go first
-        keep = self.choose(scores, budget=budget, limits=limits, means=cheapest)
-        dense = self.operations()
-        least = self.operations(keep) / max(1, dense)
+        used, dense = self._totals(self.uses), self.operations()
+        sizes = self._totals({n: 1 for n in self.parameters if n in scores})
+        least = min(
+            self.operations(
+                self.choose(scores, budget=budget, limits=limits, means=-value)
+            )
+            for value in (used, used / np.maximum(sizes, 1))
+        ) / max(1, dense)
         if least > share:
             raise MaskError(
                 f"operations: expected a share of the dense {dense} "

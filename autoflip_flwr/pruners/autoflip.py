@@ -3,6 +3,7 @@
 Exploration replies -> guidance -> scores -> mask.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -26,6 +27,8 @@ from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
 from autoflip_flwr.pruners.weights import magnitudes
 from autoflip_flwr.types import Float32, Masks, Nodes, Params, Scores
+
+_log = logging.getLogger("flwr")
 
 #: Values, over all explorers, that robust combination reads at a time.
 _ROBUST_BLOCK = 1 << 22
@@ -192,15 +195,31 @@ class AutoFlipPruner(Pruner):
             overwrite=True,
             **self._unit_target(mixture, threshold),
         )
+        self._check_operations(masks, threshold)
         if self._by_weights:
             self.kept_guidance = self._guidance_left(masks)
         else:
             self.kept_guidance = self._guidance_of(scores, masks)
-        self._by_weights = self.settings.score == "staged"
-        fixed = share == 1.0 or self._by_weights
+        fixed = share == 1.0 or self.settings.score == "staged"
         fixed = fixed and self.settings.agreement != "sign"
         self._masks, self._threshold = masks if fixed else None, threshold
         return masks
+
+    def _check_operations(self, masks: Masks, threshold: float) -> None:
+        """Say so if the final mask misses the target of operations."""
+        target = self.settings.operations
+        if target is None or threshold != self.settings.threshold:
+            return
+        units = self.known_units()
+        share = units.operations(units.used(masks)) / max(1, units.operations())
+        if share > target:
+            _log.warning(
+                "operations: the clients' network needs %.3f of the dense "
+                "multiply-accumulates, asked for %.3f: whole units that were cheap to "
+                "lose took all parameters that may be pruned",
+                share,
+                target,
+            )
 
     def _unit_target(self, scores: Scores, threshold: float) -> dict[str, Any]:
         """Return what `cut` needs to know of units; a target falls with the density."""
@@ -216,7 +235,8 @@ class AutoFlipPruner(Pruner):
         }
 
     def learn(self, agreement: Float32 | None, masks: Masks) -> None:
-        """Take the agreement of the clients of a round."""
+        """Take the agreement of the clients of a round, which has trained the mask."""
+        self._by_weights = self.settings.score == "staged"
         if agreement is not None and self.settings.agreement == "sign":
             self._signs.learn(agreement, masks)
 

@@ -259,7 +259,10 @@ class Pruner(ABC):
         kept = float(sum(sizes.values()))
         if settings.mode != "value":
             kept -= self.pruned_count(self.initial)
-        small = sum(sizes[name] for name in vectors) <= kept / 2
+        most = sum(sizes[name] for name in vectors)
+        floor = settings.floor
+        others = sum(math.ceil(floor * n) for v, n in sizes.items() if v not in vectors)
+        small = most <= min(kept / 2, kept - others)
         return vectors if small and not settings.vectors else ()
 
     def threshold_of(self, server_round: int) -> float:
@@ -271,12 +274,15 @@ class Pruner(ABC):
         if settings.mode == "value" or server_round > self._gradual_rounds:
             return settings.threshold
         ratio = settings.mode == "compression"
+        final = 1 / settings.threshold if ratio else 1 - settings.threshold
         share = density(
             server_round,
             first=settings.initial_density,
-            final=1 / settings.threshold if ratio else 1 - settings.threshold,
+            final=final,
             rounds=self._gradual_rounds,
         )
+        if share <= final:
+            return settings.threshold
         return 1 / share if ratio else 1 - share
 
     def pruned_count(self, scores: Scores, threshold: float | None = None) -> int:

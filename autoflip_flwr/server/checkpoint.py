@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.server.replies import chain
 from autoflip_flwr.server.tree import SCALARS, read, storable, write
+from autoflip_flwr.server.wrapper import Wrapper
 
 _log = logging.getLogger("flwr")
 
@@ -36,8 +37,6 @@ class Part(Protocol):
 @runtime_checkable
 class _Stateful(Protocol):
     """A strategy that provides its own state."""
-
-    def expect(self, num_rounds: int) -> None: ...
 
     def state(self, arrays: ArrayRecord) -> dict[str, Any]: ...
 
@@ -119,7 +118,7 @@ class Checkpointed(Strategy):
         self.directory.mkdir(parents=True, exist_ok=True)
         layout = {n: [a.dtype, list(a.shape)] for n, a in initial_arrays.items()}
         for one in self._built:
-            if isinstance(one, _Stateful):
+            if isinstance(one, Wrapper):
                 one.expect(num_rounds)
         resumed = self._resume(layout)
         arrays = initial_arrays if resumed is None else resumed

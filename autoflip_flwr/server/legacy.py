@@ -29,7 +29,7 @@ from flwr.common import (
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
+from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, QFedAvg, Strategy
 
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
@@ -184,6 +184,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             self.strategy.initial_parameters = ndarrays_to_parameters(arrays)
         if isinstance(self.strategy, FedOpt):
             self.strategy.current_weights = arrays
+        if isinstance(self.strategy, QFedAvg):
+            self.strategy.pre_weights = arrays
 
     def _named(self, parameters: Parameters) -> dict[str, Array]:
         arrays = parameters_to_ndarrays(parameters)

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from autoflip_flwr.errors import WireError
+from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
 from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
@@ -219,6 +220,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             config_key, config = records.only_config(message.content)
             if id(record) not in packed:
                 arrays = records.named_arrays(record, plan.manifest)
+                self._check_sent(arrays, plan)
                 packed[id(record)] = record, plan.pack(arrays)
             _, sent = packed[id(record)]
             self._values = self._values or sent[records.VALUES].data
@@ -227,6 +229,17 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             content[config_key] = ConfigRecord({**config, **plan.entries(phase)})
             message.content = content
         return messages
+
+    def _check_sent(self, arrays: Params, plan: records.Plan) -> None:
+        """Refuse int8 replies, which are relative, to other weights than the global."""
+        own = self.rounds.arrays
+        if plan.values == "int8" and not all(
+            np.array_equal(arrays[name], own[name]) for name in plan.masks
+        ):
+            raise SettingsError(
+                f"values int8: {type(self.strategy).__name__} sends other weights than "
+                "the global model, to which replies are relative; use float16"
+            )
 
     def _in_order(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
         """Return replies with their nodes, in the order of the requests."""

@@ -14,7 +14,7 @@ from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import AutoFlipPruner, Pruner
 from autoflip_flwr.server.intake import Intake
-from autoflip_flwr.server.replies import Replies
+from autoflip_flwr.server.replies import Replies, chain
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
 from autoflip_flwr.units import ExampleInputs, trace
@@ -24,6 +24,9 @@ _log = logging.getLogger("flwr")
 
 #: Strategies of both APIs that do not average the replies.
 _ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
+
+#: How the names of strategies with differential privacy at the server begin.
+_PRIVATE = ("DifferentialPrivacy", "DPFedAvg")
 
 
 S = TypeVar("S")
@@ -219,13 +222,14 @@ def _with_warm_start(
 
     If it is left open, an exploration for the mask gives one where nothing is bypassed.
     """
-    name, reason = type(inner).__name__, ""
-    if name.startswith("DifferentialPrivacy"):
+    kinds = {kind.__name__ for one in chain(inner) for kind in type(one).__mro__}
+    reason = ""
+    for name in sorted(kind for kind in kinds if kind.startswith(_PRIVATE)):
         reason = (
             "warm_start would move the model by the explorers' updates, without the "
             f"clipping and noise of {name}; use one or the other"
         )
-    if name in _ROBUST:
+    for name in kinds.intersection(_ROBUST):
         reason = (
             "warm_start would move the model by the mean of all explorers' updates, "
             f"which one of them can ruin before {name} sees a reply; use one or the "
