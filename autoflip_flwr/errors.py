@@ -47,6 +47,10 @@ class MissingExtraError(AutoFlipError, ImportError):
     """A function needs a package of an extra that is not installed."""
 
 
+class ReplyError(AutoFlipError, RuntimeError):
+    """No round of a run had valid replies to change the model: it is untrained."""
+
+
 class ExplorationError(AutoFlipError, RuntimeError):
     """No node completed its exploration, so no mask can be made."""
 

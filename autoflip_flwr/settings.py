@@ -134,7 +134,7 @@ class PruningSettings(Group):
     threshold: NotNegative = 0.8  # quantile: share to prune; see mask.from_scores
     # Density of round 1. It falls to that of the threshold in `gradual_rounds` rounds.
     initial_density: PositiveShare = 0.6
-    # None: half of a run's rounds; where their number is not known, 10. 0: at once.
+    # None: half of a run's rounds; 0, at once, where their number is not known.
     gradual_rounds: Count | None = None
     balance: Balance = "lamp"  # how layers share what is kept; global: the paper
     # Whether biases and scales of normalization are pruned, too. If not, they are kept

@@ -16,7 +16,7 @@ from preparing import added, prepared
 from test_store import SHAPES as SMALL_SHAPES
 
 from autoflip_flwr import AutoFLIP
-from autoflip_flwr.errors import GuidanceError, SettingsError, WireError
+from autoflip_flwr.errors import GuidanceError, ReplyError, SettingsError, WireError
 from autoflip_flwr.method.guidance import combine, middle
 from autoflip_flwr.method.mask import change
 from autoflip_flwr.pruners import AutoFlipPruner
@@ -308,7 +308,15 @@ def test_an_aggregate_that_is_not_finite_changes_nothing(caplog):
             arrays[name] = Array(arrays[name].numpy() * np.float32(np.nan))
             return arrays, metrics
 
-    found, _ = run(AutoFLIP(Careless()), LocalGrid(toy_app(), NODES), net(), 2)
+    found = []
+    with pytest.raises(ReplyError, match=r"the last one: the aggregate is not finite"):
+        run(
+            AutoFLIP(Careless()),
+            LocalGrid(toy_app(), NODES),
+            net(),
+            2,
+            after_round=lambda _, arrays: found.append(arrays),
+        )
     assert "the aggregate is not finite: the model stays as it was" in caplog.text
     for name, value in found[0].items():
         assert_array_equal(found[-1][name], value)

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -35,11 +36,13 @@ from inprocess import (
 )
 from numpy.testing import assert_allclose
 
-from autoflip_flwr import AutoFLIP
+from autoflip_flwr import AutoFLIP, Checkpointed
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.errors import (
+    ExplorationError,
     GuidanceError,
     MaskError,
+    ReplyError,
     SettingsError,
 )
 
@@ -241,8 +244,10 @@ def test_without_valid_replies_a_round_aggregates_to_nothing():
 def test_a_round_needs_as_many_valid_replies_as_it_is_told(good, changes):
     tamper = only_in("train", NODES[good:], poison(np.nan))
     grid = LocalGrid(toy_app(), NODES, tamper=tamper)
-    model = net()
-    seen, _ = run(AutoFLIP(**flat(threshold=0.5, min_replies=3)), grid, model, 1)
+    strategy, seen = AutoFLIP(**flat(threshold=0.5, min_replies=3)), []
+    untrained = nullcontext() if changes else pytest.raises(ReplyError)
+    with untrained:
+        run(strategy, grid, net(), 1, after_round=lambda _, arrays: seen.append(arrays))
     moved = not np.array_equal(seen[1]["1.running_mean"], seen[0]["1.running_mean"])
     assert moved is changes
 
@@ -257,8 +262,16 @@ def test_after_a_round_without_replies_the_model_still_fits_the_mask(server_roun
         return None if lost and config["server-round"] == server_round else reply
 
     grid = LocalGrid(toy_app(), NODES, tamper=tamper)
-    strategy = AutoFLIP(FedAvg(**some_of()), **flat(**CHANGING))
-    seen, _ = run(strategy, grid, net(), server_round)
+    strategy, seen = AutoFLIP(FedAvg(**some_of()), **flat(**CHANGING)), []
+    untrained = pytest.raises(ReplyError) if server_round == 1 else nullcontext()
+    with untrained:
+        run(
+            strategy,
+            grid,
+            net(),
+            server_round,
+            after_round=lambda _, arrays: seen.append(arrays),
+        )
     if server_round == 1:
         assert strategy.rounds.plan is None
         assert strategy.rounds.density == 1.0
@@ -375,3 +388,36 @@ def test_a_model_of_ones_own_reaches_each_node():
     assert len(sent) == len(NODES)
     for position, values in enumerate(sent):
         assert_allclose(values, sent[0] + position, rtol=1e-4, atol=1e-5)
+
+
+# --- a run that trains nothing --------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_run_in_which_no_reply_was_ever_valid_is_an_error(checkpointed, tmp_path):
+    grid = LocalGrid(
+        toy_app(), NODES, tamper=only_in("train", NODES, lambda reply: "lost")
+    )
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0))
+    whole = Checkpointed(strategy, tmp_path) if checkpointed else strategy
+    with pytest.raises(
+        ReplyError, match=r"untrained: none of 2 rounds changed it; the last"
+    ):
+        run(whole, grid, net(), 2)
+
+
+def test_a_run_that_asks_nobody_to_train_is_none():
+    strategy = AutoFLIP(FedAvg(fraction_train=0.0, fraction_evaluate=1.0))
+    grid = LocalGrid(toy_app(), NODES)
+    run(strategy, grid, net(), 2)
+    assert not grid.nodes("train")
+
+
+def test_a_forgotten_mod_is_named():
+    grid = LocalGrid(toy_app(mods=[]), NODES)
+    cure = (
+        r"does not answer as AutoFlipMod does: .*ClientApp\(mods=\[AutoFlipMod\(\)\]\)"
+    )
+    with pytest.raises(ExplorationError, match=cure):
+        run(AutoFLIP(), grid, net(), 2)
+    assert not grid.nodes("train"), "it stops before any training"

@@ -110,7 +110,7 @@ class Pruner(ABC):
         self.units = problem.units
         self.rng = np.random.default_rng(problem.seed)
         self.kept_guidance = None
-        half = 10 if problem.rounds is None else problem.rounds // 2
+        half = (problem.rounds or 0) // 2  # unknown: a run may end before any schedule
         chosen = self.settings.gradual_rounds
         self._gradual_rounds = half if chosen is None else chosen
         self._spared = self._spared_vectors()

@@ -143,6 +143,9 @@ class Checkpointed(Strategy):
         result = super().start(
             grid, arrays, left, timeout, train_config, evaluate_config, evaluate
         )
+        for one in self._built:
+            if isinstance(one, Wrapper):
+                one.check_trained()
         if not len(result.arrays):
             result.arrays = arrays
         for name, metrics in self._metrics.items():

@@ -55,6 +55,8 @@ class Rounds:
         self.dropped: dict[int, str] = {}
         self.fresh = True  # False in a resumed run
         self.total: int | None = None  # rounds of the run; None: unknown
+        self.trained: bool | None = None  # by any round; None: none has begun
+        self.reason = ""  # why the last abandoned round changed nothing
         self._previous: Plan | None = None
         self._manifest: Manifest | None = None
 
@@ -124,6 +126,7 @@ class Rounds:
             changed = 0.0 if masks is before else masking.change(before, masks)
             self.diagnostics.mask_change = changed
         self.diagnostics.begin()
+        self.trained = self.trained or False
         self._previous = self.plan
         self.plan = Plan(self.manifest, masks, self.values)
         self.dropped = {}
@@ -146,7 +149,7 @@ class Rounds:
 
     def abandon(self, server_round: int, reason: str) -> None:
         """End a round without a change: the model keeps its weights and its mask."""
-        self.plan = self._previous
+        self.plan, self.reason = self._previous, reason
         _log.warning("round %d: %s: the model stays as it was", server_round, reason)
 
     def finish(self, aggregated: Params) -> None:
@@ -167,7 +170,7 @@ class Rounds:
                 before = self.arrays[entry.name]
                 value[pruned] = before[pruned] if self.pruner.restores else 0
             settled[entry.name] = value
-        self.arrays = settled
+        self.arrays, self.trained = settled, True
         self._previous = self.plan  # the mask of the new model
         agreement = self.diagnostics.finish(self.pruner.kept_guidance)
         self.pruner.learn(agreement, self.plan.masks)

@@ -60,7 +60,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self.expect(num_rounds)
         inner, kind = self.strategy, type(self.strategy)
         if kind.start is Strategy.start:
-            return super().start(grid, initial_arrays, num_rounds, *rest, **named)
+            result = super().start(grid, initial_arrays, num_rounds, *rest, **named)
+            self.check_trained()
+            return result
         ours = {name: staticmethod(getattr(self, name)) for name in _OF_A_ROUND}
         starter: Strategy = object.__new__(type(kind.__name__, (kind,), ours))
         starter.__dict__ = vars(inner)  # what it keeps, the inner strategy keeps

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import torch
 from torch import nn
 
-from autoflip_flwr.errors import ModelError, SettingsError
+from autoflip_flwr.errors import ModelError, ReplyError, SettingsError
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import AutoFlipPruner, Pruner
 from autoflip_flwr.server.intake import Intake
@@ -152,11 +152,22 @@ class Wrapper(Generic[S]):
         """Prepare what only one API needs."""
 
     def expect(self, num_rounds: int) -> None:
-        """Tell how many rounds the run has; `start` does, where there is one.
+        """Tell how many rounds the run has, before it starts.
 
-        What is left to the number of rounds follows from it (`gradual_rounds`).
+        On the Message API `start` does. On the older API you may, so that the density
+        falls over the first half of the rounds instead of at once.
         """
         self.rounds.total = num_rounds
+
+    def check_trained(self) -> None:
+        """Raise a ReplyError if no round of a run changed the model."""
+        rounds = self.rounds
+        if rounds.fresh and rounds.trained is False:
+            raise ReplyError(
+                f"the model is untrained: none of {rounds.total} rounds changed it; "
+                f"the last one: {rounds.reason or 'no reply came in time'}; dropped "
+                f"replies by node: {rounds.dropped}"
+            )
 
     def __getattr__(self, name: str) -> Any:
         """Return the inner strategy's own attributes and methods."""

@@ -251,9 +251,11 @@ def guidance_record(frame: bytes, signs: bytes | None = None) -> ArrayRecord:
 def guidance_frames(record: ArrayRecord) -> tuple[bytes, bytes | None]:
     """Return the guidance frame of an exploration reply, and its signs or None."""
     if set(record) not in ({GUIDANCE}, {GUIDANCE, SIGNS}):
+        remedy = "" if GUIDANCE in record else ": ClientApp(mods=[AutoFlipMod()])"
         raise WireError(
-            f"expected the array [{GUIDANCE!r}], and {SIGNS!r} for a warm start, "
-            f"got {sorted(record)}"
+            "the client's app does not answer as AutoFlipMod does: expected the array "
+            f"[{GUIDANCE!r}], and {SIGNS!r} for a warm start, got {sorted(record)}"
+            f"{remedy}"
         )
     signs = _frame(record[SIGNS], "uint8") if SIGNS in record else None
     return _frame(record[GUIDANCE], "uint8"), signs
