@@ -247,7 +247,9 @@ def overrides(arguments: argparse.Namespace, clients: int) -> str:
         f"rounds={arguments.rounds} strategy.min-nodes={clients} "
         f"strategy.fraction-train={arguments.sampled / clients} "
         f"data.max-samples={60 * clients} training.epochs=1 exploration.fraction=1.0 "
-        "pruning.population-weight=0.8 "  # so that every round has its own mask
+        # So that every round has its own mask, and guidance is all that comes.
+        "pruning.population-weight=0.8 pruning.score=guidance pruning.gradual-rounds=0 "
+        "exploration.warm-start=false "
         f"{arguments.overrides}"
     ).strip()
 
