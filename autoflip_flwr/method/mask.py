@@ -202,8 +202,8 @@ def check_floor(
     least = sum(math.ceil(f * size) for f, size in zip(floors, sizes, strict=True))
     if least > kept:
         raise MaskError(
-            f"the floor (1 for tensors that are kept whole) keeps at least {least} of "
-            f"{total} parameters, but only {kept} are to be kept; lower the floor or "
+            f"the floor keeps at least {least} of {total} parameters, tensors that are "
+            f"kept whole among them, but only {kept} are to be kept; lower the floor or "
             "prune less"
         )
 
