@@ -202,9 +202,9 @@ def check_floor(
     least = sum(math.ceil(f * size) for f, size in zip(floors, sizes, strict=True))
     if least > kept:
         raise MaskError(
-            f"the floor keeps at least {least} of {total} parameters, tensors that are "
-            f"kept whole among them, but only {kept} are to be kept; lower the floor or "
-            "prune less"
+            f"the floor keeps at least {least} of {total} parameters, tensors that "
+            f"are kept whole among them, but only {kept} are to be kept; lower the "
+            "floor or prune less"
         )
 
 
