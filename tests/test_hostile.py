@@ -499,9 +499,8 @@ def test_a_poisoned_explorer_moves_the_mask_no_further_than_an_honest_one_could(
 
     def mask(matrices):
         initial = {n: np.ones(s, np.float32) for n, s in FAR.items()}
-        settings = PruningSettings(
-            threshold=0.8, population_weight=1.0, combination=combination
-        )
+        chosen = {**PLAIN, "population_weight": 1.0, "combination": combination}
+        settings = PruningSettings(threshold=0.8, **chosen)
         pruner = prepared(AutoFlipPruner(), initial, settings, tmp_path)
         pruner.start()
         for node, matrix in enumerate(matrices):
