@@ -28,8 +28,8 @@ def partitions(count: int) -> list[str]:
     return [f"partition-id={i} num-partitions={count}" for i in range(count)]
 
 
-#: Masks from one-byte guidance. Real nodes sum floats in another order than one process,
-#: and a last bit of the trained weights can decide over the default's masks.
+#: Masks from one-byte guidance. Real nodes sum floats in another order than one
+#: process, and a last bit of the trained weights can decide over the default's masks.
 FROM_GUIDANCE = "pruning.score=saliency"
 
 
