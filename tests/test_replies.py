@@ -393,12 +393,20 @@ def test_a_model_of_ones_own_reaches_each_node():
 # --- a run that trains nothing --------------------------------------------------------
 
 
+class OwnStart(FedAvg):
+    def start(self, *args, **named):
+        return super().start(*args, **named)
+
+
+@pytest.mark.parametrize("inner", [FedAvg, OwnStart])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_run_in_which_no_reply_was_ever_valid_is_an_error(checkpointed, tmp_path):
+def test_a_run_in_which_no_reply_was_ever_valid_is_an_error(
+    checkpointed, inner, tmp_path
+):
     grid = LocalGrid(
         toy_app(), NODES, tamper=only_in("train", NODES, lambda reply: "lost")
     )
-    strategy = AutoFLIP(FedAvg(fraction_evaluate=0))
+    strategy = AutoFLIP(inner(fraction_evaluate=0))
     whole = Checkpointed(strategy, tmp_path) if checkpointed else strategy
     with pytest.raises(
         ReplyError, match=r"untrained: none of 2 rounds changed it; the last"

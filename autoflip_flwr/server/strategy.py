@@ -66,7 +66,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         ours = {name: staticmethod(getattr(self, name)) for name in _OF_A_ROUND}
         starter: Strategy = object.__new__(type(kind.__name__, (kind,), ours))
         starter.__dict__ = vars(inner)  # what it keeps, the inner strategy keeps
-        return starter.start(grid, initial_arrays, num_rounds, *rest, **named)
+        result = starter.start(grid, initial_arrays, num_rounds, *rest, **named)
+        self.check_trained()
+        return result
 
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""

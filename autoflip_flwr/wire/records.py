@@ -45,7 +45,7 @@ CLIENT_ID = "client-id"
 
 _RAW = "autoflip.raw"  # serialization type: a frame without a header
 _REAL = "biuf"  # numpy kinds
-_NPY_HEADER = 1024  # bytes; that of an array with 64 dimensions has 500
+_NPY_HEADER = 1024  # bytes; that of an array with 64 dimensions has 640
 
 
 @dataclass(frozen=True, slots=True)
