@@ -1,5 +1,6 @@
 """A Grid without a server: calls a ClientApp in this process, a Context per node."""
 
+import hashlib
 import importlib.util
 import itertools
 import math
@@ -50,6 +51,7 @@ class Sent:
     phase: str  # explore, train, evaluate, query
     node_id: int
     content: RecordDict
+    mask: bytes = b""  # all of it, also where the message names one that was sent
 
     @property
     def arrays(self) -> ArrayRecord:
@@ -93,6 +95,7 @@ class LocalGrid(Grid):
         self.down: list[Sent] = []
         self.up: list[Sent] = []
         self._answers: dict[str, Message] = {}
+        self._masks: dict[int, bytes] = {}  # what each node was sent last
         self.run_config = dict(run_config or {})
         self.contexts: dict[int, Context] = {}
         ids = list(node_ids)
@@ -127,7 +130,10 @@ class LocalGrid(Grid):
             self.sent.append(message)
             node_id = message.metadata.dst_node_id
             phase = _phase(message)
-            self.down.append(Sent(phase, node_id, RecordDict(dict(message.content))))
+            content = RecordDict(dict(message.content))
+            mask = whole_mask(message.content, self._masks.get(node_id, b""))
+            self._masks[node_id] = mask
+            self.down.append(Sent(phase, node_id, content, mask))
             delivered = Message(
                 _carried(message.content),
                 dst_node_id=node_id,
@@ -421,9 +427,24 @@ def run(
     return seen, result
 
 
+def whole_mask(content: RecordDict, last: bytes) -> bytes:
+    """Read a message's mask by hand; `last` is the one that its node has."""
+    for config in content.config_records.values():
+        if "autoflip.mask-held" not in config:
+            return config.get("autoflip.mask", last)
+        name = hashlib.blake2b(last, digest_size=16).digest()
+        assert config["autoflip.mask-held"] == name
+        if "autoflip.mask" not in config:
+            return last
+        within = iter(np.unpackbits(np.frombuffer(config["autoflip.mask"], np.uint8)))
+        bits = np.unpackbits(np.frombuffer(last, np.uint8))
+        return np.packbits([bit and next(within) for bit in bits]).tobytes()
+    return last
+
+
 def masks_in(sent: Sent, model: nn.Module) -> dict[str, np.ndarray]:
     """Read a message's mask by hand: bits of the parameters, in their order."""
-    bits = np.unpackbits(np.frombuffer(sent.config["autoflip.mask"], np.uint8))
+    bits = np.unpackbits(np.frombuffer(sent.mask, np.uint8))
     masks, start = {}, 0
     for name, value in model.named_parameters():
         end = start + value.numel()

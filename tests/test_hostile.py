@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from flat import PLAIN, flat
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from inprocess import LocalGrid, net, only_in, run, toy_app
 from numpy.testing import assert_allclose, assert_array_equal
@@ -24,12 +24,14 @@ from autoflip_flwr.settings import PruningSettings
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire.manifest import Manifest
 from autoflip_flwr.wire.records import (
+    HELD,
     MANIFEST,
     MASK,
     PHASE,
     VALUE_TYPE,
     VALUES,
     Plan,
+    complete_mask,
     guidance_frames,
     guidance_record,
     named_arrays,
@@ -86,6 +88,16 @@ def valid(seed=0):
         told = {**entries, MASK: frame, PHASE: "train", VALUE_TYPE: "float32"}
         return Plan.of(told).masks
 
+    def read_within(frame):
+        state = RecordDict({HELD: ConfigRecord({MASK: mask})})
+        config = ConfigRecord({HELD: codec.digest(mask), MASK: frame})
+        complete_mask(config, state)
+        return config[MASK]
+
+    def within(found, frame):
+        assert not codec.unpack_mask(found, SHAPES)["fc"][~masks["fc"]].any()
+        assert codec.pack_mask_within(found, mask) in (frame, b"")
+
     def read_record(frame):
         data = packed[VALUES]
         bad = Array(dtype=data.dtype, shape=data.shape, stype=data.stype, data=frame)
@@ -107,6 +119,7 @@ def valid(seed=0):
     packed = plan.pack(arrays)
     whole = {n: Array(np.asarray(v)) for n, v in arrays.items()}
     mask, kept_values = codec.pack_mask(masks), codec.encode(values, masks)
+    fewer = codec.pack_mask({n: keep & (dense[n] > 0) for n, keep in masks.items()})
     told = plan.entries("train")[MANIFEST]
     decode = partial(codec.decode, mask=masks, fill=dense)
     decode_bytes = partial(decode, dtype="int8")
@@ -122,6 +135,7 @@ def valid(seed=0):
         "mask": (mask, partial(codec.unpack_mask, shapes=SHAPES), bits),
         "manifest": (told, Manifest.from_bytes, manifest_of),
         "config": (mask, read_config, bits),
+        "within": (codec.pack_mask_within(fewer, mask), read_within, within),
         "record": (kept_values, read_record, record),
         "array": (npy, read_array, array),
     }

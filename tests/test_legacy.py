@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flat import flat
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import (
@@ -37,6 +37,7 @@ from inprocess import (
     samples,
     state_of,
     toy_app,
+    whole_mask,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -90,6 +91,7 @@ class InProcess(ClientProxy):
             1, int(cid), {"partition-id": partition_id}, RecordDict(), {}
         )
         self.down, self.up = [], []
+        self.masks = [b""]  # that it was sent, the last one last
 
     def call(self, content, kind):
         message = Message(content, int(self.cid), kind)
@@ -99,8 +101,13 @@ class InProcess(ClientProxy):
             raise RuntimeError(reply.error.reason)
         return reply.content
 
-    def fit(self, ins, timeout, group_id):
+    def note(self, ins):
         self.down.append(ins)
+        content = RecordDict({"config": ConfigRecord(ins.config)})
+        self.masks.append(whole_mask(content, self.masks[-1]))
+
+    def fit(self, ins, timeout, group_id):
+        self.note(ins)
         content = self.call(compat.fitins_to_recorddict(ins, True), "train")
         result = compat.recorddict_to_fitres(content, True)
         if self.tamper:
@@ -109,7 +116,7 @@ class InProcess(ClientProxy):
         return result
 
     def evaluate(self, ins, timeout, group_id):
-        self.down.append(ins)
+        self.note(ins)
         content = self.call(compat.evaluateins_to_recorddict(ins, True), "evaluate")
         return compat.recorddict_to_evaluateres(content)
 
@@ -232,15 +239,15 @@ def reference_inputs(proxies, rounds):
     shapes = {name: v.shape for name, v in state_of(plain_net()).items()}
     for server_round in range(1, rounds + 1):
         pairs = [
-            (ins, result)
+            (mask, result)
             for proxy in proxies
-            for ins, result in zip(proxy.down, proxy.up, strict=True)
+            for ins, mask, result in zip(
+                proxy.down, proxy.masks[1:], proxy.up, strict=True
+            )
             if ins.config["server-round"] == server_round
             and ins.config["autoflip.phase"] == "train"
         ]
-        bits = np.unpackbits(
-            np.frombuffer(pairs[0][0].config["autoflip.mask"], np.uint8)
-        )
+        bits = np.unpackbits(np.frombuffer(pairs[0][0], np.uint8))
         flats = [np.frombuffer(r.parameters.tensors[0], np.float32) for _, r in pairs]
         counts = [result.num_examples for _, result in pairs]
         mean = np.average(np.asarray(flats, float), axis=0, weights=counts)
@@ -307,9 +314,10 @@ def test_the_mask_travels_as_bytes_in_the_config_and_values_as_one_tensor():
         explore, train, evaluate, *_ = proxy.down
         assert explore.config["autoflip.phase"] == "explore"
         assert len(explore.parameters.tensors) == len(names_of(net))
+        assert isinstance(train.config["autoflip.mask"], bytes)
+        assert len(train.config["autoflip.mask"]) == 23
+        assert "autoflip.mask" not in evaluate.config  # the same, named
         for ins in (train, evaluate):
-            assert isinstance(ins.config["autoflip.mask"], bytes)
-            assert len(ins.config["autoflip.mask"]) == 23
             values, *buffers = ins.parameters.tensors
             assert len(values) == 4 * 89
             assert len(buffers) == 3

@@ -43,6 +43,9 @@ def messages_of(phase, *, make=net, **options):
     model = make()
     run(AutoFLIP(**flat(threshold=0.6, **options)), grid, model, 1)
     sent = [s for s in grid.down if s.phase == phase]
+    for each in sent:  # whole, for a client that holds no mask
+        if each.config.pop("autoflip.mask-held", None):
+            each.config["autoflip.mask"] = each.mask
     kind = "train" if phase == "explore" else phase
     return model, [Message(RecordDict(dict(s.content)), s.node_id, kind) for s in sent]
 

@@ -21,7 +21,8 @@ class AutoFlipMod:
     It unpacks a message, calls the app with dense arrays and packs the reply. To
     explore, it calls the app's train function several times, each time with the
     weights of the call before, and replies with the local guidance (arXiv:2405.10271,
-    Eq. 2). It keeps no state. Messages of other strategies pass unchanged.
+    Eq. 2). It keeps the last mask in `context.state`, so that the server need not send
+    it again. Messages of other strategies pass unchanged.
 
     While the app trains, pruned weights stay at zero if a `torch.optim` optimizer
     holds the model's parameters in the model's order. Otherwise use `masked`.
@@ -67,6 +68,7 @@ class AutoFlipMod:
         if phase == "explore":
             privacy = self.privacy(context) if callable(self.privacy) else self.privacy
             return self._explore(message, context, call_next, privacy)
+        records.complete_mask(config, context.state)
         plan = records.Plan.of(config)
         key, record = records.only_array_record(message.content)
         arrays = plan.unpack(records.named(record, plan))

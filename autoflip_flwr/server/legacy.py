@@ -86,7 +86,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         if self._explore(server_round, sampled, instructions[0][1], client_manager):
             self._update_inner()
         plan = self.rounds.begin(server_round, sampled)
-        packed = _packed(instructions, self.rounds.arrays, plan, "train")
+        packed = self._packed(instructions, self.rounds.arrays, plan, "train")
         self._values = packed[0][1].parameters.tensors[0]
         return packed
 
@@ -133,7 +133,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         plan = self.rounds.plan
         if plan is None or not instructions:
             return instructions
-        return _packed(instructions, self._named(parameters), plan, "evaluate")
+        return self._packed(instructions, self._named(parameters), plan, "evaluate")
 
     def aggregate_evaluate(
         self,
@@ -177,6 +177,21 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             server_round, connected=sorted(proxies), sampled=sampled, send=send
         )
 
+    def _packed(
+        self,
+        instructions: list[tuple[ClientProxy, _Ins]],
+        arrays: Params,
+        plan: Plan,
+        phase: Phase,
+    ) -> list[tuple[ClientProxy, _Ins]]:
+        """Replace the parameters of instructions by the packed arrays and the plan."""
+        packed, held = _as_parameters(plan.pack(arrays)), self.rounds.held
+        return [
+            (client, type(ins)(packed, {**ins.config, **entries}))
+            for client, ins in instructions
+            for entries in [held.entries(_id(client), plan, phase)]
+        ]
+
     def _update_inner(self) -> None:
         """Set the global model inside strategies that have a server optimizer."""
         arrays = list(self.rounds.arrays.values())
@@ -195,20 +210,6 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 f"expected {len(names)} arrays ({names}), the model has {len(arrays)}"
             )
         return dict(zip(names, arrays, strict=True))
-
-
-def _packed(
-    instructions: list[tuple[ClientProxy, _Ins]],
-    arrays: Params,
-    plan: Plan,
-    phase: Phase,
-) -> list[tuple[ClientProxy, _Ins]]:
-    """Replace the parameters of instructions by the packed arrays and their plan."""
-    packed = _as_parameters(plan.pack(arrays))
-    return [
-        (client, type(ins)(packed, {**ins.config, **plan.entries(phase)}))
-        for client, ins in instructions
-    ]
 
 
 def _as_parameters(record: ArrayRecord) -> Parameters:

@@ -84,6 +84,7 @@ class Replies:
         for node_id, origin in received:
             try:
                 replies.append(read(node_id, origin))
+                self._rounds.held.answered(node_id)
             except (AutoFlipError, ValueError, TypeError, KeyError) as error:
                 self._rounds.drop(server_round, node_id, str(error))
         forms = Counter(reply.form for reply in replies)

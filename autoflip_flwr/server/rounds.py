@@ -13,6 +13,7 @@ from autoflip_flwr.method import mask as masking
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import Problem, Pruner
 from autoflip_flwr.server.diagnostics import Diagnostics
+from autoflip_flwr.server.held import HeldMasks
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.types import Array, Params, ValueType
 from autoflip_flwr.wire.manifest import Manifest
@@ -35,6 +36,7 @@ class Rounds:
     plan : Plan or None
         Manifest and mask of the current round.
     diagnostics : Diagnostics
+    held : HeldMasks
     dropped : dict of node id -> reason
         Dropped replies of the current round.
     """
@@ -52,6 +54,7 @@ class Rounds:
         self.initial: Params = {}
         self.plan: Plan | None = None
         self.diagnostics = Diagnostics(signs=self.pruning.agreement == "sign")
+        self.held = HeldMasks()
         self.dropped: dict[int, str] = {}
         self.fresh = True  # False in a resumed run
         self.total: int | None = None  # rounds of the run; None: unknown

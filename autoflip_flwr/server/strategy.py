@@ -230,7 +230,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             self._values = self._values or sent[records.VALUES].data
             content = RecordDict(dict(message.content))
             content[array_key] = sent
-            content[config_key] = ConfigRecord({**config, **plan.entries(phase)})
+            node_id = message.metadata.dst_node_id
+            entries = self.rounds.held.entries(node_id, plan, phase)
+            content[config_key] = ConfigRecord({**config, **entries})
             message.content = content
         return messages
 

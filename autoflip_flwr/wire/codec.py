@@ -5,6 +5,7 @@ or manifest, so a frame cannot make it allocate memory. All numbers are little-e
 docs/wire-format.md shows the three frames on one screen.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -236,6 +237,54 @@ def unpack_mask(frame: Frame, shapes: Shapes) -> dict[str, Mask]:
         )
     parts = _split(bits[:total].view(np.bool_), shapes)
     return {name: part.reshape(shapes[name]) for name, part in parts.items()}
+
+
+def digest(mask: Frame) -> bytes:
+    """Return the 16 bytes that name a packed mask."""
+    return hashlib.blake2b(mask, digest_size=16).digest()
+
+
+def pack_mask_within(mask: Frame, held: Frame) -> bytes | None:
+    """Write a mask as bits of the entries that another mask keeps.
+
+    Parameters
+    ----------
+    mask, held : bytes
+        Of the same model, as `pack_mask` makes them.
+
+    Returns
+    -------
+    bytes or None
+        ``ceil(k / 8)`` bytes if `held` keeps `k` entries; empty if the masks are equal;
+        None if `mask` keeps an entry that `held` does not.
+    """
+    if mask == held:
+        return b""
+    new, old = np.frombuffer(mask, np.uint8), np.frombuffer(held, np.uint8)
+    if new.size != old.size or (new & ~old).any():
+        return None
+    return np.packbits(np.unpackbits(new)[_kept(old)]).tobytes()
+
+
+def unpack_mask_within(frame: Frame, held: Frame) -> bytes:
+    """Return the packed mask; the inverse of `pack_mask_within`.
+
+    Raises
+    ------
+    WireError
+        If the length is wrong, or a bit after the last entry is set.
+    """
+    if not frame:
+        return bytes(held)
+    kept = _kept(np.frombuffer(held, np.uint8))
+    within = unpack_mask(frame, {_SINGLE: (kept.size,)})[_SINGLE]
+    bits = np.zeros(8 * len(held), np.uint8)
+    bits[kept[within]] = 1
+    return np.packbits(bits).tobytes()
+
+
+def _kept(mask: NDArray[np.uint8]) -> NDArray[np.intp]:
+    return np.flatnonzero(np.unpackbits(mask))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ PREFIX = "autoflip."
 PHASE = "autoflip.phase"
 MANIFEST = "autoflip.manifest"
 MASK = "autoflip.mask"
+HELD = "autoflip.mask-held"  # digest of a mask that the client holds
 VALUE_TYPE = "autoflip.value-type"
 EPOCHS = "autoflip.epochs"  # exploration: the maximum; in the reply: the number done
 PATIENCE = "autoflip.patience"
@@ -56,13 +57,18 @@ class Plan:
     masks: Masks
     values: ValueType = "float32"
 
-    def entries(self, phase: Phase) -> dict[str, str | bytes]:
-        """Return the entries of the ConfigRecord that describe this plan."""
+    def entries(
+        self, phase: Phase, mask: Mapping[str, bytes] | None = None
+    ) -> dict[str, str | bytes]:
+        """Return the entries of the ConfigRecord that describe this plan.
+
+        `mask` are those of the mask for a client that holds one; all of it by default.
+        """
         return {
             PHASE: phase,
             MANIFEST: self.manifest.to_bytes(),
-            MASK: codec.pack_mask(self.masks),
             VALUE_TYPE: self.values,
+            **({MASK: codec.pack_mask(self.masks)} if mask is None else mask),
         }
 
     @classmethod
@@ -214,6 +220,29 @@ class Exploration:
             patience=patience,
             measure=cast(Measure, measure),
         )
+
+
+def complete_mask(config: ConfigRecord, state: RecordDict) -> None:
+    """Write all of the mask into a message's config, and hold it in `context.state`.
+
+    A server names a mask that this client holds instead of sending it again.
+
+    Raises
+    ------
+    WireError
+        If the client does not hold it, or the rest does not fit it.
+    """
+    if HELD in config:
+        held = state.config_records.get(HELD, ConfigRecord()).get(MASK)
+        if not isinstance(held, bytes) or codec.digest(held) != config[HELD]:
+            raise WireError(
+                "the server named a mask that this client does not hold (it has been "
+                "started again?); the next message has all of it"
+            )
+        within = _required(config, MASK, bytes) if MASK in config else b""
+        config[MASK] = codec.unpack_mask_within(within, held)
+        del config[HELD]
+    state[HELD] = ConfigRecord({MASK: _required(config, MASK, bytes)})
 
 
 def config_of(message: Message) -> ConfigRecord:

@@ -1,0 +1,61 @@
+"""Which mask each node holds, so that none is sent twice."""
+
+from autoflip_flwr.wire import codec
+from autoflip_flwr.wire.records import HELD, MASK, Phase, Plan
+
+#: Masks of earlier rounds that a new one may be written within.
+_REMEMBERED = 8
+
+
+class HeldMasks:
+    """The masks that nodes hold, by what they answered.
+
+    A node that answered a message holds its mask. If it holds one that the new mask is
+    within, the new one is sent as bits of the entries which that one keeps: none, if
+    they are equal. A node that does not answer gets all of the next mask. If the
+    message named a mask, the node may have lost it: none is named to it again.
+    """
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+        self._bits = b""
+        self._digest = b""
+        self._masks: dict[bytes, bytes] = {}  # digest -> packed mask, oldest first
+        self._within: dict[bytes, bytes | None] = {}  # digest of a held mask -> bits
+        self._holds: dict[int, bytes] = {}  # node -> digest
+        self._asked: dict[int, bool] = {}  # without an answer; whether one was named
+        self._forgetful: set[int] = set()
+
+    def entries(self, node_id: int, plan: Plan, phase: Phase) -> dict[str, str | bytes]:
+        """Return the entries of a message's config for a node."""
+        self._prepare(plan)
+        if self._asked.get(node_id):
+            self._forgetful.add(node_id)
+        held = self._holds.pop(node_id, None)
+        bits = None
+        if held in self._masks and node_id not in self._forgetful:
+            if held not in self._within:
+                before = self._masks[held]
+                self._within[held] = codec.pack_mask_within(self._bits, before)
+            bits = self._within[held]
+        self._asked[node_id] = bits is not None
+        if held is None or bits is None:
+            return plan.entries(phase, {MASK: self._bits})
+        # Flower cannot count an empty entry's bytes.
+        return plan.entries(phase, {HELD: held, **({MASK: bits} if bits else {})})
+
+    def answered(self, node_id: int) -> None:
+        """Note that a node has read the last message."""
+        if self._asked.pop(node_id, None) is not None:
+            self._holds[node_id] = self._digest
+
+    def _prepare(self, plan: Plan) -> None:
+        if plan is self._plan:
+            return
+        self._plan, self._bits = plan, codec.pack_mask(plan.masks)
+        self._digest = codec.digest(self._bits)
+        self._within = {}
+        self._masks.pop(self._digest, None)
+        self._masks[self._digest] = self._bits
+        while len(self._masks) > _REMEMBERED:
+            del self._masks[next(iter(self._masks))]
