@@ -28,8 +28,8 @@ Mask: TypeAlias = NDArray[np.bool_]
 #: Parameter name -> mask.
 Masks: TypeAlias = Mapping[str, Mask]
 
-#: Type of the kept values on the wire; int8 with a scale for each block of them.
-ValueType: TypeAlias = Literal["float32", "float16", "int8"]
+#: Type of the kept values on the wire; integers with a scale for each block of them.
+ValueType: TypeAlias = Literal["float32", "float16", "int8", "int4"]
 
 #: How explorers' matrices are normalized (Eq. 3).
 Normalization: TypeAlias = Literal["client", "global", "layer"]

@@ -232,6 +232,7 @@ MAKES = {
     "saliency": pruning(score="saliency", normalization="layer"),
     "float16": pruning(values="float16"),
     "int8": pruning(values="int8"),
+    "int4": pruning(values="int4"),
     **{
         method: pruning(method=method)
         for method in ("random", "magnitude", "ssfl", "prunefl", "feddst")

@@ -90,8 +90,8 @@ def test_float64_beyond_the_wires_type_saturates_or_is_refused(dtype):
     except WireError:
         return
     found = codec.decode(frame, keep, dtype=dtype)
-    # 1.5 is a 127th of a block's 1e38 in int8: nothing
-    assert found[2] == (0 if dtype == "int8" else 1.5)
+    # 1.5 is far below the least step of a block of 1e38: nothing
+    assert found[2] == (0 if dtype in ("int8", "int4") else 1.5)
     assert_array_equal(np.sign(found[:2]), [1, -1])
     assert np.isfinite(found).all()
 
@@ -169,8 +169,10 @@ def test_nan_and_inf_pass_neither_way(bad, dtype):
     masks = {"a": np.array([True]), "w": np.array([True, True, False])}
     with pytest.raises(WireError, match="w: expected finite values, got 1 NaN or Inf"):
         codec.encode(values, masks, dtype=dtype)
-    if dtype == "int8":
-        frame, told = struct.pack("<2f3b", 1.0, bad, 1, 1, 1), "expected scales of bl"
+    if dtype in ("int8", "int4"):
+        codes = [1, 1, 1] if dtype == "int8" else [0x11, 0x01]
+        frame = struct.pack(f"<2f{len(codes)}b", 1.0, bad, *codes)
+        told = "expected scales of blocks"
     else:
         kind = np.dtype(dtype).newbyteorder("<")
         frame, told = np.array([1.0, 1.0, bad], kind).tobytes(), "w: expected finite"
@@ -232,6 +234,53 @@ def test_bytes_are_off_by_half_a_step_of_their_block(model, stretch):
             step = np.abs(kept[block]).max().astype(np.float64) / 127
             off = np.abs(kept[block].astype(np.float64) - back[block])
             assert off.max() <= step * 0.5001 + 1e-42  # the least scale is 1e-45
+
+
+def test_half_bytes_by_hand():
+    """Multiples of a step stay as they are; the first code is the lower half."""
+    values = {"a": np.float32([7.0, -3.0, 9.0, 1.0]), "z": np.float32([-7.0, 0.0])}
+    masks = {"a": np.array([True, True, False, True]), "z": np.array([True, True])}
+    frame = codec.encode(values, masks, dtype="int4")
+    #       codes 7 -3 | 1 -7 | 0     -3 = 1101, -7 = 1001
+    assert frame == struct.pack("<2f3B", 1.0, 1.0, 0xD7, 0x91, 0x00)
+    found = codec.decode(frame, masks, dtype="int4")
+    assert_array_equal(found["a"], [7.0, -3.0, 0.0, 1.0])
+    assert_array_equal(found["z"], [-7.0, 0.0])
+
+
+@properties
+@given(model=models(st.floats(-(2.0**99), 2.0**99, width=32)))
+def test_half_bytes_are_off_by_less_than_a_step_and_repeat(model):
+    values, masks = model
+    frame = codec.encode(values, masks, dtype="int4")
+    assert frame == codec.encode(values, masks, dtype="int4")
+    found = codec.decode(frame, masks, dtype="int4")
+    for name, keep in masks.items():
+        kept, back = values[name][keep].astype(np.float64), found[name][keep]
+        step = np.abs(kept).max(initial=0) / 7
+        assert (np.abs(kept - back) <= step * 1.0001 + 1e-42).all()
+
+
+def test_half_bytes_are_right_in_the_mean():
+    """0.3 steps become 0 or 1; over many values their mean is 0.3."""
+    values = np.full(100_000, 0.3, np.float32)
+    values[:: codec.BLOCK] = 7.0  # the step is 1
+    keep = np.ones(values.size, bool)
+    found = codec.decode(codec.encode(values, keep, dtype="int4"), keep, dtype="int4")
+    rest = values == np.float32(0.3)
+    assert set(found[rest]) == {0.0, 1.0}
+    assert_allclose(found[rest].mean(), 0.3, atol=4 * np.sqrt(0.21 / rest.sum()))
+
+
+def test_half_bytes_of_another_number_or_with_a_rest_are_refused():
+    keep = np.ones(3, bool)
+    frame = codec.encode(np.float32([1, 2, 3]), keep, dtype="int4")
+    with pytest.raises(
+        WireError, match=r"expected 6 B \(4 x 1 scales \+ 0.5 x 3 kept\)"
+    ):
+        codec.decode(frame + b"\0", keep, dtype="int4")
+    with pytest.raises(WireError, match="zero in the half byte after the last value"):
+        codec.decode(frame[:-1] + bytes([frame[-1] | 0x10]), keep, dtype="int4")
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0, 3e36])
@@ -465,7 +514,7 @@ def test_hostile_values_decode_or_raise_wire_error_and_nothing_else(frame, dtype
     for name, keep in MASKS.items():
         assert np.isfinite(found[name]).all()
         assert not found[name][~keep].any()
-    if dtype != "int8":  # many scales tell the same values
+    if dtype not in ("int8", "int4"):  # many scales tell the same values
         assert codec.encode(found, MASKS, dtype=dtype) == frame
 
 

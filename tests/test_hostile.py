@@ -122,10 +122,16 @@ def valid(seed=0):
     fewer = codec.pack_mask({n: keep & (dense[n] > 0) for n, keep in masks.items()})
     told = plan.entries("train")[MANIFEST]
     decode = partial(codec.decode, mask=masks, fill=dense)
-    decode_bytes = partial(decode, dtype="int8")
     return {
         "values": (kept_values, decode, kept),
-        "int8": (codec.encode(values, masks, dtype="int8"), decode_bytes, finite),
+        **{
+            dtype: (
+                codec.encode(values, masks, dtype=dtype),
+                partial(decode, dtype=dtype),
+                finite,
+            )
+            for dtype in ("int8", "int4")
+        },
         "guidance": (
             codec.quantize(squares),
             partial(codec.dequantize, shapes=SHAPES),

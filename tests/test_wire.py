@@ -280,7 +280,7 @@ def test_a_missing_or_mistyped_entry_is_named(key, value):
     [
         (
             {wire.VALUE_TYPE: "int7"},
-            r"expected one of \['float32', 'float16', 'int8'\]",
+            r"expected one of \['float32', 'float16', 'int8', 'int4'\]",
         ),
         ({wire.MASK: b""}, r"expected \d+ B \(92 entries / 8\), got 0 B"),
     ],

@@ -115,7 +115,7 @@ class Replies:
         def dense(node_id: int, origin: T) -> Reply[T]:
             reply = read(node_id, origin)
             assert plan is not None, "a reply before the first message"
-            reply.record = records.named(reply.record, plan)
+            reply.record = records.named(reply.record, plan, reply=True)
             reply.arrays = plan.unpack_reply(reply.record, rounds.arrays)
             return reply
 

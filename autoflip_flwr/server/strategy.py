@@ -237,14 +237,15 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         return messages
 
     def _check_sent(self, arrays: Params, plan: records.Plan) -> None:
-        """Refuse int8 replies, which are relative, to other weights than the global."""
+        """Refuse relative replies to other weights than the global."""
         own = self.rounds.arrays
-        if plan.values == "int8" and not all(
+        if plan.relative and not all(
             np.array_equal(arrays[name], own[name]) for name in plan.masks
         ):
             raise SettingsError(
-                f"values int8: {type(self.strategy).__name__} sends other weights than "
-                "the global model, to which replies are relative; use float16"
+                f"values {plan.values}: {type(self.strategy).__name__} sends other "
+                "weights than the global model, to which replies are relative; use "
+                "float16"
             )
 
     def _in_order(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:

@@ -9,7 +9,8 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, get_args, overload
+from functools import partial
+from typing import TypeAlias, TypeVar, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,9 @@ S = TypeVar("S", bound=np.generic)
 
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 
-#: Values of int8 that share a scale, and the largest code.
-BLOCK, _CODES = 256, 127
+#: Values of integer types that share a scale, and the largest code of each type.
+BLOCK = 256
+_LARGEST = {"int8": 127, "int4": 7}
 _LARGEST_SCALE = np.float32(np.finfo(np.float32).max / 128)  # 127 of it are finite
 
 #: Local guidance covers this many octaves below the largest value of a tensor.
@@ -48,14 +50,17 @@ def encode(
         Floating values; a mapping has all names of `mask`.
     mask : bool array or mapping of name -> bool array
         True = keep, shapes equal to those of `values`.
-    dtype : {"float32", "float16", "int8"}
+    dtype : {"float32", "float16", "int8", "int4"}
         Type of the sent values; larger values saturate (float16: +-65504). ``int8``
-        rounds each value to a 127th of the largest of its block of 256.
+        rounds each value to a 127th of the largest of its block of 256. ``int4`` rounds
+        to a seventh of it, up or down at random so that the mean is the value; the
+        random numbers depend on the values alone.
 
     Returns
     -------
     bytes
-        ``kept * itemsize`` bytes; ``int8``: first four for each block's scale.
+        ``kept * itemsize`` bytes, two values a byte with ``int4``; integers after four
+        bytes for each block's scale.
 
     Raises
     ------
@@ -64,9 +69,8 @@ def encode(
     WireError
         If a kept value is NaN or infinite, which a peer would reject.
     """
-    wire_type = _wire_type(dtype)
-    quantizes = wire_type.kind == "i"
-    sent_as = np.dtype("<f4") if quantizes else wire_type
+    quantizes = _check_type(dtype) in _LARGEST
+    sent_as = np.dtype("float32" if quantizes else dtype).newbyteorder("<")
     pairs = _pairs(values, mask)
 
     def one(item: tuple[str, Array, Mask]) -> Array:
@@ -81,22 +85,47 @@ def encode(
 
     parts = parallel_map(one, pairs)
     if quantizes:
-        scaled = parallel_map(_scaled, parts)
-        parts = [scales for scales, _ in scaled] + [codes for _, codes in scaled]
+        scaled = parallel_map(partial(_scaled, dtype=dtype), parts)
+        codes = [codes for _, codes in scaled]
+        if dtype == "int4":
+            codes = [_paired(np.concatenate(codes))] if codes else []
+        parts = [scales for scales, _ in scaled] + codes
     return b"".join(part.data for part in parts)
 
 
-def _scaled(kept: Float32) -> tuple[Float32, NDArray[np.int8]]:
-    """Return a scale per block, a 127th of its largest size, and a code per value."""
+def _scaled(kept: Float32, *, dtype: ValueType) -> tuple[Float32, NDArray[np.int8]]:
+    """Return a scale per block, so that its largest has the largest code, and codes."""
     scales = np.zeros(-(-kept.size // BLOCK), "<f4")
     codes = np.zeros(kept.size, np.int8)
     if kept.size:
+        most = _LARGEST[dtype]
         starts = np.arange(0, kept.size, BLOCK)
         largest = np.maximum.reduceat(np.abs(kept), starts)
-        scales[:] = np.minimum(largest / np.float32(_CODES), _LARGEST_SCALE)
-        steps = np.where(scales > 0, scales, 1).repeat(BLOCK)[: kept.size]
-        codes[:] = np.rint(kept / steps).clip(-_CODES, _CODES)
+        scales[:] = np.minimum(largest / np.float32(most), _LARGEST_SCALE)
+        steps = kept / np.where(scales > 0, scales, 1).repeat(BLOCK)[: kept.size]
+        if dtype == "int4":
+            seed = int.from_bytes(digest(kept.data.cast("B")), "little")
+            steps += np.random.default_rng(seed).random(kept.size, np.float32)
+            np.floor(steps, out=steps)
+        codes[:] = np.rint(steps).clip(-most, most)
     return scales, codes
+
+
+def _paired(codes: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Write codes of four bits, two a byte, the first in the lower half."""
+    pairs = np.zeros(-(-codes.size // 2), np.int8)
+    pairs |= codes[::2] & 15
+    pairs[: codes.size // 2] |= codes[1::2] << 4
+    return pairs
+
+
+def _unpaired(pairs: NDArray[np.int8], count: int) -> NDArray[np.int8]:
+    codes = np.empty(2 * pairs.size, np.int8)
+    codes[::2] = pairs << 4 >> 4  # the shift back keeps the sign
+    codes[1::2] = pairs >> 4
+    if codes[count:].any():
+        raise WireError("expected zero in the half byte after the last value")
+    return codes[:count]
 
 
 def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
@@ -108,19 +137,25 @@ def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
         If the length is wrong, or a scale is negative, NaN, infinite or so large that
         its values would be infinite. Values of floating types are not checked.
     """
-    wire_type, kept = _wire_type(dtype), sum(counts)
+    kept, quantized = sum(counts), _check_type(dtype) in _LARGEST
     blocks = [-(-count // BLOCK) for count in counts]
-    header = 4 * sum(blocks) if wire_type.kind == "i" else 0
-    expected = header + kept * wire_type.itemsize
+    header = 4 * sum(blocks) if quantized else 0
+    size: float = 0.5
+    if dtype != "int4":
+        size = np.dtype(dtype).itemsize
+    expected = header + math.ceil(size * kept)
     if len(frame) != expected:
         also = f"4 x {sum(blocks)} scales + " if header else ""
         raise WireError(
             f"values do not fit the mask: expected {expected} B "
-            f"({also}{wire_type.itemsize} x {kept} kept), got {len(frame)} B"
+            f"({also}{size} x {kept} kept), got {len(frame)} B"
         )
-    values: Array = np.frombuffer(frame, wire_type, offset=header)
-    if wire_type.kind != "i":
-        return values
+    if not quantized:
+        floats: Array = np.frombuffer(frame, np.dtype(dtype).newbyteorder("<"))
+        return floats
+    values = np.frombuffer(frame, np.int8, offset=header)
+    if dtype == "int4":
+        values = _unpaired(values, kept)
     scales = np.frombuffer(frame, "<f4", count=sum(blocks))
     if not ((scales >= 0) & (scales <= _LARGEST_SCALE)).all():
         raise WireError(
@@ -424,10 +459,10 @@ def _split(flat: NDArray[S], shapes: Shapes) -> dict[str, NDArray[S]]:
     return {name: flat[end - size : end] for name, size, end in pairs}
 
 
-def _wire_type(dtype: str) -> np.dtype[Any]:
+def _check_type(dtype: str) -> str:
     if dtype not in VALUE_TYPES:
         raise WireError(f"unknown value type {dtype!r}; known: {list(VALUE_TYPES)}")
-    return np.dtype(dtype).newbyteorder("<")
+    return dtype
 
 
 def _pairs(values: Array | Params, mask: Mask | Masks) -> list[tuple[str, Array, Mask]]:

@@ -87,35 +87,44 @@ class Plan:
             if e.trainable
         ]
 
-    def pack(self, arrays: Params) -> ArrayRecord:
+    @property
+    def relative(self) -> bool:
+        """Whether replies tell how far the weights moved from those received.
+
+        Rounding is then relative to the update, and the rounding of what was sent does
+        not enter the server's weights.
+        """
+        return self.values in ("int8", "int4")
+
+    @property
+    def down(self) -> ValueType:
+        """The type of the values to a client: four bits are for updates alone."""
+        return "int8" if self.values == "int4" else self.values
+
+    def pack(self, arrays: Params, *, dtype: ValueType | None = None) -> ArrayRecord:
         """Return the record to send: kept values as one array, other arrays by name."""
-        kept = {name: arrays[name] for name in self.masks}
-        frame = codec.encode(kept, self.masks, dtype=self.values)
-        record = {VALUES: _raw(frame, self.values)}
+        kept, dtype = {name: arrays[name] for name in self.masks}, dtype or self.down
+        record = {VALUES: _raw(codec.encode(kept, self.masks, dtype=dtype), dtype)}
         for entry in self.manifest.entries:
             if not entry.masked:
                 record[entry.name] = FlowerArray(np.asarray(arrays[entry.name]))
         return ArrayRecord(record)
 
     def pack_reply(self, trained: Params, received: Params) -> ArrayRecord:
-        """Pack what a client trained; with int8, how far it is from what it received.
-
-        So rounding is relative to the update, and the rounding of what was sent does
-        not enter the server's weights.
-        """
-        if self.values != "int8":
-            return self.pack(trained)
-        moved = {name: trained[name] - received[name] for name in self.masks}
-        return self.pack({**trained, **moved})
+        """Pack what a client trained, or how far it is from what it received."""
+        if self.relative:
+            moved = {name: trained[name] - received[name] for name in self.masks}
+            trained = {**trained, **moved}
+        return self.pack(trained, dtype=self.values)
 
     def unpack_reply(self, record: ArrayRecord, own: Params) -> dict[str, Array]:
         """Return a reply's arrays; pruned entries have the values of `own`.
 
         `own` are the server's arrays; see `unpack` for the errors.
         """
-        if self.values != "int8":
+        if not self.relative:
             return self.unpack(record, fill=own)
-        arrays = self.unpack(record)
+        arrays = self.unpack(record, dtype=self.values)
         for name in self.masks:
             with np.errstate(over="ignore"):
                 arrays[name] += own[name]
@@ -127,13 +136,17 @@ class Plan:
         """Return a client's update of the kept values, flat, float32."""
         counts = [int(np.count_nonzero(keep)) for keep in self.masks.values()]
         values = codec.flat(received, counts, dtype=self.values).astype(np.float32)
-        if self.values != "int8":
+        if not self.relative:
             with np.errstate(over="ignore", invalid="ignore"):  # any value may come
                 values -= codec.flat(sent, counts, dtype=self.values)
         return values
 
     def unpack(
-        self, record: ArrayRecord, *, fill: Params | None = None
+        self,
+        record: ArrayRecord,
+        *,
+        fill: Params | None = None,
+        dtype: ValueType | None = None,
     ) -> dict[str, Array]:
         """Return all arrays by name, in the manifest's order.
 
@@ -143,6 +156,8 @@ class Plan:
             As `pack` made it.
         fill : mapping of name -> array, optional
             Values of the pruned entries; zeros by default.
+        dtype : ValueType, optional
+            Type of the values; by default that of messages to a client.
 
         Raises
         ------
@@ -161,8 +176,9 @@ class Plan:
             for entry in self.manifest.entries
             if entry.masked
         }
-        frame = _frame(record[VALUES], self.values)
-        kept = codec.decode(frame, self.masks, dtype=self.values, fill=like)
+        dtype = dtype or self.down
+        frame = _frame(record[VALUES], dtype)
+        kept = codec.decode(frame, self.masks, dtype=dtype, fill=like)
         return {
             entry.name: kept[entry.name]
             if entry.masked
@@ -365,8 +381,8 @@ def record_of(arrays: Params) -> ArrayRecord:
     return ArrayRecord({n: FlowerArray(np.asarray(v)) for n, v in arrays.items()})
 
 
-def named(record: ArrayRecord, plan: Plan) -> ArrayRecord:
-    """Return a packed record with its original keys.
+def named(record: ArrayRecord, plan: Plan, *, reply: bool = False) -> ArrayRecord:
+    """Return a packed record, or a reply, with its original keys.
 
     Flower's older API replaces keys by numbers and drops types, but keeps the order.
     """
@@ -376,7 +392,8 @@ def named(record: ArrayRecord, plan: Plan) -> ArrayRecord:
     if len(names) != len(record):
         raise WireError(f"expected {len(names)} arrays {names}, got {len(record)}")
     arrays = dict(zip(names, record.values(), strict=True))
-    arrays[VALUES] = _raw(arrays[VALUES].data, plan.values)
+    dtype = plan.values if reply else plan.down
+    arrays[VALUES] = _raw(arrays[VALUES].data, dtype)
     return ArrayRecord(arrays)
 
 
@@ -435,7 +452,7 @@ def _record_bytes(record: Any) -> int:
 
 
 def _raw(frame: bytes, dtype: str) -> FlowerArray:
-    size = len(frame) // np.dtype(dtype).itemsize
+    size = len(frame) // (1 if dtype == "int4" else np.dtype(dtype).itemsize)
     return FlowerArray(dtype=dtype, shape=(size,), stype=_RAW, data=frame)
 
 
