@@ -3,7 +3,7 @@
 A message gives the expected value, the actual value and the remedy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -53,6 +53,14 @@ class ReplyError(AutoFlipError, RuntimeError):
 
 class ExplorationError(AutoFlipError, RuntimeError):
     """No node completed its exploration, so no mask can be made."""
+
+
+def by_reason(reasons: Mapping[int, str]) -> dict[str, list[int]]:
+    """Return reason -> nodes, so that a reason that many share is told once."""
+    nodes: dict[str, list[int]] = {}
+    for node_id, reason in reasons.items():
+        nodes.setdefault(reason, []).append(node_id)
+    return nodes
 
 
 @contextmanager

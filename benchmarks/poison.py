@@ -66,7 +66,7 @@ def liar(lie: str) -> Callable[[], Any]:
             if lie == "lost":
                 raise RuntimeError("lost")
             shapes = wire.Exploration.of(config).manifest.shapes
-            key, record = wire.only_array_record(reply.content)
+            key, record = wire.model_record(reply.content)
             frame, _ = wire.guidance_frames(record)
             found = told(codec.dequantize(frame, shapes).dense(), lie)
             reply.content[key] = wire.guidance_record(codec.quantize(found), None)

@@ -85,7 +85,7 @@ def grid_of(clients: int) -> Any:
             if asked.metadata.message_type == "query":
                 config = ConfigRecord({"client-id": node_id - 100})
                 return RecordDict({"config": config})
-            _, arrays = wire.only_array_record(asked.content)
+            _, arrays = wire.model_record(asked.content)
             _, config = wire.only_config(asked.content)
             metrics = MetricRecord({"num-examples": 60, "train-loss": 1.0})
             if wire.phase_of(config) == "explore":

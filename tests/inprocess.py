@@ -145,7 +145,8 @@ class LocalGrid(Grid):
                 if reply.has_content():
                     reply.content = _carried(reply.content)
             except Exception as error:  # as a SuperNode does
-                reply = Message(Error(2, f"{error}"), reply_to=delivered)
+                reason = f"{type(error)}:<'{error}'>"
+                reply = Message(Error(2, reason), reply_to=delivered)
             answer = self.tamper(message, reply) if self.tamper else reply
             if answer is not None:
                 self._answers[message.metadata.message_id] = answer

@@ -1,16 +1,20 @@
 """What docs/security.md promises of replies holds on Flower's older API, too."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
+import torch
 from autoflip_flwr.legacy import AutoFLIP
 from flat import flat
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server.strategy import FedAvg, FedAvgM
-from inprocess import net, state_of
+from inprocess import CHANGING, assert_masks_change, net, samples, state_of
 from numpy.testing import assert_array_equal
-from test_legacy import CIDS, options, serve
+from test_legacy import CIDS, Client, options, serve
+
+from autoflip_flwr import masked
 
 
 def of(cid, change):
@@ -108,30 +112,85 @@ def test_a_reply_of_too_many_examples_is_dropped_and_named(caplog):
     assert "has examples" in caplog.text
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_metric_that_would_poison_an_average_is_dropped(value, caplog):
-    def poison(result):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_is_not_finite_is_passed_on(value, caplog):
+    def change(result):
         result.metrics = {"loss": value}
 
+    seen = []
+    take = lambda metrics: seen.extend(metrics) or {}  # noqa: E731
+    inner = FedAvg(**options(net, fit_metrics_aggregation_fn=take))
     with caplog.at_level(logging.WARNING, logger="flwr"):
-        serve(
-            AutoFLIP(FedAvg(**options(net)), model=net()),
-            rounds=1,
-            tamper=of("14", poison),
-        )
-    assert "node 14 is dropped: expected a finite metric 'loss'" in caplog.text
+        serve(AutoFLIP(inner, model=net()), rounds=1, tamper=of("14", change))
+    assert "dropped" not in caplog.text
+    assert [m["loss"] for _, m in seen].count(value) == 1 or math.isnan(value)
+    assert len(seen) == len(CIDS)
 
 
-def test_an_evaluation_that_would_poison_an_average_is_left_out(caplog):
+def test_an_evaluation_that_is_not_finite_is_passed_on():
     strategy = AutoFLIP(FedAvg(**options(net)), model=net())
     _, proxies = serve(strategy, rounds=1)
     results = [(p, p.evaluate(p.down[-1], None, 1)) for p in proxies]
-    expected, _ = strategy.aggregate_evaluate(1, results[1:], [])
-    results[0][1].loss = float("nan")
+    results[0][1].loss = math.nan
+    loss, _ = strategy.aggregate_evaluate(1, results, [])
+    assert math.isnan(loss)
+
+
+class HandWritten(Client):
+    """Trains without an optimizer."""
+
+    def fit(self, parameters, config):
+        self.load(parameters)
+        with masked(self.model, config if self.use_masked else {}), torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += 0.1
+        values = list(state_of(self.model).values())
+        return values, len(samples(self.partition_id)[1]), {}
+
+
+@pytest.mark.parametrize("use_masked", [True, False])
+def test_what_moved_pruned_weights_is_told_once(use_masked, caplog):
+    seen = []
+    strategy = AutoFLIP(FedAvg(**options(net, seen)), model=net())
     with caplog.at_level(logging.WARNING, logger="flwr"):
-        loss, _ = strategy.aggregate_evaluate(1, results, [])
-    assert loss == expected
-    assert "expected a finite metric 'loss'" in caplog.text
+        serve(strategy, client=HandWritten, use_masked=use_masked)
+    told = caplog.text.count("training moved up to 100 % of the pruned weights")
+    assert told == (0 if use_masked else 1)
+    assert "`with masked(model, config): ...`" in caplog.text or use_masked
+    assert all(np.isfinite(a).all() for a in seen[-1])
+
+
+class Saver(FedAvg):
+    """Keeps what it aggregates, as a strategy does that saves its best model."""
+
+    def aggregate_fit(self, server_round, results, failures):
+        made, metrics = super().aggregate_fit(server_round, results, failures)
+        saved.append(parameters_to_ndarrays(made))
+        return made, metrics
+
+
+saved = []
+
+
+def test_the_inner_strategy_sees_the_masked_model_in_every_round():
+    saved.clear()
+    strategy = AutoFLIP(
+        Saver(**options(net, fraction_fit=0.4)), **flat(model=net(), **CHANGING)
+    )
+    masks = []
+    begin = strategy.rounds.begin
+
+    def watch(*args):
+        masks.append(begin(*args).masks)
+        return strategy.rounds.plan
+
+    strategy.rounds.begin = watch
+    serve(strategy)
+    assert_masks_change(masks)
+    for arrays, keeps in zip(saved, masks, strict=True):
+        for name, array in zip(state_of(net()), arrays, strict=True):
+            if name in keeps:
+                assert not array[~keeps[name]].any(), name
 
 
 def test_an_explorer_far_from_the_others_is_left_out(caplog):

@@ -127,19 +127,28 @@ class InProcess(ClientProxy):
     def reconnect(self, ins, timeout, group_id): ...
 
 
-def legacy_app(make, calls, use_masked=True):
+def legacy_app(make, calls, use_masked=True, client=Client):
     def client_fn(context: Context):
         partition_id = int(context.node_config["partition-id"])
-        return Client(make, partition_id, use_masked, calls).to_client()
+        return client(make, partition_id, use_masked, calls).to_client()
 
     return ClientApp(client_fn=client_fn, mods=[AutoFlipMod()])
 
 
-def serve(strategy, make=net, rounds=3, *, tamper=None, calls=None, use_masked=True):
-    """Run Flower's Server; return what evaluate saw each round, and the proxies."""
+def serve(
+    strategy,
+    make=net,
+    rounds=3,
+    *,
+    tamper=None,
+    calls=None,
+    use_masked=True,
+    client=Client,
+):
+    """Run Flower's Server; return it and the proxies."""
     LocalGrid(toy_app(), [])  # lets messages be made
     manager = SimpleClientManager()
-    app = legacy_app(make, [] if calls is None else calls, use_masked)
+    app = legacy_app(make, [] if calls is None else calls, use_masked, client)
     proxies = [InProcess(cid, app, i, tamper) for i, cid in enumerate(CIDS)]
     for proxy in proxies:
         manager.register(proxy)

@@ -70,7 +70,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _global_model(settings: Settings, message: Message) -> nn.Module:
     model = build.build_model(settings)
-    _, arrays = records.only_array_record(message.content)
+    _, arrays = records.model_record(message.content)
     training.load_arrays(model, records.arrays_of(arrays))
     return model
 

@@ -67,8 +67,8 @@ def masked(
     SettingsError
         If an argument is of another type.
     MaskError
-        If a mask does not fit the model, or an optimizer has the parameters of
-        `model` although the block got a smaller one.
+        If a mask does not fit the model, at the first message; or if an optimizer has
+        the parameters of `model` although the block got a smaller one.
 
     Examples
     --------
@@ -85,7 +85,7 @@ def masked(
             f"{masks_or_message!r}: with masked(model, message): ..."
         )
     if isinstance(masks_or_message, Message) or not _is_masks(masks_or_message):
-        masks = masks_from(masks_or_message)
+        masks = _masks_for(model, _config_of(masks_or_message))
     else:
         masks = dict(masks_or_message)
     small = None
@@ -107,6 +107,26 @@ def masked(
 def exploring(message: Message | Mapping[str, Any]) -> bool:
     """Tell whether a call of the app is one epoch of an exploration."""
     return records.phase_of(_config_of(message)) == "explore"
+
+
+def _masks_for(model: nn.Module, config: Mapping[str, Any]) -> Masks:
+    """Return the masks of a message; an exploration's keep all.
+
+    So a model that they do not fit is an error at the first message.
+    """
+    if records.phase_of(config) is None:
+        return {}
+    manifest = records.manifest_of(config)
+    numbered = all(e.name == str(i) for i, e in enumerate(manifest.entries))
+    own = len(model.state_dict())
+    if numbered and own != len(manifest.entries):
+        raise MaskError(
+            f"expected a model of {len(manifest.entries)} arrays, as the message has, "
+            f"got {type(model).__name__} with {own}: hand over the module whose "
+            "state_dict() the server's arrays are of"
+        )
+    every = {n: np.broadcast_to(np.True_, s) for n, s in manifest.shapes.items()}
+    return {**every, **masks_from(config)}
 
 
 def _config_of(message: Message | Mapping[str, Any]) -> Mapping[str, Any]:

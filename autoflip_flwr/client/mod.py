@@ -1,10 +1,11 @@
 """The client's half of the protocol: a Flower mod around any app."""
 
+import copy
 import math
 from collections.abc import Callable
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 
 from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.method import guidance
@@ -24,8 +25,9 @@ class AutoFlipMod:
     Eq. 2). It keeps the last mask in `context.state`, so that the server need not send
     it again. Messages of other strategies pass unchanged.
 
-    While the app trains, pruned weights stay at zero if a `torch.optim` optimizer
-    holds the model's parameters in the model's order. Otherwise use `masked`.
+    While the app trains, pruned weights stay at zero after each step of any
+    `torch.optim` optimizer. If something else moves them, the server says so; then use
+    `masked`. After an exploration the app's `context.state` is what it was before.
 
     Parameters
     ----------
@@ -67,19 +69,25 @@ class AutoFlipMod:
             return call_next(message, context)
         if phase == "explore":
             privacy = self.privacy(context) if callable(self.privacy) else self.privacy
-            return self._explore(message, context, call_next, privacy)
+            state = copy.deepcopy(context.state)
+            try:
+                return self._explore(message, context, call_next, privacy)
+            finally:  # an exploration leaves no trace
+                context.state = state
         records.complete_mask(config, context.state)
         plan = records.Plan.of(config)
-        key, record = records.only_array_record(message.content)
+        key, record = _model_of(message)
         arrays = plan.unpack(records.named(record, plan))
+        for name, keep in plan.masks.items():
+            arrays[name] = enforce.marked(arrays[name], keep)
         message.content[key] = records.record_of(arrays)
-        if phase == "evaluate":
-            return call_next(message, context)
-        with enforce.enforce_unseen(plan.keeps()):
+        with enforce.enforce_unseen(plan.masks):
             reply = call_next(message, context)
-        if reply.has_error():
+        if reply.has_error() or (
+            phase == "evaluate" and not _has_model(reply, plan, key)
+        ):
             return reply
-        reply_key, record = records.only_array_record(reply.content)
+        reply_key, record = records.model_record(reply.content, key)
         trained = records.named_arrays(record, plan.manifest, exact=False)
         reply.content[reply_key] = plan.pack_reply(trained, arrays)
         return reply
@@ -99,7 +107,7 @@ class AutoFlipMod:
                 f"for {asked.measure!r}: set exploration.warm-start=false and "
                 "strategy.name=autoflip"
             )
-        key, record = records.only_array_record(message.content)
+        key, record = _model_of(message)
         initial = asked.unpack(record)
         message.content[key] = records.record_of(initial)
         signs: bytes | None = None
@@ -121,7 +129,7 @@ class AutoFlipMod:
             reply, measured = _gradient(asked, initial, message, context, call_next)
             if reply.has_error():
                 return reply
-        reply_key, _ = records.only_array_record(reply.content)
+        reply_key, _ = records.model_record(reply.content, key)
         if privacy is not None:
             measured = privacy.protect(measured)
         frame = codec.quantize(measured)
@@ -140,7 +148,7 @@ class AutoFlipMod:
     ) -> tuple[Message, Params, int]:
         """Train from W0; return the last reply, the weights and the epochs done."""
         config_key, config = records.only_config(message.content)
-        key, _ = records.only_array_record(message.content)
+        key, _ = _model_of(message)
         best, stale, done = math.inf, 0, 0
         trained: Params = initial
         while True:
@@ -150,7 +158,7 @@ class AutoFlipMod:
             reply = call_next(message, context)
             if reply.has_error():
                 return reply, trained, done
-            _, record = records.only_array_record(reply.content)
+            _, record = records.model_record(reply.content, key)
             trained = records.named_arrays(record, asked.manifest, exact=False)
             done += 1
             loss = self._loss(reply)
@@ -179,6 +187,19 @@ class AutoFlipMod:
                 f"got {sorted({name for name, _ in metrics})}"
             )
         return math.nan
+
+
+def _model_of(message: Message) -> tuple[str, ArrayRecord]:
+    """Return key and value of the record with the model."""
+    key = records.config_of(message).get(records.ARRAYS)
+    return records.model_record(message.content, key if isinstance(key, str) else None)
+
+
+def _has_model(reply: Message, plan: records.Plan, key: str) -> bool:
+    """Tell whether an evaluation sends the model back, as some apps do."""
+    found = reply.content.array_records
+    names = {entry.name for entry in plan.manifest.entries}
+    return key in found and set(found[key]) == names
 
 
 def _gradient(

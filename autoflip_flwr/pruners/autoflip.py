@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from autoflip_flwr.errors import ExplorationError, GuidanceError
+from autoflip_flwr.errors import ExplorationError, GuidanceError, by_reason
 from autoflip_flwr.method import agreement as agreements
 from autoflip_flwr.method.exchange import due
 from autoflip_flwr.method.guidance import (
@@ -150,7 +150,7 @@ class AutoFlipPruner(Pruner):
         if self.explorers == 0:
             raise ExplorationError(
                 f"none of {len(reasons)} nodes completed its exploration, so no "
-                f"mask can be made; reasons by node: {dict(reasons)}"
+                f"mask can be made; reasons with their nodes: {by_reason(reasons)}"
             )
         moved = self._store.overall().high
         still = [name for name in self.shapes if not moved[name]]

@@ -9,7 +9,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
+from autoflip_flwr.errors import (
+    ExplorationError,
+    MaskError,
+    SettingsError,
+    by_reason,
+)
 from autoflip_flwr.method.exchange import EVERY, adjusted, cosine_share, due, top
 from autoflip_flwr.method.mean import WeightedMean
 from autoflip_flwr.pruners.base import Ask, FixedPruner, Problem
@@ -39,7 +44,7 @@ class GradientPruner(FixedPruner):
         if self._chosen is None and not self._measured.weight:
             raise ExplorationError(
                 f"none of {len(reasons)} nodes measured its gradients, so no mask can "
-                f"be made; reasons by node: {dict(reasons)}"
+                f"be made; reasons with their nodes: {by_reason(reasons)}"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flwr.app import ArrayRecord
 
-from autoflip_flwr.errors import WireError
+from autoflip_flwr.errors import WireError, by_reason
 from autoflip_flwr.method.mean import WeightedMean
 from autoflip_flwr.method.outliers import far_off
 from autoflip_flwr.pruners import Ask, Pruner
@@ -174,7 +174,9 @@ class Intake:
                     self._warmth.add(warm, measured.examples)
             except ValueError as error:
                 reasons[node_id] = str(error)
-                _log.warning("exploration: node %d is left out: %s", node_id, error)
+        for reason, nodes in by_reason(reasons).items():
+            named = f"node {nodes[0]} is" if len(nodes) == 1 else f"nodes {nodes} are"
+            _log.warning("exploration: %s left out: %s", named, reason)
         explored = len(ask.nodes) - len(reasons)
         _log.info("exploration: %d of %d nodes explored", explored, len(ask.nodes))
         answers.forget()

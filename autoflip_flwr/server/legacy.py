@@ -83,9 +83,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         if not instructions:
             return []
         sampled = [_id(client) for client, _ in instructions]
-        if self._explore(server_round, sampled, instructions[0][1], client_manager):
-            self._update_inner()
+        self._explore(server_round, sampled, instructions[0][1], client_manager)
         plan = self.rounds.begin(server_round, sampled)
+        self._update_inner()
         packed = self._packed(instructions, self.rounds.arrays, plan, "train")
         self._values = packed[0][1].parameters.tensors[0]
         return packed
@@ -100,6 +100,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         received = _by_id(results)
         valid = self._replies.trained(server_round, received, _read, sent=self._values)
         if not valid:
+            self._update_inner()
             return None, {}
         dense = [
             (client, replace(result, parameters=_parameters_of(reply.arrays)))
@@ -116,9 +117,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             ),
             self._named,
         )
+        self._update_inner()
         if aggregated is None:
             return None, metrics
-        self._update_inner()
         masked = _parameters_of(self.rounds.masked_arrays())
         self._returned = masked.tensors
         return masked, metrics
@@ -218,14 +219,8 @@ def _as_parameters(record: ArrayRecord) -> Parameters:
 
 def _read(node_id: int, pair: _Pair) -> Reply[_Pair]:
     result = pair[1]
-    metrics = result.metrics or {}
-    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-    tensors: list[bytes] = []
-    if isinstance(result, FitRes):
-        tensors = result.parameters.tensors
-    else:
-        numbers["loss"] = result.loss
-    check_metrics({**numbers, EXAMPLES: result.num_examples})
+    tensors = result.parameters.tensors if isinstance(result, FitRes) else []
+    check_metrics({EXAMPLES: result.num_examples})
     record = ArrayRecord(
         {
             str(index): FlowerArray(dtype="", shape=(), stype=_TENSOR_TYPE, data=tensor)

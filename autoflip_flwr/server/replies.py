@@ -1,23 +1,32 @@
 """Checks of the clients' replies and of the aggregate, for both of Flower's APIs."""
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord
 
-from autoflip_flwr.errors import AutoFlipError, WireError
+from autoflip_flwr.errors import AutoFlipError, ReplyError, WireError
 from autoflip_flwr.method.outliers import far_off, update_sizes
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
 
+_log = logging.getLogger("flwr")
+
 #: The metric that most apps weight their replies by.
 EXAMPLES = "num-examples"
+
+#: In the reasons of replies that more rounds would not make better.
+_MISFITS = ("autoflip.raw", "AutoFlipMod", "autoflip_flwr.errors.")
+
+#: A metric of the client mod that goes with Flower's adaptive clipping.
+_NORM_BIT = "norm_bit"
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -63,6 +72,7 @@ class Replies:
     def __init__(self, rounds: Rounds, settings: WireSettings) -> None:
         self._rounds = rounds
         self._settings = settings
+        self._warned = False  # that training moves pruned weights
 
     def readable(
         self,
@@ -111,15 +121,20 @@ class Replies:
         `sent` is the frame of values that the clients received.
         """
         rounds, plan = self._rounds, self._rounds.plan
+        received, moved = list(received), [0.0]
 
         def dense(node_id: int, origin: T) -> Reply[T]:
             reply = read(node_id, origin)
             assert plan is not None, "a reply before the first message"
-            reply.record = records.named(reply.record, plan, reply=True)
+            record = records.named(reply.record, plan, reply=True)
+            reply.record, share = records.take_moved(record)
+            moved.append(share)
             reply.arrays = plan.unpack_reply(reply.record, rounds.arrays)
             return reply
 
         replies = self.readable(server_round, received, dense)
+        self._warn(server_round, max(moved))
+        self._check_apps(received)
         odd = self._outliers(replies)
         for index, reason in odd.items():
             rounds.drop(server_round, replies[index].node_id, reason)
@@ -164,6 +179,36 @@ class Replies:
         self._rounds.finish(model)
         return made, metrics
 
+    def _warn(self, server_round: int, share: float) -> None:
+        """Say once a run that training moves pruned weights, and what helps."""
+        if share and not self._warned:
+            self._warned = True
+            _log.warning(
+                "round %d: training moved up to %.3g %% of the pruned weights; they "
+                "are zero again, but the training did not know. This line keeps them "
+                "at zero: `with masked(model, message): train(...)`, on the older API "
+                "`with masked(model, config): ...`; without torch, multiply by "
+                "masks_from(message) after each step",
+                server_round,
+                100 * share,
+            )
+
+    def _check_apps(self, received: Sequence[tuple[int, object]]) -> None:
+        """End the run before any training if no client's app fits the server.
+
+        Raises
+        ------
+        ReplyError
+            If all replies were dropped since the app lacks the mod, or refused model
+            or mask; more rounds would not help.
+        """
+        reasons = [self._rounds.dropped.get(node_id, "") for node_id, _ in received]
+        fits = [not any(m in reason for m in _MISFITS) for reason in reasons]
+        if reasons and not self._rounds.trained and not any(fits):
+            # An app without the mod may fail on what it cannot unpack.
+            hint = f"{records.NO_MOD}: " if _MISFITS[0] in reasons[0] else ""
+            raise ReplyError(f"no client can train: {hint}{reasons[0]}")
+
     def _outliers(self, replies: list[Reply[T]]) -> dict[int, str]:
         """Return index -> reason of the replies that are far from the others.
 
@@ -198,17 +243,32 @@ def chain(strategy: object) -> Iterator[object]:
         inner = vars(inner).get("strategy")
 
 
-def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Refuse metrics that would ruin an average.
+def setting(strategy: object, name: str) -> str | None:
+    """Return a text that a strategy, or one inside it, has under a name."""
+    found = (vars(one).get(name) for one in chain(strategy))
+    return next((value for value in found if isinstance(value, str)), None)
+
+
+def check_metrics(
+    metrics: Mapping[str, Any], strategy: object = None, weight: str = EXAMPLES
+) -> None:
+    """Refuse metrics that would ruin the model.
+
+    Others, such as a loss that is not finite, are passed on as Flower does.
 
     Raises
     ------
     WireError
-        If a metric is not finite, or `num-examples` is not a number >= 0.
+        If the metric `weight` is not a number >= 0, or one that the strategy aggregates
+        with, whose name it therefore holds, is not finite.
     """
+    used = {weight, _NORM_BIT}
+    for one in chain(strategy):
+        used.update(value for value in vars(one).values() if isinstance(value, str))
     for name, value in metrics.items():
         numbers = value if isinstance(value, list) else [value]
-        if not all(math.isfinite(n) for n in numbers if isinstance(n, int | float)):
+        finite = all(math.isfinite(n) for n in numbers if isinstance(n, int | float))
+        if name in used and not finite:
             raise WireError(f"expected a finite metric {name!r}, got {value}")
-        if name == EXAMPLES and (not isinstance(value, int | float) or value < 0):
+        if name == weight and (not isinstance(value, int | float) or value < 0):
             raise WireError(f"expected a number {name!r} >= 0, got {value}")

@@ -61,6 +61,7 @@ class Rounds:
         self.trained: bool | None = None  # by any round; None: none has begun
         self.reason = ""  # why the last abandoned round changed nothing
         self._previous: Plan | None = None
+        self._unmasked: Params = {}  # the weights that the round began with
         self._manifest: Manifest | None = None
 
     @property
@@ -122,7 +123,11 @@ class Rounds:
         self._previous = self.plan
 
     def begin(self, server_round: int, sampled: Sequence[int]) -> Plan:
-        """Make the mask of a round for the sampled nodes."""
+        """Make the mask of a round for the sampled nodes.
+
+        From here on `arrays` are masked, unless the pruner restores what it pruned: so
+        a reply that is filled with them, and what comes of it, is the masked model.
+        """
         masks = self.pruner.masks(sampled, self.weights(self.arrays), server_round)
         if self.plan is not None:
             before = self.plan.masks
@@ -133,6 +138,9 @@ class Rounds:
         self._previous = self.plan
         self.plan = Plan(self.manifest, masks, self.values)
         self.dropped = {}
+        self._unmasked = self.arrays
+        if not self.pruner.restores:
+            self.arrays = self.masked_arrays()
         _log.info(
             "mask: density %.4f, changed %.4f",
             self.density,
@@ -153,6 +161,7 @@ class Rounds:
     def abandon(self, server_round: int, reason: str) -> None:
         """End a round without a change: the model keeps its weights and its mask."""
         self.plan, self.reason = self._previous, reason
+        self.arrays = self._unmasked
         _log.warning("round %d: %s: the model stays as it was", server_round, reason)
 
     def finish(self, aggregated: Params) -> None:

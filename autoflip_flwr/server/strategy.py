@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
-from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
+from autoflip_flwr.server.replies import EXAMPLES, Reply, chain, check_metrics, setting
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
@@ -43,6 +43,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._returned: ArrayRecord | None = None  # what `start` knows of it
         self._sent: list[Message] = []
         self._values = b""  # the frame of kept values that was sent
+        self._key = setting(self.strategy, "arrayrecord_key")
+        self._weight = setting(self.strategy, "weighted_by_key") or EXAMPLES
 
     def start(
         self,
@@ -98,18 +100,23 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             # so the record is changed in place and the messages are made again.
             _settle(current, self.rounds.arrays)
             messages, sampled = inner_messages()
-        return self._pack(messages, self.rounds.begin(server_round, sampled), "train")
+        plan = self.rounds.begin(server_round, sampled)
+        self._hold(self.rounds.arrays)
+        return self._pack(messages, plan, "train")
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Unpack the valid replies and let the inner strategy aggregate them."""
         received = self._in_order(replies)
-        valid = self._replies.trained(server_round, received, _read, sent=self._values)
+        valid = self._replies.trained(
+            server_round, received, self._read, sent=self._values
+        )
         if not valid:
+            self._hold(self.rounds.arrays)
             return None, None
         for reply in valid:
-            key, _ = records.only_array_record(reply.origin.content)
+            key, _ = records.model_record(reply.origin.content, self._key)
             reply.origin.content[key] = records.record_of(reply.arrays)
         messages = [reply.origin for reply in valid]
         aggregated, metrics = self._replies.aggregated(
@@ -119,6 +126,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             lambda record: {name: value.numpy() for name, value in record.items()},
         )
         if aggregated is None:
+            self._hold(self.rounds.arrays)
             return None, metrics
         _settle(aggregated, self.rounds.arrays)  # in place, since FedAvgM keeps it
         self._current = self._returned = aggregated
@@ -138,7 +146,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> MetricRecord | None:
         """Let the inner strategy aggregate the valid replies."""
         received = self._in_order(replies)
-        valid = self._replies.readable(server_round, received, _read_metrics)
+        valid = self._replies.readable(server_round, received, self._read_evaluation)
         if not valid:
             return None
         messages = [reply.origin for reply in valid]
@@ -178,18 +186,30 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             self.rounds.adopt(records.arrays_of(self._current))
         return self._current
 
+    def _hold(self, arrays: Params) -> None:
+        """Replace the model that inner strategies keep for their server optimizers.
+
+        All of Flower's keep it as `current_arrays`, a record or a dict of arrays.
+        """
+        for one in chain(self.strategy):
+            held = vars(one).get("current_arrays")
+            if isinstance(held, ArrayRecord):
+                vars(one)["current_arrays"] = records.record_of(arrays)
+            elif isinstance(held, dict):
+                vars(one)["current_arrays"] = dict(arrays)
+
     def _explore(
         self, server_round: int, sampled: Sequence[int], like: Message, grid: Grid
     ) -> bool:
         config_key, config = records.only_config(like.content)
-        array_key, _ = records.only_array_record(like.content)
+        array_key, several = self._model_of(like)
 
         def send(
             arrays: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
         ) -> Iterator[tuple[int, Answer | str]]:
             content = RecordDict(dict(like.content))
             content[array_key] = arrays
-            content[config_key] = ConfigRecord({**config, **entries})
+            content[config_key] = ConfigRecord({**config, **entries, **several})
             kind = like.metadata.message_type
             messages = [Message(content, node_id, kind) for node_id in nodes]
             known: dict[str, int] = {}
@@ -200,7 +220,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 at_once=self._intake.at_once(),
             ):
                 known = known or nodes_by_message(messages)  # sent by now
-                yield node_of(reply, known), _answer_of(reply)
+                yield node_of(reply, known), self._answer_of(reply)
 
         connected = list(grid.get_node_ids())
         return self._intake.explore(
@@ -220,7 +240,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         # By id of the record, which is held: so its id stays unique.
         packed: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
         for message in messages:
-            array_key, record = records.only_array_record(message.content)
+            array_key, several = self._model_of(message)
+            record = message.content.array_records[array_key]
             config_key, config = records.only_config(message.content)
             if id(record) not in packed:
                 arrays = records.named_arrays(record, plan.manifest)
@@ -232,15 +253,22 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             content[array_key] = sent
             node_id = message.metadata.dst_node_id
             entries = self.rounds.held.entries(node_id, plan, phase)
-            content[config_key] = ConfigRecord({**config, **entries})
+            content[config_key] = ConfigRecord({**config, **entries, **several})
             message.content = content
         return messages
+
+    def _model_of(self, message: Message) -> tuple[str, dict[str, str]]:
+        """Return the key of the model, and what tells it to the mod if it must know."""
+        key, _ = records.model_record(message.content, self._key)
+        several = len(message.content.array_records) > 1
+        return key, {records.ARRAYS: key} if several else {}
 
     def _check_sent(self, arrays: Params, plan: records.Plan) -> None:
         """Refuse relative replies to other weights than the global."""
         own = self.rounds.arrays
         if plan.relative and not all(
-            np.array_equal(arrays[name], own[name]) for name in plan.masks
+            np.array_equal(arrays[n][keep], own[n][keep])
+            for n, keep in plan.masks.items()
         ):
             raise SettingsError(
                 f"values {plan.values}: {type(self.strategy).__name__} sends other "
@@ -255,6 +283,62 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         pairs = [(node_of(reply, nodes), reply) for reply in replies]
         return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
 
+    def _read(self, node_id: int, message: Message) -> Reply[Message]:
+        reply = self._read_metrics(node_id, message, "aggregate_train")
+        _, reply.record = records.model_record(message.content, self._key)
+        return reply
+
+    def _read_evaluation(self, node_id: int, message: Message) -> Reply[Message]:
+        """Read an evaluation; a model that it sends back is unpacked."""
+        reply = self._read_metrics(node_id, message, "aggregate_evaluate")
+        plan, own = self.rounds.plan, self.rounds.masked_arrays()
+        for key, record in message.content.array_records.items():
+            if plan is not None and records.VALUES in record:
+                record, _ = records.take_moved(record)
+                arrays = plan.unpack_reply(record, own)
+                message.content[key] = records.record_of(arrays)
+        return reply
+
+    def _read_metrics(
+        self, node_id: int, message: Message, purpose: str
+    ) -> Reply[Message]:
+        """Read all but the model; refuse what the inner strategy would fail on.
+
+        Flower's own strategies end the run if a reply has not one MetricRecord and, of
+        a training, one ArrayRecord. A user's may take what it likes.
+        """
+        if message.has_error():
+            raise WireError(f"it carries the error: {message.error.reason}")
+        found = {"MetricRecord": len(message.content.metric_records)}
+        if purpose == "aggregate_train":
+            found["ArrayRecord"] = len(message.content.array_records)
+        codes = [getattr(type(one), purpose) for one in chain(self.strategy)]
+        flowers = all(code.__module__.startswith("flwr.") for code in codes)
+        for kind, count in found.items():
+            if flowers and count != 1:
+                raise WireError(f"expected exactly one {kind}, got {count}")
+        examples = self._examples_of(message)
+        return Reply(node_id, message, ArrayRecord(), examples, _form_of(message))
+
+    def _answer_of(self, reply: Message) -> Answer | str:
+        """Return the answer of an explorer, or the reason of its failure."""
+        try:
+            if reply.has_error():
+                return f"it carries the error: {reply.error.reason}"
+            _, record = records.model_record(reply.content, self._key)
+            frame, signs = records.guidance_frames(record)
+            return Answer(frame, signs, self._examples_of(reply))
+        except WireError as error:
+            return str(error)
+
+    def _examples_of(self, reply: Message) -> float:
+        """Return the number of examples behind a reply; 1 if the app does not say."""
+        metrics: dict[str, Any] = {}
+        for record in reply.content.metric_records.values():
+            metrics |= record
+        check_metrics(metrics, self.strategy, self._weight)
+        return float(metrics.get(self._weight, 1))
+
 
 def _settle(record: ArrayRecord, arrays: Params) -> None:
     """Set the arrays of a record in place."""
@@ -262,54 +346,13 @@ def _settle(record: ArrayRecord, arrays: Params) -> None:
         record[name] = FlowerArray(value)
 
 
-def _read(node_id: int, message: Message) -> Reply[Message]:
-    reply = _read_metrics(node_id, message)
-    _, reply.record = records.only_array_record(message.content)
-    return reply
-
-
-def _read_metrics(node_id: int, message: Message) -> Reply[Message]:
-    if message.has_error():
-        raise WireError(f"it carries the error: {message.error.reason}")
-    metrics = _metrics_of(message)
-    check_metrics(metrics)
-    examples = _examples_of(metrics)
-    return Reply(node_id, message, ArrayRecord(), examples, _form_of(message))
-
-
-def _answer_of(reply: Message) -> Answer | str:
-    """Return the answer of an explorer, or the reason of its failure."""
-    try:
-        if reply.has_error():
-            return f"it carries the error: {reply.error.reason}"
-        _, record = records.only_array_record(reply.content)
-        frame, signs = records.guidance_frames(record)
-        metrics = _metrics_of(reply)
-        check_metrics(metrics)
-        return Answer(frame, signs, _examples_of(metrics))
-    except WireError as error:
-        return str(error)
-
-
-def _metrics_of(reply: Message) -> MetricRecord:
-    metrics = list(reply.content.metric_records.values())
-    if len(metrics) != 1:
-        raise WireError(f"expected exactly one MetricRecord, got {len(metrics)}")
-    return metrics[0]
-
-
-def _examples_of(metrics: MetricRecord) -> float:
-    """Return the number of examples behind a reply; 1 if the app does not say."""
-    value = metrics.get(EXAMPLES, 1)
-    assert not isinstance(value, list), "checked"
-    return value
-
-
 def _form_of(reply: Message) -> str:
     """Return keys of records and names of metrics, with the lengths of lists."""
     metrics = {
-        name: len(value) if isinstance(value, list) else "number"
-        for name, value in sorted(_metrics_of(reply).items())
+        key: {
+            name: len(value) if isinstance(value, list) else "number"
+            for name, value in sorted(record.items())
+        }
+        for key, record in sorted(reply.content.metric_records.items())
     }
-    arrays = sorted(reply.content.array_records)
-    return f"arrays {arrays}, {next(iter(reply.content.metric_records))!r} {metrics}"
+    return f"arrays {sorted(reply.content.array_records)}, metrics {metrics}"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import torch
 from torch import nn
 
-from autoflip_flwr.errors import ModelError, ReplyError, SettingsError
+from autoflip_flwr.errors import ModelError, ReplyError, SettingsError, by_reason
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import AutoFlipPruner, Pruner
 from autoflip_flwr.server.intake import Intake
@@ -165,8 +165,8 @@ class Wrapper(Generic[S]):
         if rounds.fresh and rounds.trained is False:
             raise ReplyError(
                 f"the model is untrained: none of {rounds.total} rounds changed it; "
-                f"the last one: {rounds.reason or 'no reply came in time'}; dropped "
-                f"replies by node: {rounds.dropped}"
+                f"the last one: {rounds.reason or 'no reply came in time'}; reasons of "
+                f"dropped replies, with their nodes: {by_reason(rounds.dropped)}"
             )
 
     def __getattr__(self, name: str) -> Any:

@@ -3,11 +3,10 @@
 All of it uses the hooks of `torch.optim`.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,12 +19,13 @@ from torch.optim.optimizer import (
 )
 
 from autoflip_flwr.errors import MaskError
-from autoflip_flwr.types import Array, Masks
+from autoflip_flwr.types import Array, Mask, Masks
 
 
 def trainable_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters that require gradients."""
-    return [name for name, value in model.named_parameters() if value.requires_grad]
+    every = model.named_parameters(remove_duplicate=False)  # a tied one by each name
+    return [name for name, value in every if value.requires_grad]
 
 
 @contextmanager
@@ -63,12 +63,10 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
 
     for each in pruned.values():
         each.zero()
-    token = _enforced.set(_enforced.get() | pruned.keys())
     try:
         with register_optimizer_step_post_hook(after_step):
             yield model
     finally:
-        _enforced.reset(token)
         for each in pruned.values():
             each.zero()
 
@@ -79,33 +77,58 @@ def zero(model: nn.Module, masks: Masks) -> None:
         each.zero()
 
 
+def marked(values: Array, keep: Mask) -> Array:
+    """Return weights whose pruned entries, and no others, are negative zeros.
+
+    They count as zeros, and are still told from others in whatever module the weights
+    have been loaded into: see `enforce_unseen`.
+    """
+    zero = values.dtype.type(0)
+    made: Array = np.where(keep, values + zero, -zero)  # -0.0 + 0.0 is 0.0
+    return made
+
+
 @contextmanager
-def enforce_unseen(keeps: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
-    """Do what `enforce` does for a model that only its optimizer has shown.
+def enforce_unseen(masks: Masks) -> Iterator[None]:
+    """Do what `enforce` does for a model that only its optimizers have shown.
 
     Parameters
     ----------
-    keeps : sequence of bool arrays
-        One per trainable parameter, in the model's order. An optimizer that holds
-        exactly parameters of these shapes in this order is taken to train the
-        model; any other is left alone, as are parameters under `enforce`.
+    masks : mapping of name -> bool array
+        A parameter whose negative zeros, when an optimizer first steps, are exactly
+        what one of these masks prunes has been loaded from `marked` weights. It stays
+        zero there. So names, order, groups, wrappers and layers that are frozen or of
+        another model do not matter.
     """
-    shapes = [keep.shape for keep in keeps]
-    known: WeakKeyDictionary[Optimizer, list[_Pruned]] = WeakKeyDictionary()
+    by_shape: dict[tuple[int, ...], list[Mask]] = {}
+    for keep in masks.values():
+        if not keep.all():
+            by_shape.setdefault(keep.shape, []).append(keep)
+    known: dict[nn.Parameter, _Pruned | None] = {}
+
+    def look(parameter: nn.Parameter) -> _Pruned | None:
+        likely = by_shape.get(tuple(parameter.shape), [])
+        if not likely or not parameter.is_floating_point():
+            return None
+        values = parameter.detach()
+        keep = ~(values.signbit() & (values == 0)).cpu().numpy()
+        fits = any(np.array_equal(keep, each) for each in likely)
+        return _Pruned(parameter, keep) if fits else None
+
+    def before_step(optimizer: Optimizer, *_: Any) -> None:
+        for parameter in _parameters_of(optimizer):
+            if parameter not in known:
+                known[parameter] = look(parameter)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
-        if optimizer not in known:
-            held = _parameters_of(optimizer)
-            fits = [tuple(parameter.shape) for parameter in held] == shapes
-            known[optimizer] = [
-                _Pruned(parameter, keep)
-                for parameter, keep in zip(held, keeps, strict=fits)
-                if fits and id(parameter) not in _enforced.get() and not keep.all()
-            ]
-        for each in known[optimizer]:
-            each.zero()
+        for parameter in _parameters_of(optimizer):
+            if each := known.get(parameter):
+                each.zero()
 
-    with register_optimizer_step_post_hook(after_step):
+    with (
+        register_optimizer_step_pre_hook(before_step),
+        register_optimizer_step_post_hook(after_step),
+    ):
         yield
 
 
@@ -207,10 +230,6 @@ def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
         yield seen
 
 
-#: Parameters whose masks an open `enforce` looks after.
-_enforced: ContextVar[frozenset[int]] = ContextVar("enforced", default=frozenset())
-
-
 class _Pruned:
     """A parameter, and which of its entries stay zero."""
 
@@ -243,7 +262,8 @@ def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
     """Return masks under the names of ``model.named_parameters()``.
 
     Numbers stand for positions in ``model.state_dict()``, and a tied weight keeps what
-    all its names keep.
+    all its names keep. Names need not agree in what `torch.compile`, DataParallel, DDP
+    and PEFT add to them, nor in one prefix, where the masks are those of a part.
 
     Raises
     ------
@@ -253,19 +273,22 @@ def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = list(model.state_dict())
+    aliases = _aliases(list(parameters), list(masks))
     resolved: dict[str, NDArray[np.bool_]] = {}
     for name, keep in masks.items():
-        known = name
-        if name not in parameters and name.isdecimal() and int(name) < len(names):
+        known = name if name in parameters else aliases.get(_plain(name), name)
+        if known not in parameters and name.isdecimal() and int(name) < len(names):
             known = names[int(name)]
         if known not in parameters:
-            hint = (
-                "; give the strategy names=list(model.state_dict()), so that it can "
-                "tell buffers from parameters"
-            )
+            hint = "hand over the module whose state_dict() the server's arrays are of"
+            if name.isdecimal():
+                hint = (
+                    "give the strategy model=Net(), so that it can tell buffers from "
+                    "parameters"
+                )
             raise MaskError(
                 f"the mask names {name!r}, which is no parameter of the model; "
-                f"known: {list(parameters)}{hint if name.isdecimal() else ''}"
+                f"known: {list(parameters)}; {hint}"
             )
         if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_:
             raise MaskError(
@@ -280,6 +303,32 @@ def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
         known = first[id(parameters[known])]
         resolved[known] = keep & resolved[known] if known in resolved else keep
     return resolved
+
+
+#: What wrappers of a module put into the names of its parameters.
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module|base_model\.model|default)\.")
+
+
+def _plain(name: str) -> str:
+    """Return a parameter's name without what wrappers put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def _aliases(known: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """Return plain name -> parameter, for names that only one parameter can have.
+
+    If all `wanted` names lack the same prefix, so do the plain names.
+    """
+    plain: dict[str, list[str]] = {}
+    for name in known:
+        plain.setdefault(_plain(name), []).append(name)
+    aliases = {short: names[0] for short, names in plain.items() if len(names) == 1}
+    shorts = [_plain(name) for name in wanted]
+    ends = [a[: -len(s)] for a in aliases for s in shorts[:1] if a.endswith(f".{s}")]
+    fits = [p for p in ends if all(p + short in aliases for short in shorts)]
+    if len(fits) == 1:
+        return {short: aliases[fits[0] + short] for short in shorts}
+    return aliases
 
 
 def _pruned(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:

@@ -6,6 +6,7 @@ docs/wire-format.md lists them.
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
@@ -16,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import WireError
-from autoflip_flwr.types import Array, Mask, Masks, Measure, Params, ValueType
+from autoflip_flwr.types import Array, Masks, Measure, Params, ValueType
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire.manifest import Entry, Manifest
 
@@ -27,6 +28,7 @@ PREFIX = "autoflip."
 
 # Entries of the ConfigRecord of a message to a client.
 PHASE = "autoflip.phase"
+ARRAYS = "autoflip.arrays"  # the model's ArrayRecord, where there are several
 MANIFEST = "autoflip.manifest"
 MASK = "autoflip.mask"
 HELD = "autoflip.mask-held"  # digest of a mask that the client holds
@@ -40,9 +42,16 @@ EPOCH = "autoflip.epoch"  # exploration: set by the mod before each call of the 
 VALUES = "autoflip.values"
 GUIDANCE = "autoflip.guidance"
 SIGNS = "autoflip.signs"  # exploration with a warm start
+MOVED = "autoflip.moved"  # in a reply: the share of pruned entries that training moved
 
 #: In the reply to a roll call: a name, or the number of a partition; -1: unknown.
 CLIENT_ID = "client-id"
+
+#: What a client says that answers without our mod.
+NO_MOD = (
+    "the client's app does not answer as AutoFlipMod does: "
+    "ClientApp(mods=[AutoFlipMod()])"
+)
 
 _RAW = "autoflip.raw"  # serialization type: a frame without a header
 _REAL = "biuf"  # numpy kinds
@@ -79,14 +88,6 @@ class Plan:
         masks = codec.unpack_mask(_required(config, MASK, bytes), manifest.shapes)
         return cls(manifest, masks, cast(ValueType, values))
 
-    def keeps(self) -> list[Mask]:
-        """Return a bool array per trainable parameter, in the model's order."""
-        return [
-            self.masks[e.name] if e.masked else np.ones(e.shape, np.bool_)
-            for e in self.manifest.entries
-            if e.trainable
-        ]
-
     @property
     def relative(self) -> bool:
         """Whether replies tell how far the weights moved from those received.
@@ -111,17 +112,44 @@ class Plan:
         return ArrayRecord(record)
 
     def pack_reply(self, trained: Params, received: Params) -> ArrayRecord:
-        """Pack what a client trained, or how far it is from what it received."""
+        """Pack what a client trained, or how far it is from what it received.
+
+        If pruned entries are not zero, their share goes along (`take_moved`).
+        """
+        packed = trained
         if self.relative:
-            moved = {name: trained[name] - received[name] for name in self.masks}
-            trained = {**trained, **moved}
-        return self.pack(trained, dtype=self.values)
+            update = {name: trained[name] - received[name] for name in self.masks}
+            packed = {**trained, **update}
+        record = self.pack(packed, dtype=self.values)
+        if moved := self._moved(trained):
+            record[MOVED] = _raw(np.float32(moved).tobytes(), "float32")
+        return record
+
+    def _moved(self, trained: Params) -> float:
+        """Return the share of the pruned entries that are not zero.
+
+        Of a tied weight, which comes under several names, one mask has been kept.
+        """
+        moved = {
+            name: int(np.count_nonzero((trained[name] != 0) > keep))
+            for name, keep in self.masks.items()
+        }
+        for name in [name for name, count in moved.items() if count]:
+            if any(
+                not count and np.array_equal(trained[name], trained[other])
+                for other, count in moved.items()
+            ):
+                moved[name] = 0
+        pruned = sum(k.size - int(np.count_nonzero(k)) for k in self.masks.values())
+        return sum(moved.values()) / max(1, pruned)
 
     def unpack_reply(self, record: ArrayRecord, own: Params) -> dict[str, Array]:
         """Return a reply's arrays; pruned entries have the values of `own`.
 
         `own` are the server's arrays; see `unpack` for the errors.
         """
+        if VALUES not in record:
+            raise WireError(NO_MOD)
         if not self.relative:
             return self.unpack(record, fill=own)
         arrays = self.unpack(record, dtype=self.values)
@@ -296,11 +324,11 @@ def guidance_record(frame: bytes, signs: bytes | None = None) -> ArrayRecord:
 def guidance_frames(record: ArrayRecord) -> tuple[bytes, bytes | None]:
     """Return the guidance frame of an exploration reply, and its signs or None."""
     if set(record) not in ({GUIDANCE}, {GUIDANCE, SIGNS}):
-        remedy = "" if GUIDANCE in record else ": ClientApp(mods=[AutoFlipMod()])"
+        if GUIDANCE not in record:
+            raise WireError(NO_MOD)
         raise WireError(
-            "the client's app does not answer as AutoFlipMod does: expected the array "
-            f"[{GUIDANCE!r}], and {SIGNS!r} for a warm start, got {sorted(record)}"
-            f"{remedy}"
+            f"expected the array [{GUIDANCE!r}], and {SIGNS!r} for a warm start, "
+            f"got {sorted(record)}"
         )
     signs = _frame(record[SIGNS], "uint8") if SIGNS in record else None
     return _frame(record[GUIDANCE], "uint8"), signs
@@ -358,6 +386,23 @@ def _converted(values: NDArray[Any], entry: Entry) -> Array:
     return converted
 
 
+def take_moved(record: ArrayRecord) -> tuple[ArrayRecord, float]:
+    """Return a reply without what it says of moved entries, and that share, in [0, 1].
+
+    Raises
+    ------
+    WireError
+        If it is not one float32 in [0, 1].
+    """
+    if MOVED not in record:
+        return record, 0.0
+    frame = _frame(record[MOVED], "float32")
+    share = float(np.frombuffer(frame, "<f4")[0]) if len(frame) == 4 else math.nan
+    if not 0 <= share <= 1:
+        raise WireError(f"{MOVED}: expected one float32 in [0, 1], got {frame[:8]!r}")
+    return ArrayRecord({k: v for k, v in record.items() if k != MOVED}), share
+
+
 def arrays_of(record: ArrayRecord) -> dict[str, Array]:
     """Return read-only views of a dense record's arrays."""
     return {
@@ -389,11 +434,13 @@ def named(record: ArrayRecord, plan: Plan, *, reply: bool = False) -> ArrayRecor
     if VALUES in record or list(record) != [str(i) for i in range(len(record))]:
         return record
     names = [VALUES, *(e.name for e in plan.manifest.entries if not e.masked)]
-    if len(names) != len(record):
+    if len(record) not in (len(names), len(names) + 1):
         raise WireError(f"expected {len(names)} arrays {names}, got {len(record)}")
-    arrays = dict(zip(names, record.values(), strict=True))
+    arrays = dict(zip([*names, MOVED], record.values(), strict=False))
     dtype = plan.values if reply else plan.down
     arrays[VALUES] = _raw(arrays[VALUES].data, dtype)
+    if MOVED in arrays:
+        arrays[MOVED] = _raw(arrays[MOVED].data, "float32")
     return ArrayRecord(arrays)
 
 
@@ -415,9 +462,19 @@ def named_arrays(
     }
 
 
-def only_array_record(content: RecordDict) -> tuple[str, ArrayRecord]:
-    """Return key and value of a message's single ArrayRecord."""
-    return _only(content.array_records, "ArrayRecord")
+def model_record(
+    content: RecordDict, key: str | None = None
+) -> tuple[str, ArrayRecord]:
+    """Return key and value of the ArrayRecord that holds the model.
+
+    It is the only one, or that under `key`, as Flower's strategies name it
+    (``arrayrecord_key``).
+    """
+    found = content.array_records
+    if key is not None and len(found) > 1 and key in found:
+        return key, found[key]
+    named = f", or the model's under {key!r} (arrayrecord_key)" if key else ""
+    return _only(found, f"ArrayRecord{named}")
 
 
 def only_config(content: RecordDict) -> tuple[str, ConfigRecord]:
