@@ -17,9 +17,8 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.serverapp.strategy import (
-    FedAvg,
-)
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg, QFedAvg
 from inprocess import (
     CHANGING,
     LocalGrid,
@@ -36,7 +35,7 @@ from inprocess import (
 )
 from numpy.testing import assert_allclose
 
-from autoflip_flwr import AutoFLIP, Checkpointed
+from autoflip_flwr import AutoFLIP, AutoFlipMod, Checkpointed
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.errors import (
     ExplorationError,
@@ -45,6 +44,7 @@ from autoflip_flwr.errors import (
     ReplyError,
     SettingsError,
 )
+from autoflip_flwr.settings import PruningSettings
 
 NODES = [11, 12, 13, 14, 15]
 
@@ -380,6 +380,176 @@ def test_a_model_of_ones_own_reaches_each_node():
     assert len(sent) == len(NODES)
     for position, values in enumerate(sent):
         assert_allclose(values, sent[0] + position, rtol=1e-4, atol=1e-5)
+
+
+# --- replies as users write them ------------------------------------------------------
+
+
+def replying(**changes):
+    """The toy app with other records in its replies: type of message -> change."""
+
+    def mod(message, context, call_next):
+        reply = call_next(message, context)
+        change = changes.get(message.metadata.message_type)
+        if change:
+            change(reply)
+        return reply
+
+    return toy_app(mods=[AutoFlipMod(), mod])
+
+
+class Taking(FedAvg):
+    """Takes what it finds, as a user's strategy may; the model is named."""
+
+    def __init__(self, **options):
+        super().__init__(fraction_evaluate=0, **options)
+        self.found = []
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        for reply in replies:
+            self.found.append(RecordDict(dict(reply.content)))
+            for key in list(reply.content):
+                if key not in ("model", "metrics"):
+                    del reply.content[key]
+        return super().aggregate_train(server_round, replies)
+
+
+def test_a_second_record_reaches_a_strategy_that_takes_it():
+    """The second ArrayRecord has the names of the model, as control variates have."""
+
+    def more(reply):
+        model = reply.content.pop("arrays")
+        reply.content["variates"] = ArrayRecord(dict(model))
+        reply.content["model"] = model
+        reply.content["more"] = MetricRecord({"energy": 1.5})
+
+    inner = Taking(arrayrecord_key="model")
+    grid = LocalGrid(replying(train=more), NODES)
+    strategy = AutoFLIP(inner, threshold=0.5)
+    seen, _ = run(strategy, grid, net(), 2)
+    assert not strategy.rounds.dropped
+    assert len(inner.found) == 2 * len(NODES)
+    for content in inner.found:
+        assert sorted(content) == ["metrics", "model", "more", "variates"]
+        assert list(content["model"]) == list(content["variates"])
+        assert content["more"]["energy"] == 1.5
+    plain = AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.5)
+    expected, _ = run(plain, LocalGrid(toy_app(), NODES), net(), 2)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert_same_arrays(ours, theirs)
+
+
+class Sending(Taking):
+    """Sends a second ArrayRecord with the names of the model, as SCAFFOLD does."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            content = RecordDict({"control": ArrayRecord(dict(arrays))})
+            message.content = RecordDict({**content, **message.content})
+        return messages
+
+
+@pytest.mark.parametrize("key", ["arrays", "model"])
+def test_of_several_records_the_one_with_the_strategys_key_is_the_model(key):
+    controls = []
+    app = ClientApp(mods=[AutoFlipMod()])
+
+    @app.train()
+    def train(message, context):
+        assert list(message.content["control"]) == list(message.content[key])
+        controls.append(message.content["control"]["0.weight"].numpy())
+        content = {
+            "control": message.content["control"],
+            key: message.content[key],
+            "metrics": MetricRecord({"num-examples": 1}),
+        }
+        moved = Array(message.content[key]["0.weight"].numpy() + 1)
+        content[key] = ArrayRecord({**message.content[key], "0.weight": moved})
+        return Message(RecordDict(content), reply_to=message)
+
+    class Inner(Sending):
+        def aggregate_train(self, server_round, replies):
+            for reply in (replies := list(replies)):
+                reply.content["model"] = reply.content.pop(key)
+            return super().aggregate_train(server_round, replies)
+
+    strategy = AutoFLIP(
+        Inner(arrayrecord_key=key), pruning=PruningSettings(prunable=["0.weight"])
+    )
+    run(strategy, LocalGrid(app, NODES), net(), 2)
+    assert not strategy.rounds.dropped
+    assert len(controls) == 3 * len(NODES), "exploration and two rounds"
+
+
+def test_a_second_record_without_a_key_is_an_error_that_names_the_cure():
+    def more(reply):
+        reply.content["more"] = reply.content["arrays"]
+        reply.content["others"] = reply.content.pop("arrays")
+
+    with pytest.raises(ExplorationError, match=r"the model's under 'arrays' \(arrayr"):
+        run(AutoFLIP(), LocalGrid(replying(train=more), NODES), net(), 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, math.nan]])
+def test_a_metric_that_is_not_finite_is_passed_on(value):
+    def change(reply):
+        reply.content["metrics"]["perplexity"] = value
+
+    def metrics(strategy):
+        app = replying(train=change, evaluate=change)
+        _, result = run(strategy, LocalGrid(app, NODES), net(), 1)
+        both = result.train_metrics_clientapp, result.evaluate_metrics_clientapp
+        return [each[1]["perplexity"] for each in both]
+
+    np.testing.assert_equal(metrics(AutoFLIP(threshold=0.5)), metrics(FedAvg()))
+
+
+def test_a_metric_that_the_strategy_weights_by_must_be_finite(caplog):
+    """FedAvg's weight and QFedAvg's loss decide the model; each has its own name."""
+    for inner in (
+        FedAvg(fraction_evaluate=0, weighted_by_key="train-loss"),
+        QFedAvg(0.1, fraction_evaluate=0, train_loss_key="train-loss"),
+    ):
+        strategy = AutoFLIP(inner, threshold=0.5)
+        tamper = only_in("train", [12], metric(train_loss=math.nan))
+        caplog.clear()
+        grid = LocalGrid(toy_app(plain_net), NODES, tamper=tamper)
+        run(strategy, grid, plain_net(), 1)
+        assert "expected a finite metric 'train-loss', got nan" in caplog.text
+        assert list(strategy.rounds.dropped) == [12]
+
+
+def test_a_model_that_an_evaluation_sends_back_is_packed_on_the_way():
+    """As in Flower's example of HuggingFace; the strategy gets it whole."""
+    found = []
+
+    class Reading(FedAvg):
+        def aggregate_evaluate(self, server_round, replies):
+            replies = list(replies)
+            found.extend(arrays_of(r.content["arrays"]) for r in replies)
+            return super().aggregate_evaluate(server_round, replies)
+
+    def back(message, context, call_next):
+        arrays = message.content["arrays"]
+        reply = call_next(message, context)
+        if message.metadata.message_type == "evaluate":
+            reply.content["arrays"] = arrays
+            reply.content["other"] = ArrayRecord([np.eye(3)])
+        return reply
+
+    grid = LocalGrid(toy_app(mods=[AutoFlipMod(), back]), NODES)
+    seen, _ = run(AutoFLIP(Reading(), threshold=0.5), grid, net(), 2)
+    replies = [sent for sent in grid.up if sent.phase == "evaluate"]
+    assert len(replies) == 2 * len(NODES)
+    for sent in replies:
+        sizes = {n: len(a.data) for n, a in sent.content["arrays"].items()}
+        assert "0.weight" not in sizes
+        assert sizes["autoflip.values"] <= 4 * 0.6 * (6 * 16 + 2 * 16 + 16 * 3 + 3) + 4
+        assert_allclose(sent.content["other"].to_numpy_ndarrays()[0], np.eye(3))
+    for position, arrays in enumerate(found):
+        assert_same_arrays(arrays, seen[1 + position // len(NODES)])
 
 
 # --- a run that trains nothing --------------------------------------------------------

@@ -6,6 +6,7 @@ import logging
 import math
 import tempfile
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from flwr.serverapp.strategy import (
     FedMedian,
     FedProx,
     Krum,
+    QFedAvg,
 )
 from inprocess import (
     CHANGING,
@@ -592,6 +594,70 @@ def test_a_strategy_keeps_its_own_attributes_methods_schedule_and_start():
     assert rates == {1: 0.4, 2: 0.2, 3: 0.1, 4: 0.05}
     with pytest.raises(AttributeError, match="nothing"):
         _ = strategy.nothing
+
+
+def saving(kind):
+    """A strategy that saves what it aggregates, as one does with its best model."""
+
+    class Saver(kind):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            saved.append({n: a.numpy().copy() for n, a in arrays.items()})
+            return arrays, metrics
+
+    saved = []
+    return Saver(**some_of()), saved
+
+
+@pytest.mark.parametrize("kind", [FedAvg, FedAvgM, FedMedian])
+def test_what_an_inner_strategy_saves_is_the_masked_model(kind):
+    model = net()
+    grid = LocalGrid(toy_app(), NODES)
+    inner, saved = saving(kind)
+    run(AutoFLIP(inner, **flat(**CHANGING)), grid, model, 4)
+    masks = masks_by_round(grid, model)
+    assert_masks_change(masks)
+    for arrays, mask in zip(saved, masks, strict=True):
+        for name, keep in mask.items():
+            assert not arrays[name][~keep].any(), name
+            assert arrays[name][keep].any()
+
+
+def test_what_an_inner_strategy_keeps_of_earlier_rounds_stays_as_it_was():
+    kept = []
+
+    class Keeper(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            kept.append(arrays)
+            return arrays, metrics
+
+    grid = LocalGrid(toy_app(), NODES)
+    seen, _ = run(AutoFLIP(Keeper(**some_of()), **flat(**CHANGING)), grid, net(), 4)
+    for record, arrays in zip(kept, seen[1:], strict=True):
+        assert_same_arrays({n: a.numpy() for n, a in record.items()}, arrays)
+
+
+@pytest.mark.parametrize(
+    "make_inner",
+    [FedAvgM, FedAdam, partial(QFedAvg, 0.1, train_loss_key="train-loss")],
+    ids=["FedAvgM", "FedAdam", "QFedAvg"],
+)
+def test_a_round_without_replies_leaves_server_and_inner_model_alike(make_inner):
+    """Their weights come back, and with them the pseudo-gradient of the next round."""
+    lost = only_in("train", NODES, lambda reply: "lost")
+
+    def tamper(message, reply):
+        config = next(iter(message.content.config_records.values()))
+        return lost(message, reply) if config["server-round"] == 2 else reply
+
+    strategy = AutoFLIP(make_inner(**some_of()), **flat(**CHANGING))
+    grid = LocalGrid(toy_app(plain_net), NODES, tamper=tamper)
+    seen, _ = run(strategy, grid, plain_net(), 4)
+    assert_same_arrays(seen[2], seen[1])
+    for name, keep in strategy.rounds.plan.masks.items():
+        assert not seen[-1][name][~keep].any()
+    assert any((seen[3][n] != seen[2][n]).any() for n in seen[2])
 
 
 #: Numbers of samples, some of whose shares do not add up to one exactly.
