@@ -98,6 +98,13 @@ def _scaled(kept: Float32) -> tuple[Float32, NDArray[np.int8]]:
     return scales, codes
 
 
+def values_bytes(counts: Sequence[int], *, dtype: ValueType) -> int:
+    """Return the length of a frame of values; `counts` are those kept per tensor."""
+    wire_type = _wire_type(dtype)
+    scales = sum(-(-n // BLOCK) for n in counts) if wire_type.kind == "i" else 0
+    return 4 * scales + sum(counts) * wire_type.itemsize
+
+
 def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
     """Read the kept values of all tensors, flat; `counts` are those of each tensor.
 
@@ -109,8 +116,8 @@ def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
     """
     wire_type, kept = _wire_type(dtype), sum(counts)
     blocks = [-(-count // BLOCK) for count in counts]
-    header = 4 * sum(blocks) if wire_type.kind == "i" else 0
-    expected = header + kept * wire_type.itemsize
+    expected = values_bytes(counts, dtype=dtype)
+    header = expected - kept * wire_type.itemsize
     if len(frame) != expected:
         also = f"4 x {sum(blocks)} scales + " if header else ""
         raise WireError(
