@@ -234,29 +234,28 @@ def preview(
     with tempfile.TemporaryDirectory(suffix="-autoflip") as folder:
 
         def rehearsed(**changes: Any) -> _Rehearsal:
-            settings = {"pruning": pruning, **changes, "directory": Path(folder)}
-            own = replace(rounds, pruner=AutoFlipPruner(), units=units, **settings)
+            settings = {"pruning": pruning, "units": units, "directory": Path(folder)}
+            own = replace(rounds, pruner=AutoFlipPruner(), **{**settings, **changes})
             return _Rehearsal(own, model, example_inputs, federation)
 
-        def with_units(share: float) -> _Rehearsal:
-            update = {"units": share, "operations": None}
-            return rehearsed(pruning=pruning.model_copy(update=update))
-
+        asked = bool(pruning.units or pruning.operations)
         try:
             run = rehearsed()
         except (MaskError, SettingsError) as error:
-            if not (pruning.units or pruning.operations):
+            if not asked:
                 raise
             warnings.append(f"the run would not start, so here units=0: {error}")
-            run = with_units(0.0)
+            pruning = pruning.model_copy(update={"units": 0.0, "operations": None})
+            run = rehearsed()
         sent, client = run.sent(), run.client()
-        suggestions = []
-        if units is not None and not (pruning.units or pruning.operations):
+        suggestions: list[str] = []
+        if units is not None and not asked:
+            update = {"units": _UNITS, "operations": None}
             try:
-                left = with_units(_UNITS).client().operations
+                few = rehearsed(pruning=pruning.model_copy(update=update)).client()
+                share = few.operations / max(1, dense.operations)
                 suggestions.append(
-                    f"pruning.units={_UNITS}: clients train about "
-                    f"{left / max(1, dense.operations):.2f} of the operations"
+                    f"pruning.units={_UNITS}: about {share:.2f} of the operations"
                 )
             except MaskError as error:
                 warnings.append(f"too narrow to prune whole units: {error}")
@@ -264,11 +263,12 @@ def preview(
             total = sum(rehearsed(values=kind).sent().rounds)
             suggestions.append(f"wire.values={kind}: {megabytes(total)}")
         paid = _paid_after(sent.rounds, sent.dense_round)
-        fewer = rounds.exploration.model_copy(update={"fraction": _FRACTION})
         if paid is None or paid > federation.rounds // 2:
+            update = {"fraction": _FRACTION}
+            fewer = rounds.exploration.model_copy(update=update)
             less = rehearsed(exploration=fewer).sent()
             paid = _paid_after(less.rounds, less.dense_round)
-            if paid is not None:
+            if paid is not None and less.explored < sent.explored:
                 suggestions.append(
                     f"exploration.fraction={_FRACTION}: paid for after round {paid}"
                 )
