@@ -1,6 +1,7 @@
 """The console script `autoflip`."""
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -46,6 +47,21 @@ def _parser() -> argparse.ArgumentParser:
     add("name", nargs="?", help="show all values of this preset")
     add("overrides", nargs="*", help="dotted key=value, applied as in a run")
 
+    add = command(_inspect, "tell what a run will take, without data")
+    add("model", metavar="package.module:Net", help="a class, function or model")
+    add(
+        "--input",
+        action="append",
+        required=True,
+        metavar="SHAPE[:TYPE]",
+        help="of one sample: 1,3,32,32 or 1,80:int64; once for each argument",
+    )
+    add("--clients", type=int, default=10, help="connected clients (default 10)")
+    add("--rounds", type=int, default=20, help="default 20")
+    add("--sampled", type=int, help="that train in a round (default: all)")
+    add("--evaluated", type=int, help="that evaluate in a round (default: all)")
+    add("--overrides", default="", help='dotted "key=value key=value": settings')
+
     add = command(_export, "write a run's final model for use without this package")
     add("folder", type=Path, help="a run's output-dir")
     add("--output", type=Path, help="default: export/ in the run's folder")
@@ -80,6 +96,21 @@ def _presets(chosen: argparse.Namespace) -> str:
     if chosen.name is None:
         return "\n".join(settings.presets())
     return settings.load(chosen.name, shlex.join(chosen.overrides)).as_yaml().rstrip()
+
+
+def _inspect(chosen: argparse.Namespace) -> str:
+    from autoflip_flwr.server.inspection import inspect  # seconds to import
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # the table says it, too
+    names = ("clients", "rounds", "sampled", "evaluated")
+    return str(
+        inspect(
+            chosen.model,
+            chosen.input,
+            f"rounds={chosen.rounds} {chosen.overrides}",
+            **{name: getattr(chosen, name) for name in names},
+        )
+    )
 
 
 def _export(chosen: argparse.Namespace) -> str:

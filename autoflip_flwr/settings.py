@@ -405,6 +405,15 @@ def load(preset: str, overrides: str = "") -> Settings:
         raise SettingsError(f"{path.name} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{path.name}: expected keys and values")
+    return _overridden(values, preset, overrides)
+
+
+def defaults(overrides: str = "") -> Settings:
+    """Return the defaults of the library, with overrides as in `load`."""
+    return _overridden({}, "", overrides)
+
+
+def _overridden(values: dict[str, Any], preset: str, overrides: str) -> Settings:
     for key, value in _parse_overrides(overrides):
         _set(values, key.split("."), value, key)
     if "preset" in values:

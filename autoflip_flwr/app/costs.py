@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from autoflip_flwr import units
@@ -25,6 +24,7 @@ from autoflip_flwr.errors import ModelError, needs_extra
 from autoflip_flwr.settings import TrainingSettings
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
+from autoflip_flwr.units.measure import kept_for_backward
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
 
 with needs_extra("app", "counting operations"), warnings.catch_warnings():
@@ -223,24 +223,15 @@ def footprint(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    saved: dict[int, int] = {}  # bytes by storage, kept for the backward pass
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     own = dict(net.named_parameters())
     held = _size([*own.values(), *net.buffers()])
     masks = masks or {}
     with enforce.enforce(net, masks):
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        with kept_for_backward(net) as saved:
             step()
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(device) - before + held
         else:
-            for parameter in own.values():
-                saved.pop(parameter.untyped_storage().data_ptr(), None)
             gradients = [p.grad for p in own.values() if p.grad is not None]
             masked = [own[name] for name, keep in masks.items() if not keep.all()]
             state = [

@@ -5,22 +5,21 @@ import json
 import logging
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from autoflip_flwr.pruners.store import write
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
+from autoflip_flwr.server.savings import Traffic
 from autoflip_flwr.wire import records
 from autoflip_flwr.wire.flower import Run, set_message_id, set_source
 
 _log = logging.getLogger("flwr")
-
-Direction: TypeAlias = Literal["down", "up"]
 
 _ROLL_CALL_TIMEOUT = 120.0
 
@@ -51,10 +50,10 @@ class RunGrid(Grid):
 
     Attributes
     ----------
-    sent : Counter of (phase, direction) -> int
-        Bytes of the records that were really sent, as Flower counts them.
-    dense : Counter of (phase, direction) -> int
-        What plain FedAvg would have sent for the same train and evaluate messages.
+    traffic : Traffic
+        Bytes that were really sent, and what FedAvg would have sent.
+    sent, dense : Counter of (phase, direction) -> int
+        Those of `traffic`.
     samples : mapping of phase -> float
         Samples that nodes say they have, times the epochs of an exploration.
     seconds : mapping of phase -> float
@@ -73,7 +72,6 @@ class RunGrid(Grid):
     ) -> None:
         self._grid = grid
         self._seed = seed
-        self._dense_bytes = dense_bytes
         self._meter = meter
         self._stage = "train-1"
         self._claims: dict[int, int] = {}  # node -> who it says it is, as they came
@@ -85,8 +83,8 @@ class RunGrid(Grid):
         self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
         self._silent: set[int] = set()
         self._last = 0.0
-        self.sent: Counter[tuple[str, Direction]] = Counter()
-        self.dense: Counter[tuple[str, Direction]] = Counter()
+        self.traffic = Traffic(dense_bytes)
+        self.sent, self.dense = self.traffic.sent, self.traffic.dense
         self.samples: defaultdict[str, float] = defaultdict(float)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._recall()
@@ -115,8 +113,7 @@ class RunGrid(Grid):
         """Write down what has been counted."""
         if self._meter is not None:
             counted = {
-                "sent": [[*key, count] for key, count in self.sent.items()],
-                "dense": [[*key, count] for key, count in self.dense.items()],
+                **self.traffic.state(),
                 "samples": self.samples,
                 "seconds": self.seconds,
             }
@@ -128,8 +125,7 @@ class RunGrid(Grid):
             return
         try:
             counted = json.loads(self._meter.read_text())
-            self.sent.update({(p, d): n for p, d, n in counted["sent"]})
-            self.dense.update({(p, d): n for p, d, n in counted["dense"]})
+            self.traffic.restore(counted)
             self.samples.update(counted["samples"])
             self.seconds.update(counted["seconds"])
         except (ValueError, KeyError, TypeError) as error:
@@ -180,7 +176,7 @@ class RunGrid(Grid):
             message_id, phase = sent.metadata.message_id, _phase(message)
             set_message_id(message, message_id)
             self._waiting[message_id] = message.metadata.dst_node_id, phase
-            self._count(phase, "down", message)
+            self.traffic.count(phase, "down", message.content)
             if phase == "train":
                 self._stage = self._stage.replace("train", "evaluate")
         self._note()
@@ -203,7 +199,7 @@ class RunGrid(Grid):
             # Where a node is gone the SuperLink replies in its place.
             set_source(reply, client)
             if reply.has_content():
-                self._count(phase, "up", reply)
+                self.traffic.count(phase, "up", reply.content)
                 self.samples[phase] += _samples(reply)
             else:
                 self._silent.add(client)
@@ -223,14 +219,6 @@ class RunGrid(Grid):
             group_id=metadata.group_id,
         )
 
-    def _count(self, phase: str, direction: Direction, message: Message) -> None:
-        size = records.count_bytes(message.content)
-        self.sent[phase, direction] += size
-        if phase in ("train", "evaluate"):
-            arrays = min(1, len(message.content.array_records))  # as FedAvg's have
-            own = records.own_bytes(message.content)
-            self.dense[phase, direction] += size - own + arrays * self._dense_bytes
-
     def _roll_call(self, node_ids: list[int]) -> None:
         """Ask nodes who they are."""
         if not node_ids:
@@ -246,7 +234,7 @@ class RunGrid(Grid):
             if reply.has_error():
                 _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
                 continue
-            self.sent["roll-call", "up"] += records.count_bytes(reply.content)
+            self.traffic.count("roll-call", "up", reply.content)
             claims[node_id] = node_id
             for record in reply.content.config_records.values():
                 name = record.get(records.CLIENT_ID)

@@ -22,6 +22,7 @@ from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.training import Evaluation
 from autoflip_flwr.errors import SettingsError, needs_extra
 from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.server.savings import Savings, megabytes
 from autoflip_flwr.settings import Settings
 from autoflip_flwr.types import Params
 
@@ -245,24 +246,26 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
     dense, pruned = summary["networks"]["dense"], summary["networks"]["pruned"]
     accuracy = math.nan if summary["accuracy"] is None else summary["accuracy"]
     every = max(1, flops["dense"])
+    saved = Savings(
+        parameters=summary["parameters"],
+        kept=summary["kept_parameters"],
+        sent=sent["total"],
+        explored=sent["explore_down"] + sent["explore_up"],
+        dense=sent["dense_equivalent"],
+    )
     rows = {
         "top-1 accuracy": f"{accuracy:.4f} on held-out data, after {summary['rounds']} "
         f"rounds of {summary['strategy']}",
-        "kept": f"{summary['kept_parameters']} of {summary['parameters']} parameters; "
-        f"density {summary['density']:.4f} of the prunable ones",
-        "bytes sent": f"{_megabytes(sent['total'])} (exploration "
-        f"{_megabytes(sent['explore_down'] + sent['explore_up'])}); FedAvg would have "
-        f"sent {_megabytes(sent['dense_equivalent'])}: "
-        f"{sent['total'] / max(1, sent['dense_equivalent']):.3f} of it",
+        **saved.rows(),
         "clients train": f"{pruned['parameters']} of {dense['parameters']} parameters, "
-        f"{_megabytes(pruned['bytes'])} of {_megabytes(dense['bytes'])}, "
+        f"{megabytes(pruned['bytes'])} of {megabytes(dense['bytes'])}, "
         f"{flops['pruned'] / every:.3f} of the FLOPs (skipping every zero would be "
         f"{flops['unstructured_in_theory'] / every:.3f}, in theory)",
         "measured here": f"training step {1e3 * pruned['step_seconds']:.2f} ms, dense "
         f"{1e3 * dense['step_seconds']:.2f} ms; inference "
         f"{1e3 * pruned['inference_seconds']:.2f} ms, dense "
         f"{1e3 * dense['inference_seconds']:.2f} ms; peak memory "
-        f"{_megabytes(pruned['peak_bytes'])}, dense {_megabytes(dense['peak_bytes'])}",
+        f"{megabytes(pruned['peak_bytes'])}, dense {megabytes(dense['peak_bytes'])}",
         "training took": f"{flops['trained']:.3g} multiply-accumulates, exploration "
         "included",
         "seconds": f"{seconds['total']:.1f} (exploration {seconds['explore']:.1f})",
@@ -278,7 +281,3 @@ def run_directory(name: str, settings: Settings) -> Path:
         now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
         name = f"runs/{settings.preset}-{settings.strategy.name}-{now}"
     return Path(name).resolve()
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"

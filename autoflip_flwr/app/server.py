@@ -39,6 +39,8 @@ def serve(grid: Grid, context: Context) -> None:
     )
     strategy = build_strategy(settings, model, example, store=directory / "guidance")
     rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
+    if isinstance(strategy, AutoFLIP):
+        strategy.traffic = None  # the grid counts, and remembers what a kill would lose
     operations = costs.Operations(model, example)
     resume = bool(context.run_config.get("resume", False))
     log = RunLog(directory, settings, run_grid, rounds, operations, resume=resume)

@@ -76,6 +76,8 @@ class Pruner(ABC):
     shapes : dict of name -> shape
         Of the prunable weights, in the model's order.
     units : Units or None
+    spared : tuple of str
+        Vectors that are kept whole.
     rng : numpy.random.Generator
         The only source of randomness.
     kept_guidance : float32 array or None
@@ -113,13 +115,13 @@ class Pruner(ABC):
         half = (problem.rounds or 0) // 2  # unknown: a run may end before any schedule
         chosen = self.settings.gradual_rounds
         self._gradual_rounds = half if chosen is None else chosen
-        self._spared = self._spared_vectors()
+        self.spared = self._spared_vectors()
         floor = self.settings.floor
         masking.check_floor(
             [math.prod(shape) for shape in self.shapes.values()],
             threshold=self.settings.threshold,
             mode=self.settings.mode,
-            floors=[1.0 if name in self._spared else floor for name in self.shapes],
+            floors=[1.0 if name in self.spared else floor for name in self.shapes],
         )
 
     def start(self) -> None:  # noqa: B027 - most pruners write no files
@@ -243,7 +245,7 @@ class Pruner(ABC):
             threshold=settings.threshold if threshold is None else threshold,
             mode=settings.mode,
             floor=settings.floor,
-            whole=self._spared,
+            whole=self.spared,
             balance=balance,
             units=unit_masks,
             overwrite=overwrite,

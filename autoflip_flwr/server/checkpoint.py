@@ -145,7 +145,7 @@ class Checkpointed(Strategy):
         )
         for one in self._built:
             if isinstance(one, Wrapper):
-                one.check_trained()
+                one.finish(result)
         if not len(result.arrays):
             result.arrays = arrays
         for name, metrics in self._metrics.items():

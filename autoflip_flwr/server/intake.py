@@ -96,7 +96,7 @@ class Intake:
         self, ask: Ask, answers: Answers, send: Send, pruner: "Pruner | _Nobody"
     ) -> None:
         """Send the request in batches; use the answers in its order."""
-        record, entries = self._request(ask)
+        record, entries = self.request(ask)
         waiting = [node_id for node_id in ask.nodes if node_id not in answers]
         size = max(_LEAST_BATCH, _BATCH_BYTES // self._answer_bytes())
         for start in range(0, len(waiting), size):
@@ -128,7 +128,7 @@ class Intake:
                 self._kept.clear()
         return self._kept
 
-    def _request(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
+    def request(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
         """Return the arrays and the entries of the config that nodes need."""
         rounds, settings = self._rounds, self._rounds.exploration
         trains = ask.measure == "deviation"

@@ -10,13 +10,14 @@ Clients use the same `AutoFlipMod`::
 This API has no checkpoints.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.common import (
     EvaluateIns,
     EvaluateRes,
@@ -34,6 +35,7 @@ from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, QFedAvg, Strategy
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
+from autoflip_flwr.server.savings import Direction, log_savings, savings_of
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
 from autoflip_flwr.wire.records import Phase, Plan
@@ -52,12 +54,19 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     _api = Strategy
     _default = FedAvg
     _other_api = "strategies of flwr.serverapp.strategy go into autoflip_flwr.AutoFLIP"
+    _sampling = (
+        ("fraction_fit", "min_fit_clients"),
+        ("fraction_evaluate", "min_evaluate_clients"),
+    )
 
     def _begin(self) -> None:
         # Without a model arrays have numbers, and buffers look like weights.
         self._names = None if self.model is None else list(self.model.state_dict())
         self._returned: list[bytes] | None = None
         self._values = b""  # the frame of kept values that was sent
+        # This API does not tell a strategy that the run is over.
+        known = self.rounds, self.traffic, self.model, self._example_inputs
+        weakref.finalize(self, lambda: log_savings(savings_of(*known)))
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Return the inner strategy's initial parameters."""
@@ -97,6 +106,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         failures: list[_Fit | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Unpack the valid results and let the inner strategy aggregate them."""
+        self._count_all("train", "up", [result for _, result in results])
         received = _by_id(results)
         valid = self._replies.trained(server_round, received, _read, sent=self._values)
         if not valid:
@@ -143,6 +153,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         failures: list[_Evaluation | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy aggregate the valid results."""
+        self._count_all("evaluate", "up", [result for _, result in results])
         valid = self._replies.readable(server_round, _by_id(results), _read)
         pairs = [reply.origin for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
@@ -161,18 +172,23 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             record: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
         ) -> Iterator[tuple[int, Answer | str]]:
             ins = FitIns(_as_parameters(record), {**like.config, **entries})
+            self._count_all("explore", "down", [ins] * len(nodes))
 
-            def one(node_id: int) -> tuple[int, Answer | str]:
+            def one(node_id: int) -> tuple[int, FitRes | str]:
                 try:
-                    result = proxies[node_id].fit(ins, timeout, server_round)
-                    return node_id, _answer_of(result)
+                    return node_id, proxies[node_id].fit(ins, timeout, server_round)
                 except Exception as error:  # a client's proxy may raise anything
                     return node_id, str(error)
 
             with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
                 tasks = [pool.submit(one, node_id) for node_id in nodes]
                 for task in as_completed(tasks):
-                    yield task.result()
+                    node_id, result = task.result()
+                    if isinstance(result, FitRes):
+                        self._count_all("explore", "up", [result])
+                        yield node_id, _answer_of(result)
+                    else:
+                        yield node_id, result
 
         return self._intake.explore(
             server_round, connected=sorted(proxies), sampled=sampled, send=send
@@ -186,12 +202,23 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         phase: Phase,
     ) -> list[tuple[ClientProxy, _Ins]]:
         """Replace the parameters of instructions by the packed arrays and the plan."""
-        packed, held = _as_parameters(plan.pack(arrays)), self.rounds.held
-        return [
-            (client, type(ins)(packed, {**ins.config, **entries}))
+        sent, held = _as_parameters(plan.pack(arrays)), self.rounds.held
+        packed = [
+            (client, type(ins)(sent, {**ins.config, **entries}))
             for client, ins in instructions
             for entries in [held.entries(_id(client), plan, phase)]
         ]
+        self._count_all(phase, "down", [ins for _, ins in packed])
+        return packed
+
+    def _count_all(
+        self,
+        phase: Phase,
+        direction: Direction,
+        parts: Sequence[FitIns | FitRes | EvaluateIns | EvaluateRes],
+    ) -> None:
+        for part in parts:
+            self._count(phase, direction, _content(part))
 
     def _update_inner(self) -> None:
         """Set the global model inside strategies that have a server optimizer."""
@@ -221,21 +248,36 @@ def _read(node_id: int, pair: _Pair) -> Reply[_Pair]:
     result = pair[1]
     tensors = result.parameters.tensors if isinstance(result, FitRes) else []
     check_metrics({EXAMPLES: result.num_examples})
-    record = ArrayRecord(
+    return Reply(node_id, pair, _record_of(tensors), result.num_examples)
+
+
+def _record_of(tensors: Sequence[bytes]) -> ArrayRecord:
+    return ArrayRecord(
         {
             str(index): FlowerArray(dtype="", shape=(), stype=_TENSOR_TYPE, data=tensor)
             for index, tensor in enumerate(tensors)
         }
     )
-    return Reply(node_id, pair, record, result.num_examples)
 
 
-def _answer_of(result: FitRes) -> Answer:
-    """Return an explorer's guidance frame, and its signs if it sent them."""
+def _content(part: FitIns | FitRes | EvaluateIns | EvaluateRes) -> RecordDict:
+    """Return the records that Flower makes of an instruction or a result."""
+    entries = part.config if isinstance(part, FitIns | EvaluateIns) else part.metrics
+    content = RecordDict({"config": ConfigRecord(dict(entries or {}))})
+    if not isinstance(part, EvaluateRes):
+        content["arrays"] = _record_of(part.parameters.tensors)
+    return content
+
+
+def _answer_of(result: FitRes) -> Answer | str:
+    """Return an explorer's guidance frame and signs, or the reason of its failure."""
     tensors = result.parameters.tensors
     if len(tensors) not in (1, 2):
-        raise WireError(f"expected 1 guidance frame, got {len(tensors)}")
-    check_metrics({EXAMPLES: result.num_examples})
+        return f"expected 1 guidance frame, got {len(tensors)}"
+    try:
+        check_metrics({EXAMPLES: result.num_examples})
+    except WireError as error:
+        return str(error)
     frame, *signs = tensors
     return Answer(frame, signs[0] if signs else None, result.num_examples)
 

@@ -14,6 +14,7 @@ from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
 from autoflip_flwr.server.replies import EXAMPLES, Reply, chain, check_metrics, setting
+from autoflip_flwr.server.savings import Direction
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
@@ -36,6 +37,10 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     _default = FedAvg
     _other_api = (
         "strategies of flwr.server.strategy go into autoflip_flwr.legacy.AutoFLIP"
+    )
+    _sampling = (
+        ("fraction_train", "min_train_nodes"),
+        ("fraction_evaluate", "min_evaluate_nodes"),
     )
 
     def _begin(self) -> None:
@@ -63,13 +68,13 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         inner, kind = self.strategy, type(self.strategy)
         if kind.start is Strategy.start:
             result = super().start(grid, initial_arrays, num_rounds, *rest, **named)
-            self.check_trained()
+            self.finish(result)
             return result
         ours = {name: staticmethod(getattr(self, name)) for name in _OF_A_ROUND}
         starter: Strategy = object.__new__(type(kind.__name__, (kind,), ours))
         starter.__dict__ = vars(inner)  # what it keeps, the inner strategy keeps
         result = starter.start(grid, initial_arrays, num_rounds, *rest, **named)
-        self.check_trained()
+        self.finish(result)
         return result
 
     def summary(self) -> None:
@@ -108,7 +113,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Unpack the valid replies and let the inner strategy aggregate them."""
-        received = self._in_order(replies)
+        received = self._received("train", replies)
         valid = self._replies.trained(
             server_round, received, self._read, sent=self._values
         )
@@ -145,7 +150,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Let the inner strategy aggregate the valid replies."""
-        received = self._in_order(replies)
+        received = self._received("evaluate", replies)
         valid = self._replies.readable(server_round, received, self._read_evaluation)
         if not valid:
             return None
@@ -162,6 +167,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             "current": None if current is arrays else current,
             "rounds": self.rounds.state(),
             "intake": self._intake.state(),
+            "traffic": self.traffic and self.traffic.state(),
         }
 
     def restore(self, state: Mapping[str, Any], arrays: ArrayRecord) -> None:
@@ -176,6 +182,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._current, self._returned = (arrays if kept is None else kept), arrays
         self.rounds.restore(state["rounds"], records.arrays_of(self._current))
         self._intake.restore(state["intake"])
+        if self.traffic is not None and state.get("traffic"):
+            self.traffic.restore(state["traffic"])
 
     def _adopt(self, arrays: ArrayRecord) -> ArrayRecord:
         """Return the record that the inner strategy works on."""
@@ -212,6 +220,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             content[config_key] = ConfigRecord({**config, **entries, **several})
             kind = like.metadata.message_type
             messages = [Message(content, node_id, kind) for node_id in nodes]
+            self._count_all("explore", "down", messages)
             known: dict[str, int] = {}
             for reply in stream(
                 grid,
@@ -220,6 +229,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 at_once=self._intake.at_once(),
             ):
                 known = known or nodes_by_message(messages)  # sent by now
+                self._count_all("explore", "up", [reply])
                 yield node_of(reply, known), self._answer_of(reply)
 
         connected = list(grid.get_node_ids())
@@ -236,6 +246,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         """
         self._sent, self._values = messages, b""
         if plan is None:
+            self._count_all(phase, "down", messages)
             return messages
         # By id of the record, which is held: so its id stays unique.
         packed: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
@@ -255,6 +266,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             entries = self.rounds.held.entries(node_id, plan, phase)
             content[config_key] = ConfigRecord({**config, **entries, **several})
             message.content = content
+        self._count_all(phase, "down", messages)
         return messages
 
     def _model_of(self, message: Message) -> tuple[str, dict[str, str]]:
@@ -276,8 +288,19 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 "float16"
             )
 
-    def _in_order(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
-        """Return replies with their nodes, in the order of the requests."""
+    def _count_all(
+        self, phase: records.Phase, direction: Direction, messages: Iterable[Message]
+    ) -> None:
+        for message in messages:
+            if message.has_content():
+                self._count(phase, direction, message.content)
+
+    def _received(
+        self, phase: records.Phase, replies: Iterable[Message]
+    ) -> list[tuple[int, Message]]:
+        """Count replies; return them with their nodes, in the order of the requests."""
+        replies = list(replies)
+        self._count_all(phase, "up", replies)
         nodes = nodes_by_message(self._sent)
         order = {m.metadata.dst_node_id: i for i, m in enumerate(self._sent)}
         pairs = [(node_of(reply, nodes), reply) for reply in replies]

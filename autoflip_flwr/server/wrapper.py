@@ -8,17 +8,27 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
+from flwr.app import RecordDict
 from torch import nn
 
 from autoflip_flwr.errors import ModelError, ReplyError, SettingsError, by_reason
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import AutoFlipPruner, Pruner
 from autoflip_flwr.server.intake import Intake
+from autoflip_flwr.server.preview import Federation, Preview, preview
 from autoflip_flwr.server.replies import Replies, chain
 from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.server.savings import (
+    Direction,
+    Savings,
+    Traffic,
+    log_savings,
+    savings_of,
+)
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
 from autoflip_flwr.units import ExampleInputs, trace
 from autoflip_flwr.units.enforce import trainable_names
+from autoflip_flwr.wire import records
 
 _log = logging.getLogger("flwr")
 
@@ -78,6 +88,10 @@ class Wrapper(Generic[S]):
         The inner one.
     rounds : Rounds
         The state: global arrays, current mask, diagnostics.
+    savings : Savings or None
+        What the run has saved so far, beside FedAvg; None before the first round.
+    traffic : Traffic or None
+        The bytes of all messages; None: the caller counts, and reports.
 
     Raises
     ------
@@ -88,6 +102,8 @@ class Wrapper(Generic[S]):
     _api: ClassVar[type[Any]]
     _default: ClassVar[type[Any]]
     _other_api: ClassVar[str]  # the remedy for a strategy of the other API
+    # The inner strategy's fraction and minimum of nodes that train, and that evaluate.
+    _sampling: ClassVar[tuple[tuple[str, str], tuple[str, str]]]
 
     def __init__(
         self,
@@ -132,7 +148,8 @@ class Wrapper(Generic[S]):
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
-        self.model = model
+        self.model, self._example_inputs = model, example_inputs
+        self.traffic: Traffic | None = Traffic()
         self.pruner = AutoFlipPruner() if pruner is None else pruner
         self._settings = {"pruning": pruning, "exploration": exploration, "wire": wire}
         self.rounds = Rounds(
@@ -158,6 +175,87 @@ class Wrapper(Generic[S]):
         falls over the first half of the rounds instead of at once.
         """
         self.rounds.total = num_rounds
+
+    def preview(
+        self,
+        model: nn.Module | None = None,
+        example_inputs: ExampleInputs | None = None,
+        *,
+        clients: int = 10,
+        rounds: int = 20,
+        sampled: int | None = None,
+        evaluated: int | None = None,
+    ) -> Preview:
+        """Tell what a run will take, without data; `print` shows it on a screen.
+
+        Parameters
+        ----------
+        model, example_inputs : optional
+            By default the strategy's own.
+        clients, rounds : int
+            Connected clients, and rounds of the run.
+        sampled, evaluated : int, optional
+            Clients that train and evaluate in a round. By default as many as the inner
+            strategy's fractions of the clients.
+
+        Raises
+        ------
+        ModelError
+            If the model does not run on the inputs.
+        SettingsError
+            If a number is impossible, or the settings do not tell how much is pruned.
+        """
+        model = self.model if model is None else model
+        given = self._example_inputs if example_inputs is None else example_inputs
+        if model is None or given is None:
+            raise SettingsError(
+                "preview: expected a model and one sample that it runs on: "
+                "preview(Net(), torch.zeros(1, 3, 32, 32))"
+            )
+
+        def many(fraction: str, least: str) -> int:
+            share = getattr(self.strategy, fraction, 1.0)
+            wanted = max(int(share * clients), getattr(self.strategy, least, 1))
+            return min(clients, wanted) if share else 0
+
+        train, evaluate = self._sampling
+        return preview(
+            self.rounds,
+            model,
+            given,
+            Federation(
+                clients=clients,
+                sampled=many(*train) if sampled is None else sampled,
+                evaluated=many(*evaluate) if evaluated is None else evaluated,
+                rounds=rounds,
+            ),
+        )
+
+    @property
+    def savings(self) -> Savings | None:
+        """What the run has saved so far; None before its first round."""
+        return savings_of(self.rounds, self.traffic, self.model, self._example_inputs)
+
+    def finish(self, result: Any) -> None:
+        """End a run: its result gets the attribute `savings`, the log three lines.
+
+        Raises
+        ------
+        ReplyError
+            If no round changed the model.
+        """
+        self.check_trained()
+        savings = self.savings
+        if savings is not None and hasattr(result, "__dict__"):
+            result.savings = savings
+        log_savings(savings)
+
+    def _count(self, phase: str, direction: Direction, content: RecordDict) -> None:
+        if self.traffic is not None:
+            if not self.traffic.dense_bytes:
+                dense = records.record_of(self.rounds.arrays)
+                self.traffic.dense_bytes = dense.count_bytes()
+            self.traffic.count(phase, direction, content)
 
     def check_trained(self) -> None:
         """Raise a ReplyError if no round of a run changed the model."""

@@ -128,6 +128,17 @@ def _unpaired(pairs: NDArray[np.int8], count: int) -> NDArray[np.int8]:
     return codes[:count]
 
 
+def values_bytes(counts: Sequence[int], *, dtype: ValueType) -> int:
+    """Return the length of a frame of values; `counts` are those kept per tensor."""
+    quantized = _check_type(dtype) in _LARGEST
+    scales = sum(-(-count // BLOCK) for count in counts) if quantized else 0
+    return 4 * scales + math.ceil(_value_bytes(dtype) * sum(counts))
+
+
+def _value_bytes(dtype: ValueType) -> float:
+    return 0.5 if dtype == "int4" else np.dtype(dtype).itemsize
+
+
 def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
     """Read the kept values of all tensors, flat; `counts` are those of each tensor.
 
@@ -139,11 +150,9 @@ def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
     """
     kept, quantized = sum(counts), _check_type(dtype) in _LARGEST
     blocks = [-(-count // BLOCK) for count in counts]
+    expected = values_bytes(counts, dtype=dtype)
     header = 4 * sum(blocks) if quantized else 0
-    size: float = 0.5
-    if dtype != "int4":
-        size = np.dtype(dtype).itemsize
-    expected = header + math.ceil(size * kept)
+    size = _value_bytes(dtype)
     if len(frame) != expected:
         also = f"4 x {sum(blocks)} scales + " if header else ""
         raise WireError(
