@@ -132,7 +132,8 @@ class LocalGrid(Grid):
             phase = _phase(message)
             content = RecordDict(dict(message.content))
             mask = whole_mask(message.content, self._masks.get(node_id, b""))
-            self._masks[node_id] = mask
+            if phase != "explore":  # nobody holds the mask of an exploration
+                self._masks[node_id] = mask
             self.down.append(Sent(phase, node_id, content, mask))
             delivered = Message(
                 _carried(message.content),

@@ -331,7 +331,7 @@ class _Rehearsal:
         dense_round = of.sampled * (_bytes(dense, {}) + _bytes(dense, _EXAMPLES))
         dense_round += of.evaluated * (_bytes(dense, {}) + evaluated)
         in_rounds, explored, explorers, pruned = [], 0, 0, 0
-        rng = np.random.default_rng(rounds.seed)  # samples clients
+        rng = np.random.default_rng(rounds.seed or 0)  # samples clients
         for server_round in range(1, of.rounds + 1):
             ask = pruner.asks(
                 server_round,
@@ -392,7 +392,7 @@ class _Rehearsal:
     def _masks(self) -> Masks:
         """Make the last mask, of random guidance."""
         rounds, shapes = self.rounds, self.rounds.manifest.shapes
-        rng = np.random.default_rng(rounds.seed)
+        rng = np.random.default_rng(rounds.seed or 0)
         guidance = {n: rng.random(shape, np.float32) for n, shape in shapes.items()}
         answers = Answers(rounds.directory / "rehearsed", shapes)
         answers.put(0, Answer(codec.quantize(guidance)))
@@ -510,7 +510,9 @@ def _layers(
         prunable = [
             name.removeprefix(f"{path}.")
             for name in own
-            if name in rounds.manifest.shapes and name not in rounds.pruner.spared
+            if name in rounds.manifest.shapes
+            and name not in rounds.pruner.spared
+            and name not in tied
         ]
         reasons = dict.fromkeys(reason(name, p) for name, p in own.items())
         yield Layer(
