@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import MetricRecord
 from torch import nn
 
 from autoflip_flwr.app import data, models
@@ -17,6 +18,9 @@ from autoflip_flwr.settings import Settings, TrainingSettings, load
 from autoflip_flwr.wire.records import EPOCH
 
 _log = logging.getLogger("flwr")
+
+#: Metric of every reply whose value is one: the weight of an unweighted mean.
+EQUAL_WEIGHT = "equal-weight"
 
 
 def settings_of(run_config: Mapping[str, Any]) -> Settings:
@@ -144,6 +148,12 @@ def training_of_round(
     past = max(0, int(config.get("server-round", 1)) - 1)
     rate = training.learning_rate * training.learning_rate_decay**past
     return training.model_copy(update={"learning_rate": rate})
+
+
+def metrics_of(settings: Settings, samples: int, **values: float) -> MetricRecord:
+    """Return the metrics of a reply, with what the strategy weights it by."""
+    equal = {} if settings.strategy.weighted else {EQUAL_WEIGHT: 1.0}
+    return MetricRecord({"num-examples": samples, **equal, **values})
 
 
 def proximal_mu(config: Mapping[str, Any]) -> float:

@@ -20,8 +20,8 @@ class AutoFlipMod:
 
     It unpacks a message, calls the app with dense arrays and packs the reply. To
     explore, it calls the app's train function several times, each time with the
-    weights of the call before, and replies with the local guidance (arXiv:2405.10271,
-    Eq. 2). It keeps no state. Messages of other strategies pass unchanged.
+    weights of the call before and the state of its `torch.optim` optimizers, and
+    replies with the local guidance (arXiv:2405.10271, Eq. 2). It keeps no state. Messages of other strategies pass unchanged.
 
     While the app trains, pruned weights stay at zero if a `torch.optim` optimizer
     holds the model's parameters in the model's order. Otherwise use `masked`.
@@ -140,12 +140,14 @@ class AutoFlipMod:
         config_key, config = records.only_config(message.content)
         key, _ = records.only_array_record(message.content)
         best, stale, done = math.inf, 0, 0
+        optimizers = enforce.Continued()
         trained: Params = initial
         while True:
             message.content[config_key] = ConfigRecord(
                 {**config, records.EPOCH: done, records.EPOCHS: asked.epochs}
             )
-            reply = call_next(message, context)
+            with optimizers.call():
+                reply = call_next(message, context)
             if reply.has_error():
                 return reply, trained, done
             _, record = records.only_array_record(reply.content)
