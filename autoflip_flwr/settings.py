@@ -243,6 +243,7 @@ class DataSettings(Group):
     classes_per_client: AtLeastOne = 2  # pathological
     max_samples: AtLeastOne | None = None  # training samples, over all clients
     max_test_samples: AtLeastOne | None = None  # held-out ones of the global model
+    label_noise: Share = 0.0  # share of the training labels that are drawn anew
     # Share of a client's samples kept for its evaluation; None: 0.2 where nodes
     # evaluate (strategy.fraction-evaluate), else 0.
     holdout: Annotated[float, Field(ge=0, le=0.9)] | None = None

@@ -236,12 +236,13 @@ def test_a_model_that_moves_inside_the_block_stays_masked():
         assert not weight[~keep].any()
         assert weight[keep].all()
 
-def test_the_optimizer_of_the_next_call_goes_on_with_the_state_of_the_last(number=6):
+
+def test_the_optimizer_of_the_next_call_goes_on_with_the_state_of_the_last():
     """Six steps of one Adam are those of three that take two steps each."""
     alone, called = network(), network()
     one = torch.optim.Adam(alone.parameters(), lr=0.1)
     optimizers = Continued()
-    for call in range(0, number, 2):
+    for call in range(0, 6, 2):
         with optimizers.call():
             made = torch.optim.Adam(called.parameters(), lr=0.1)
             for at in (call, call + 1):

@@ -97,7 +97,8 @@ def test_cnn_takes_digits_mnist_and_cifar(shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "smallest"), [("cnn", 4), ("cnn6", 22), ("mnist_cnn", 10), ("femnist_cnn", 10)]
+    ("name", "smallest"),
+    [("cnn", 4), ("cnn6", 22), ("mnist_cnn", 10), ("femnist_cnn", 10)],
 )
 def test_the_smallest_accepted_image_runs_and_one_less_is_an_error(name, smallest):
     model = build(name, num_classes=2, input_shape=(1, smallest, smallest), seed=0)

@@ -21,7 +21,8 @@ class AutoFlipMod:
     It unpacks a message, calls the app with dense arrays and packs the reply. To
     explore, it calls the app's train function several times, each time with the
     weights of the call before and the state of its `torch.optim` optimizers, and
-    replies with the local guidance (arXiv:2405.10271, Eq. 2). It keeps no state. Messages of other strategies pass unchanged.
+    replies with the local guidance (arXiv:2405.10271, Eq. 2). It keeps no state from
+    message to message. Messages of other strategies pass unchanged.
 
     While the app trains, pruned weights stay at zero if a `torch.optim` optimizer
     holds the model's parameters in the model's order. Otherwise use `masked`.

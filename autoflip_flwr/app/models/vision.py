@@ -87,12 +87,11 @@ def mnist_cnn(
 
     Notes
     -----
-    Found by trying all stacks of one to five 3x3 or 5x5 convolutions, whose widths are
-    powers of two from 16 to 512 and do not fall, in front of linear layers whose widths
-    are powers of two from 64 to 2048 and do not rise; six layers in all, for one channel
-    and ten classes. None has exactly the paper's number. Only one is nearer, with 186
-    parameters less in five 5x5 convolutions and one linear layer; it needs more than a
-    hundred times as many operations.
+    Found by trying stacks of two to five 3x3 or 5x5 convolutions in front of linear
+    layers, six layers in all. The widths are powers of two: from 16 to 512 and not
+    falling for the convolutions, from 64 to 2048 and not rising for the others. None
+    has exactly the paper's number. Only one is nearer, with 186 parameters less, of
+    five 5x5 convolutions and one linear layer; it needs many times the operations.
     """
     convolutions = [
         nn.Conv2d(input_shape[0], 32, 3),
