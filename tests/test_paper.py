@@ -1,6 +1,7 @@
 """The paper's presets beside its statements, and its figures and tables from runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from test_runlog import client_app, server_app, summary_of
 
 from autoflip_flwr import settings
 from autoflip_flwr.app import build, costs
-from autoflip_flwr.cli import main
-from autoflip_flwr.compare import paper
+from autoflip_flwr.cli import _parser, main
+from autoflip_flwr.compare import paper, plan
 from autoflip_flwr.errors import DataError, SettingsError
 
 ROOT = Path(__file__).parents[1]
@@ -213,3 +214,43 @@ def test_the_papers_own_tables_do_not_follow_from_its_formulas():
     dense |= {23_755_900: 9_378_097_500, lstm: 8_335_200_000}
     assert all(processed % parameters for parameters, processed in dense.items())
     assert round(5.43 / 13.25, 2) == 0.41
+
+
+# --- docs/reproduction.md -----------------------------------------------------------
+
+
+def commands() -> list[str]:
+    text = (ROOT / "docs" / "reproduction.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"autoflip (?:compare|paper) (?!NAME)[^`\n|]+", text)
+    return [one.replace("PRESET", "paper-mnist").strip() for one in found]
+
+
+def test_there_is_a_command_for_every_preset_and_later_version():
+    text = "\n".join(commands())
+    assert all(f"compare paper-{name} --seeds 10" in text for name in PAPERS)
+    later = (
+        "pruning.units",
+        "agreement",
+        "prunefl",
+        "every",
+        "fraction",
+        "label-noise",
+    )
+    assert all(word in text for word in later)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_commands_of_the_reproduction_can_be_planned(command, tmp_path):
+    chosen = _parser().parse_args(shlex.split(command)[1:])
+    if command.startswith("autoflip paper"):
+        assert chosen.name in paper.NAMES
+        return
+    planned = plan.plan(
+        chosen.preset,
+        output=tmp_path,
+        strategies=chosen.strategies.split(","),
+        seeds=chosen.seeds,
+        vary=plan.parse_vary(chosen.vary),
+        overrides=chosen.overrides,
+    )
+    assert len(planned) >= chosen.seeds

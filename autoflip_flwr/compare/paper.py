@@ -293,10 +293,11 @@ def _with_guidance(experiment: Experiment) -> Run:
 def _normalized(path: Path) -> NDArray[np.float32]:
     """Return all guidance, flat, with its least value at 0 and its largest at 1."""
     with np.load(path) as file:
-        values = np.concatenate([file[name].reshape(-1) for name in file.files])
+        every = [file[name].reshape(-1) for name in file.files]
+    values: NDArray[np.float32] = np.concatenate(every)
     values -= values.min()
-    scaled: NDArray[np.float32] = values / max(float(values.max()), _LEAST)
-    return scaled
+    values /= max(float(values.max()), _LEAST)
+    return values
 
 
 # --- Fig. 6 and 7 -----------------------------------------------------------------
