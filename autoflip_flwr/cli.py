@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("name", help="fig2 to fig9, table1 to table3, drift")
     add("folders", nargs="*", type=Path, metavar="DIR", help="not for fig6 and fig7")
     add("--overrides", default="", help="fig6, fig7: where the data is, data.dir=PATH")
-    add("--output", type=Path, default=Path("paper"), help="folder of the figures")
+    add("--output", type=Path, default=Path("runs/paper"), help="folder of figures")
     add("--target", type=float, help=target)
     return parser
 
