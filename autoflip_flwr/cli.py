@@ -89,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     add("folders", nargs="+", type=Path, metavar="DIR", help="runs or folders of runs")
     add("--output", type=Path, help="default: report/ in the first DIR")
     add("--target", type=float, help=target)
+
+    add = command(_paper, "make a figure or table of the paper from finished runs")
+    add("name", help="fig2 to fig9, table1 to table3, drift")
+    add("folders", nargs="*", type=Path, metavar="DIR", help="not for fig6 and fig7")
+    add("--overrides", default="", help="fig6, fig7: where the data is, data.dir=PATH")
+    add("--output", type=Path, default=Path("runs/paper"), help="folder of figures")
+    add("--target", type=float, help=target)
     return parser
 
 
@@ -149,6 +156,20 @@ def _compare(chosen: argparse.Namespace) -> str:
 def _check_target(target: float | None) -> None:
     if target is not None and not 0 <= target <= 1:
         raise SettingsError(f"--target: expected an accuracy in [0, 1], got {target}")
+
+
+def _paper(chosen: argparse.Namespace) -> str:
+    with needs_extra("compare", "autoflip paper"):
+        from autoflip_flwr.compare import paper
+
+    _check_target(chosen.target)
+    return paper.draw(
+        chosen.name,
+        chosen.folders,
+        output=chosen.output,
+        overrides=chosen.overrides,
+        target=chosen.target,
+    )
 
 
 def _report(chosen: argparse.Namespace) -> str:

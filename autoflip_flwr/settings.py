@@ -87,6 +87,7 @@ class StrategySettings(Group):
 
     name: StrategyName = "autoflip"  # fedavg: dense
     server: ServerStrategy = "fedavg"  # the inner strategy of all
+    weighted: bool = True  # mean by samples; false: the paper's, Alg. 1, line 14
     fraction_train: PositiveShare = 1.0  # of the connected nodes that train
     fraction_evaluate: Share = 0.0  # share that evaluates on its own held-out data
     min_nodes: AtLeastOne = 2  # connected nodes to wait for before each sampling
@@ -215,6 +216,7 @@ class LogSettings(Group):
     """What a run writes beside its own files."""
 
     tensorboard: bool = False  # metrics of every round, for TensorBoard
+    guidance: bool = False  # the last guidance of all explorers, as guidance.npz
 
 
 class TrainingSettings(Group):
@@ -241,6 +243,7 @@ class DataSettings(Group):
     classes_per_client: AtLeastOne = 2  # pathological
     max_samples: AtLeastOne | None = None  # training samples, over all clients
     max_test_samples: AtLeastOne | None = None  # held-out ones of the global model
+    label_noise: Share = 0.0  # share of the training labels that are drawn anew
     # Share of a client's samples kept for its evaluation; None: 0.2 where nodes
     # evaluate (strategy.fraction-evaluate), else 0.
     holdout: Annotated[float, Field(ge=0, le=0.9)] | None = None

@@ -171,6 +171,64 @@ def test_a_mistake_in_the_settings_ends_the_run_before_any_client_hears_of_it(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mnist", r"train-images-idx3-ubyte\[.gz\].*from https://ossci"),
+        ("cifar10", r"cifar-10-batches-py/, from https://www.cs.toronto.edu"),
+        ("cifar100", r"cifar-100-python/, from https://www.cs.toronto.edu"),
+        ("femnist", r"LEAF's JSON files of femnist.*train/ and test/.*TalwalkarLab"),
+        ("shakespeare", r"LEAF's JSON files of shakespeare.*TalwalkarLab"),
+    ],
+)
+def test_a_paper_preset_without_its_data_names_the_files_before_any_client_starts(
+    name, message, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    overrides = f"data.dir={tmp_path / 'empty'}"
+    test_a_mistake_in_the_settings_ends_the_run_before_any_client_hears_of_it(
+        f"paper-{name}", overrides, message, tmp_path
+    )
+
+
+def test_a_share_of_the_training_labels_is_drawn_anew():
+    node = {"partition-id": 1, "num-partitions": 5}
+    clean, held = experiment.node_samples(load("quickstart", "data.holdout=0.5"), node)
+    overrides = "data.holdout=0.5 data.label-noise=0.4"
+    noisy, same = experiment.node_samples(load("quickstart", overrides), node)
+    np.testing.assert_array_equal(noisy.x, clean.x)
+    np.testing.assert_array_equal(same.y, held.y)
+    # A tenth of the classes drawn is the true one: 0.4 x 0.9 are wrong.
+    assert 0.25 < np.mean(noisy.y != clean.y) <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("weighted", "weights"), [("true", [40, 24]), ("false", [1, 1])]
+)
+def test_an_unweighted_mean_gives_every_client_the_same_weight(
+    weighted, weights, tmp_path
+):
+    """Line 14 of Algorithm 1 beside FedAvg's mean."""
+    configs = {}
+    for node_id, count in ((31, 40), (32, 24)):
+        path = tmp_path / f"{node_id}.npz"
+        write_node_data(path, count, node_id % 10)
+        configs[node_id] = {"data-path": str(path)}
+    overrides = (
+        f"strategy.name=fedavg strategy.weighted={weighted} strategy.min-nodes=2 "
+        "strategy.fraction-train=1 rounds=1"
+    )
+    grid = go(tmp_path / "run", overrides, nodes=configs, node_configs=configs)
+    trained = [s for s in grid.up if s.phase == "train"]
+    replies = sorted(trained, key=lambda s: s.node_id)
+    assert [s.metrics["num-examples"] for s in replies] == [40, 24]
+    expected = np.average(
+        [s.arrays["fc2.bias"].numpy() for s in replies], axis=0, weights=weights
+    )
+    found = load_file(tmp_path / "run" / "model.safetensors")["fc2.bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_the_client_answers_the_roll_call():
     for config, expected in (
         ({"partition-id": 4, "num-partitions": 9}, 4),

@@ -11,7 +11,7 @@ from tiny import assert_zero_where_pruned, masks_of, network, step, weights
 from torch import nn
 
 from autoflip_flwr.errors import MaskError
-from autoflip_flwr.units.enforce import enforce, trainable_names
+from autoflip_flwr.units.enforce import Continued, enforce, trainable_names
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -235,3 +235,39 @@ def test_a_model_that_moves_inside_the_block_stays_masked():
         weight = model.weight.detach().numpy()
         assert not weight[~keep].any()
         assert weight[keep].all()
+
+
+def test_the_optimizer_of_the_next_call_goes_on_with_the_state_of_the_last():
+    """Six steps of one Adam are those of three that take two steps each."""
+    alone, called = network(), network()
+    one = torch.optim.Adam(alone.parameters(), lr=0.1)
+    optimizers = Continued()
+    for call in range(0, 6, 2):
+        with optimizers.call():
+            made = torch.optim.Adam(called.parameters(), lr=0.1)
+            for at in (call, call + 1):
+                step(called, made, at)
+                step(alone, one, at)
+    for name, value in weights(alone).items():
+        assert_array_equal(weights(called)[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        lambda model: torch.optim.Adam(list(model.parameters())[:2], lr=0.1),
+    ],
+    ids=["another class", "other parameters"],
+)
+def test_an_optimizer_of_another_kind_starts_anew(make):
+    model, optimizers = network(), Continued()
+    with optimizers.call():
+        step(model, torch.optim.Adam(model.parameters(), lr=0.1), 0)
+    fresh = network()
+    fresh.load_state_dict(model.state_dict())
+    with optimizers.call():
+        step(model, make(model), 1)
+    step(fresh, make(fresh), 1)
+    for name, value in weights(fresh).items():
+        assert_array_equal(weights(model)[name], value, err_msg=name)

@@ -79,10 +79,13 @@ def test_the_apps_train_is_called_once_an_epoch_and_fed_its_own_weights():
     ]
     assert {c["config"]["autoflip.epochs"] for c in explored} == {4}
     alone = net()
+    one = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
     for epoch, call in enumerate(explored[4:]):
         for name, value in state_of(alone).items():
             assert_array_equal(call["arrays"][name], value, err_msg=name)
-        fit(alone, 1, seed=10_000 + 100 * (epoch + 1) + 1)
+        # The app makes its optimizer anew, the momentum goes on (Eq. 2).
+        seed = 10_000 + 100 * (epoch + 1) + 1
+        fit(alone, 1, seed=seed, optimizer=lambda _: one)
     assert [r.metrics["autoflip.epochs"] for r in grid.up if r.phase == "explore"] == [
         4,
         4,

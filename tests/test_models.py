@@ -11,6 +11,7 @@ IMAGES = {
     "cnn_bn": ((3, 32, 32), 10, 277_706),
     "cnn": ((1, 28, 28), 10, 215_370),
     "cnn6": ((3, 32, 32), 10, 7_634_442),
+    "mnist_cnn": ((1, 28, 28), 10, 7_628_682),
     "efficientnet_b3": ((3, 32, 32), 10, 10_711_602),
     "resnet50": ((3, 32, 32), 100, 23_712_932),
     "femnist_cnn": ((1, 28, 28), 62, 13_180_734),
@@ -46,6 +47,7 @@ def test_names_are_in_the_documented_order():
         "cnn",
         "cnn_bn",
         "cnn6",
+        "mnist_cnn",
         "efficientnet_b3",
         "resnet50",
         "femnist_cnn",
@@ -66,8 +68,26 @@ def test_a_model_has_the_documented_size_and_output(name):
     assert torch.isfinite(logits).all()
 
 
-def test_cnn6_is_within_a_thousandth_of_the_papers_count():
-    assert abs(IMAGES["cnn6"][2] - 7_628_484) / 7_628_484 < 0.001
+@pytest.mark.parametrize(
+    ("name", "papers", "more"),
+    [
+        ("mnist_cnn", 7_628_484, 198),
+        ("efficientnet_b3", 10_838_784, -127_182),
+        ("resnet50", 23_755_900, -42_968),
+        ("femnist_cnn", 13_180_734, 0),
+        ("char_lstm", 5_040_000, 80),
+    ],
+)
+def test_the_papers_networks_differ_from_its_counts_as_documented(name, papers, more):
+    assert ALL[name][2] - papers == more
+
+
+def test_the_six_layer_cnn_has_six_layers_and_one_maximum():
+    model = build("mnist_cnn", num_classes=10, input_shape=(1, 28, 28), seed=0)
+    kinds = [type(module).__name__ for module in model]
+    assert kinds.count("Conv2d") + kinds.count("Linear") == 6
+    assert kinds.index("MaxPool2d") == 4
+    assert kinds.count("MaxPool2d") == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 4, 7)])
@@ -77,7 +97,8 @@ def test_cnn_takes_digits_mnist_and_cifar(shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "smallest"), [("cnn", 4), ("cnn6", 22), ("femnist_cnn", 10)]
+    ("name", "smallest"),
+    [("cnn", 4), ("cnn6", 22), ("mnist_cnn", 10), ("femnist_cnn", 10)],
 )
 def test_the_smallest_accepted_image_runs_and_one_less_is_an_error(name, smallest):
     model = build(name, num_classes=2, input_shape=(1, smallest, smallest), seed=0)

@@ -154,7 +154,8 @@ def test_costs_by_hand(tmp_path):
     assert row.compression == pytest.approx(5)
     assert row.rounds_to_target == pytest.approx((3, 1))  # 2 and 4
     assert row.communication == pytest.approx(200 * 3 * 10 * 0.5)
-    assert row.computation == pytest.approx(200 * 2 * 0.5)
+    # One exploration epoch of all; 2 local epochs, every other of 3 rounds.
+    assert row.computation == pytest.approx(1000 * 1 + 200 * 2 * 0.5 * 3)
     assert row.bytes_to_target == pytest.approx((191, 22))  # 169 and 213
     assert row.bytes_total == pytest.approx((202, 11))  # 191 and 213
     assert row.bytes_explore == 125

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import MetricRecord
+from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.app import data, models
@@ -17,6 +19,11 @@ from autoflip_flwr.settings import Settings, TrainingSettings, load
 from autoflip_flwr.wire.records import EPOCH
 
 _log = logging.getLogger("flwr")
+
+_NOISE = 4  # stream of randomness that wrong labels are drawn from
+
+#: Metric of every reply whose value is one: the weight of an unweighted mean.
+EQUAL_WEIGHT = "equal-weight"
 
 
 def settings_of(run_config: Mapping[str, Any]) -> Settings:
@@ -45,7 +52,7 @@ def example_inputs(settings: Settings) -> torch.Tensor:
 
 def federated(settings: Settings, num_partitions: int) -> Federated:
     """Load the data, divided among the clients."""
-    chosen = settings.data.model_dump(exclude={"holdout"})
+    chosen = settings.data.model_dump(exclude={"holdout", "label_noise"})
     return data.load(**chosen, num_partitions=num_partitions, seed=settings.seed)
 
 
@@ -82,9 +89,19 @@ def node_samples(
     order = np.random.default_rng(settings.seed).permutation(len(samples))
     apart, rest = order[:count], order[count:]
     return (
-        Samples(x=samples.x[rest], y=samples.y[rest]),
+        Samples(x=samples.x[rest], y=_noisy(samples.y[rest], settings)),
         Samples(x=samples.x[apart], y=samples.y[apart]),
     )
+
+
+def _noisy(labels: NDArray[np.int64], settings: Settings) -> NDArray[np.int64]:
+    """Replace a share of the labels by classes that are drawn evenly."""
+    rng = np.random.default_rng([settings.seed, _NOISE])
+    count = round(settings.data.label_noise * len(labels))
+    noisy = labels.copy()
+    classes = data.spec(settings.data.name).num_classes
+    noisy[rng.permutation(len(labels))[:count]] = rng.integers(classes, size=count)
+    return noisy
 
 
 def client_id(node_config: Mapping[str, Any]) -> int | str:
@@ -144,6 +161,12 @@ def training_of_round(
     past = max(0, int(config.get("server-round", 1)) - 1)
     rate = training.learning_rate * training.learning_rate_decay**past
     return training.model_copy(update={"learning_rate": rate})
+
+
+def metrics_of(settings: Settings, samples: int, **values: float) -> MetricRecord:
+    """Return the metrics of a reply, with what the strategy weights it by."""
+    equal = {} if settings.strategy.weighted else {EQUAL_WEIGHT: 1.0}
+    return MetricRecord({"num-examples": samples, **equal, **values})
 
 
 def proximal_mu(config: Mapping[str, Any]) -> float:

@@ -5,7 +5,6 @@ from flwr.app import (
     ConfigRecord,
     Context,
     Message,
-    MetricRecord,
     RecordDict,
 )
 from flwr.clientapp import ClientApp
@@ -48,7 +47,7 @@ def train(message: Message, context: Context) -> Message:
             seed=build.call_seed(settings, config, context.node_config),
             proximal_mu=build.proximal_mu(config),
         )
-    metrics = MetricRecord({"num-examples": len(samples), "train-loss": loss})
+    metrics = build.metrics_of(settings, len(samples), **{"train-loss": loss})
     content = RecordDict(
         {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}
     )
@@ -63,8 +62,9 @@ def evaluate(message: Message, context: Context) -> Message:
     model = _global_model(settings, message)
     with masked(model, message, build.example_inputs(settings)) as net:
         result = training.evaluate(net, samples.x, samples.y, device=device)
-    values = {"loss": result.loss, "accuracy": result.accuracy}
-    metrics = MetricRecord({"num-examples": result.samples, **values})
+    metrics = build.metrics_of(
+        settings, result.samples, loss=result.loss, accuracy=result.accuracy
+    )
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 

@@ -208,6 +208,10 @@ class RunLog:
         if rounds is not None and rounds.plan is not None:
             masks = cast(Any, dict(rounds.plan.masks))
             np.savez_compressed(self.directory / "mask.npz", **masks)
+        if self._settings.log.guidance and rounds is not None:
+            guidance = cast(Any, rounds.pruner.guidance())
+            if guidance:
+                np.savez_compressed(self.directory / "guidance.npz", **guidance)
         # Whoever sees it may take the run for finished, so it is there whole or not.
         text = json.dumps(summary, indent=2) + "\n"
         _replace(self.directory / "summary.json", text)

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import (
 from torch import nn
 
 from autoflip_flwr import pruners
+from autoflip_flwr.app.build import EQUAL_WEIGHT
 from autoflip_flwr.server.strategy import AutoFLIP
 from autoflip_flwr.settings import ExplorationSettings, ServerStrategy, Settings
 
@@ -73,6 +74,8 @@ def _inner(settings: Settings) -> FedAvg:
     kind, names = _KINDS[chosen.server]
     options = {name: getattr(chosen, key) for key, name in names.items()}
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    if not chosen.weighted:
+        given["weighted_by_key"] = EQUAL_WEIGHT
     return kind(
         fraction_train=chosen.fraction_train,
         fraction_evaluate=chosen.fraction_evaluate,

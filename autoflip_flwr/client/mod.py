@@ -21,9 +21,10 @@ class AutoFlipMod:
 
     It unpacks a message, calls the app with dense arrays and packs the reply. To
     explore, it calls the app's train function several times, each time with the
-    weights of the call before, and replies with the local guidance (arXiv:2405.10271,
-    Eq. 2). It keeps the last mask in `context.state`, so that the server need not send
-    it again. Messages of other strategies pass unchanged.
+    weights of the call before and the state of its `torch.optim` optimizers, and
+    replies with the local guidance (arXiv:2405.10271, Eq. 2). It keeps the last mask in
+    `context.state`, so that the server need not send it again. Messages of other
+    strategies pass unchanged.
 
     While the app trains, pruned weights stay at zero after each step of any
     `torch.optim` optimizer. If something else moves them, the server says so; then use
@@ -150,12 +151,14 @@ class AutoFlipMod:
         config_key, config = records.only_config(message.content)
         key, _ = _model_of(message)
         best, stale, done = math.inf, 0, 0
+        optimizers = enforce.Continued()
         trained: Params = initial
         while True:
             message.content[config_key] = ConfigRecord(
                 {**config, records.EPOCH: done, records.EPOCHS: asked.epochs}
             )
-            reply = call_next(message, context)
+            with optimizers.call():
+                reply = call_next(message, context)
             if reply.has_error():
                 return reply, trained, done
             _, record = records.model_record(reply.content, key)

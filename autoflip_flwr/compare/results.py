@@ -40,6 +40,8 @@ class Round(_Record):
 
     round: int
     accuracy: float | None = None
+    loss: float | None = None
+    density: float | None = None
     bytes_down: float | None = None
     bytes_up: float | None = None
     bytes_evaluate: float | None = None
@@ -143,7 +145,7 @@ class CostRow:
     density: float  # kept / all parameters, after the last round
     compression: float  # all / kept
     communication: float | None  # kept x rounds to target x clients x sample rate
-    computation: float  # kept x local epochs x sample rate, of a round
+    computation: float | None  # parameters that a client processes, see `_processed`
     flops_dense: float | None  # thop's, one sample through the whole network
     flops: float | None  # thop's, one sample through the network clients train
 
@@ -371,7 +373,10 @@ def cost_row(arm: Arm, target: float | None) -> CostRow:
         communication=_mean(
             n and k * n * clients * rate for k, n in zip(kept, rounds, strict=True)
         ),
-        computation=statistics.fmean(kept) * arm.settings.training.epochs * rate,
+        computation=_mean(
+            n and _processed(arm.settings, s.parameters, k, n)
+            for s, k, n in zip(summaries, kept, rounds, strict=True)
+        ),
         flops_dense=_mean(s.flops.get("dense") for s in summaries),
         flops=_mean(s.flops.get("pruned") for s in summaries),
         bytes_to_target=_estimate(bytes_to(run, goal) for run in runs),
@@ -384,6 +389,23 @@ def cost_row(arm: Arm, target: float | None) -> CostRow:
         ),
         seconds=_estimate(s.seconds.get("total") for s in summaries),
     )
+
+
+def _processed(
+    settings: Settings, parameters: float, kept: float, rounds: int
+) -> float:
+    """Count what a client processes up to a round, as the paper's Appendix F does.
+
+    Parameters x epochs x sample rate: all parameters in each epoch of an exploration,
+    at most `exploration.epochs`, and the kept ones in the local epochs of the rounds.
+    """
+    strategy, exploration = settings.strategy, settings.exploration
+    explored = 0
+    if strategy.name == "autoflip":
+        explored = 1 + ((rounds - 1) // exploration.every if exploration.every else 0)
+    share = exploration.epochs * exploration.fraction * explored
+    trained = settings.training.epochs * rounds * strategy.fraction_train
+    return parameters * share + kept * trained
 
 
 def _estimate(values: Iterable[float | None]) -> Estimate | None:

@@ -136,6 +136,13 @@ class AutoFlipPruner(Pruner):
         ):
             self._add_to_population(node_id, measured.guidance())
 
+    def guidance(self) -> dict[str, Float32]:
+        """Return Eq. 3 over all explorers, by the settings' normalization."""
+        if not self.explorers:
+            return {}
+        combined = self._combined((), 1.0)
+        return {n: combined(n).reshape(shape) for n, shape in self.shapes.items()}
+
     def explored(self) -> list[float]:
         """Return the mean guidance of each explorer in the store."""
         # While renewing, the store has guidance from other initial weights.

@@ -161,6 +161,10 @@ class Pruner(ABC):
         """
         del node_id, measured, start
 
+    def guidance(self) -> dict[str, Float32]:
+        """Return the mean guidance of all explorers; empty where there is none."""
+        return {}
+
     def explored(self) -> list[float]:
         """Return the mean guidance of each earlier explorer."""
         return []

@@ -230,6 +230,51 @@ def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
         yield seen
 
 
+class Continued:
+    """Lets the optimizers of a call go on with the state of those of the call before.
+
+    An exploration calls an app once an epoch, and the app makes its optimizer anew. The
+    paper's explorer has one optimizer for all its epochs (arXiv:2405.10271, Eq. 2), so
+    momentum and second moments must not start from zero in each. An optimizer takes the
+    state of the one that stepped at the same place in the call before, if both are of
+    the same class and their parameters have the same shapes.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, list[dict[str, Any]]]] = []
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Run one call of the app in the block."""
+        seen: list[Optimizer] = []
+
+        def before_step(optimizer: Optimizer, *_: Any) -> None:
+            if any(optimizer is one for one in seen):
+                return
+            place = len(seen)
+            seen.append(optimizer)
+            kind, states = next(iter(self._before[place : place + 1]), (None, []))
+            if kind == _kind(optimizer):
+                for parameter, state in zip(
+                    _parameters_of(optimizer), states, strict=True
+                ):
+                    optimizer.state[parameter].update(state)
+
+        with register_optimizer_step_pre_hook(before_step):
+            yield
+        # Without the optimizers, which hold the weights of a model.
+        self._before = [
+            (_kind(one), [dict(one.state[p]) for p in _parameters_of(one)])
+            for one in seen
+        ]
+
+
+def _kind(optimizer: Optimizer) -> tuple[str, list[tuple[int, ...]]]:
+    """Return class and shapes; by name, as an app may make the class anew, too."""
+    shapes = [tuple(parameter.shape) for parameter in _parameters_of(optimizer)]
+    return type(optimizer).__qualname__, shapes
+
+
 class _Pruned:
     """A parameter, and which of its entries stay zero."""
 

@@ -51,6 +51,8 @@ class Spec:
         One value per channel, for pixels in [0, 1]; empty: not normalised.
     white : int
         The largest pixel of a ``uint8`` image, mapped to 1.0.
+    source : str
+        Where its files come from.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Spec:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     white: int = 255
+    source: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -69,17 +72,23 @@ class Spec:
 _CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100_MEAN, _CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_LEAF = "LEAF's scripts (https://github.com/TalwalkarLab/leaf)"
+
 #: Every known dataset. The means and deviations are the ones in common use;
 #: FEMNIST follows LEAF, where 1.0 is the paper and 0.0 the ink.
 SPECS = {
     spec.name: spec
     for spec in (
         Spec("digits", 10, (1, 8, 8), white=16),
-        Spec("mnist", 10, (1, 28, 28), (0.1307,), (0.3081,)),
-        Spec("cifar10", 10, (3, 32, 32), _CIFAR10_MEAN, _CIFAR10_STD),
-        Spec("cifar100", 100, (3, 32, 32), _CIFAR100_MEAN, _CIFAR100_STD),
-        Spec("femnist", 62, (1, 28, 28), (0.9637,), (0.1597,)),
-        Spec("shakespeare", 80, (80,)),
+        Spec("mnist", 10, (1, 28, 28), (0.1307,), (0.3081,), source=_MNIST),
+        Spec("cifar10", 10, (3, 32, 32), _CIFAR10_MEAN, _CIFAR10_STD, source=_CIFAR),
+        Spec(
+            "cifar100", 100, (3, 32, 32), _CIFAR100_MEAN, _CIFAR100_STD, source=_CIFAR
+        ),
+        Spec("femnist", 62, (1, 28, 28), (0.9637,), (0.1597,), source=_LEAF),
+        Spec("shakespeare", 80, (80,), source=_LEAF),
     )
 }
 

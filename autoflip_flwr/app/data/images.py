@@ -233,4 +233,5 @@ def _expected(spec: Spec) -> str:
         "an .npz file with x_train, y_train, x_test and y_test, or a folder with "
         f"{spec.name}.npz or {spec.name}_subset.npz"
         + (f", or one with {inner}" if inner else "")
+        + (f", from {spec.source}" if spec.source else "")
     )

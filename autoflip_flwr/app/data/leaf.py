@@ -60,7 +60,8 @@ def read_leaf(spec: Spec, folder: Path, split: SplitName) -> Split:
     if not files:
         raise DataError(
             f"{folder / split}: expected LEAF's JSON files of {spec.name} (*.json), "
-            f"got none; data.dir must hold the folders train/ and test/"
+            f"got none; data.dir must hold the folders train/ and test/, made with "
+            f"{spec.source}"
         )
     parts = [part for file in files for part in _read_users(spec, file)]
     if not parts:
@@ -148,7 +149,8 @@ def read_hub(spec: Spec, hub: str) -> Dataset:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
             f"{spec.name} could not be read from the hub dataset {source!r} ({error}); "
-            f"set data.dir to a folder with LEAF's train/*.json and test/*.json"
+            f"set data.dir to a folder with LEAF's train/*.json and test/*.json, made "
+            f"with {spec.source}"
         ) from error
     if missing := sorted(set(columns) - set(table.column_names)):
         raise DataError(

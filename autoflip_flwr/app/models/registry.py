@@ -18,6 +18,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         vision.cnn,
         vision.cnn_bn,
         vision.cnn6,
+        vision.mnist_cnn,
         vision.efficientnet_b3,
         vision.resnet50,
         vision.femnist_cnn,

@@ -65,9 +65,7 @@ def cnn6(
     """Six weight layers for CIFAR: three unpadded 3x3 convolutions, three linear.
 
     Widths 64, 256, 512, then 2048, 1024, with a 2x2 maximum after each convolution.
-    7,634,442 parameters for (3, 32, 32) and ten classes. The paper's six-layer CNN
-    has 7,628,484 (0.08 % fewer) and is not described further; no plain network with
-    widths that are powers of two has exactly that many.
+    7,634,442 parameters for (3, 32, 32) and ten classes.
     """
     convolutions = [
         nn.Conv2d(input_shape[0], 64, 3),
@@ -75,6 +73,32 @@ def cnn6(
         nn.Conv2d(256, 512, 3),
     ]
     return _plain(input_shape, convolutions, [2048, 1024, num_classes])
+
+
+@validate_call
+def mnist_cnn(
+    num_classes: Positive, input_shape: tuple[Positive, _AtLeast10, _AtLeast10]
+) -> nn.Module:
+    """Build our reading of the paper's six-layer CNN for MNIST.
+
+    Three unpadded 3x3 convolutions of 32 channels, with a 2x2 maximum after the
+    second, and linear layers of 2048 and 512. 7,628,682 parameters for (1, 28, 28) and
+    ten classes. The paper counts 7,628,484 (198 fewer) and describes nothing.
+
+    Notes
+    -----
+    Found by trying stacks of two to five 3x3 or 5x5 convolutions in front of linear
+    layers, six layers in all. The widths are powers of two: from 16 to 512 and not
+    falling for the convolutions, from 64 to 2048 and not rising for the others. None
+    has exactly the paper's number. Only one is nearer, with 186 parameters less, of
+    five 5x5 convolutions and one linear layer; it needs many times the operations.
+    """
+    convolutions = [
+        nn.Conv2d(input_shape[0], 32, 3),
+        nn.Conv2d(32, 32, 3),
+        nn.Conv2d(32, 32, 3),
+    ]
+    return _plain(input_shape, convolutions, [2048, 512, num_classes], pooled=(2,))
 
 
 @validate_call
@@ -98,14 +122,19 @@ def _plain(
     convolutions: Sequence[nn.Conv2d],
     widths: Sequence[int],
     *,
+    pooled: Sequence[int] = (1, 2, 3),
     resize: int | None = None,
 ) -> nn.Sequential:
-    """Stack convolutions, each with ReLU and pooling, and linear layers of `widths`."""
+    """Stack convolutions and linear layers of `widths`, with ReLU between them.
+
+    Behind the convolutions at the places `pooled`, counted from 1, is a 2x2 maximum.
+    """
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for place, convolution in enumerate(convolutions, 1):
         modules[f"conv{place}"] = convolution
         modules[f"relu{place}"] = nn.ReLU()
-        modules[f"pool{place}"] = nn.MaxPool2d(2)
+        if place in pooled:
+            modules[f"pool{place}"] = nn.MaxPool2d(2)
     if resize is not None:
         modules["resize"] = nn.AdaptiveAvgPool2d(resize)
     modules["flatten"] = nn.Flatten()
@@ -126,7 +155,8 @@ def efficientnet_b3(
 ) -> nn.Module:
     """Torchvision's EfficientNet-B3, untrained.
 
-    10,711,602 parameters with ten classes; the paper says 10,838,784.
+    10,711,602 parameters with ten classes; the paper says 10,838,784, which is 127,182
+    more. BatchNorm's 87,296 averages of mean and variance are not among them.
     """
     return _torchvision("efficientnet_b3", num_classes)
 
@@ -138,7 +168,8 @@ def resnet50(
 ) -> nn.Module:
     """Torchvision's ResNet-50, untrained.
 
-    23,712,932 parameters with a hundred classes; the paper says 23,755,900.
+    23,712,932 parameters with a hundred classes; the paper says 23,755,900, which is
+    42,968 more. BatchNorm's 53,120 averages of mean and variance are not among them.
     """
     return _torchvision("resnet50", num_classes)
 
