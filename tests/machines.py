@@ -1,5 +1,6 @@
 """Machines of a deployment as folders and processes, on the loopback."""
 
+import os
 import re
 import shlex
 import shutil
@@ -65,6 +66,7 @@ class Machine:
             source, target = volume.split(":")[:2]
             places[f"{target}/"] = f"{self.folder / source}/"
         places |= {
+            "/app/docker/nginx.conf": str(self.folder / "nginx.conf"),
             "/app": str(ROOT),
             "0.0.0.0": "127.0.0.1",
             "superlink:": "localhost:",
@@ -75,6 +77,8 @@ class Machine:
 
     def start(self, found: dict, name: str) -> "Started":
         """Start a service's command."""
+        gate = (DOCKER / "nginx.conf").read_text()
+        (self.folder / "nginx.conf").write_text(self.placed(gate, found))
         command = [self.placed(word, found) for word in found["command"]]
         self.flower.environment |= {
             key: self.placed(text, found)
@@ -138,6 +142,8 @@ class Processes(Flower):
 
     def __init__(self, home: Path) -> None:
         super().__init__(home, simulation=False)
+        path = [f"{DOCKER}/bin", self.environment["PATH"], "/usr/sbin"]
+        self.environment["PATH"] = os.pathsep.join(path)
 
     def __enter__(self) -> "Processes":
         self.home.mkdir(parents=True)
@@ -150,7 +156,6 @@ def started_server(folder: Path, flower: Flower) -> tuple[Machine, Started]:
     machine.script("make-certificates", "localhost")
     superlink = with_flower_config(machine, service("superlink", "server"))
     superlink.says(LISTENING)
-    machine.start(service("gate", "server"), "gate").says(LISTENING)
     return machine, superlink
 
 
