@@ -1,5 +1,6 @@
 """The compose files' own commands as processes; certificates and keys; the images."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cluster import children
 from flower import ROOT, free_port, wait_for
 from machines import (
     DOCKER,
@@ -24,6 +26,7 @@ from machines import (
     ON_SERVER,
     Machine,
     Processes,
+    Started,
     compose,
     copy_key,
     in_guide,
@@ -34,6 +37,7 @@ from machines import (
     with_flower_config,
 )
 from packaging.requirements import Requirement
+from strangers import Strangers
 
 
 def real(test: Callable) -> Callable:
@@ -63,33 +67,48 @@ def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
         return error.code
 
 
+def memory(process: int, field: str) -> int:
+    """Return a field of a process's status, in kB: its memory now or at most."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+
+
 @real
-def test_the_guide_ends_with_a_finished_run(server):
-    nodes = []
-    for part in range(2):
-        name = f"edge-{part + 1}"
-        machine = new_edge(server, name)
-        machine.script("make-node-key", name)
-        machine.samples(part, 2)
-        copy_key(machine, f"edge/{name}.pub", server)
-        nodes.append((name, machine))
+def test_the_guide_ends_with_a_finished_run_whatever_strangers_send(server):
+    """500 idle connections, 10,000 bad requests and 100 bodies of a gigabyte."""
+    nodes = [ready_node(server, f"edge-{i + 1}", i, 2) for i in range(2)]
     superlink = service("superlink", "server")
-    printed = []
-    for command in in_guide(ON_SERVER):
-        if command[1:2] == ["run"]:
-            assert len(printed) == 3, "keys are registered and nodes are seen first"
-        if command[1:3] == ["supernode", "list"]:
-            logs = [machine.start(supernode(name), name) for name, machine in nodes]
-            for log in logs:
-                log.says("SuperNode ID")
-        printed.append(server.run([server.placed(word, superlink) for word in command]))
-    *registered, seen, out = printed
-    assert [("registered successfully" in text) for text in registered] == [True] * 2
-    assert seen.count("online") == 2, seen
+    *register, seen, run = (
+        [server.placed(word, superlink) for word in command]
+        for command in in_guide(ON_SERVER)
+    )
+    assert len(register) == 2
+    for command in register:
+        assert "registered successfully" in server.run(command)
+    logs = [node.start(supernode(node.name), node.name) for node in nodes]
+    for log in logs:
+        log.says("SuperNode ID")
+    assert server.run(seen).count("online") == 2
+    _, process = children(server.flower.processes[0].pid)  # the first is nginx
+    before = memory(process, "VmRSS")
+    strangers = Strangers(server.ports["8443"], server.folder / "keys/edge/ca.crt")
+    with ThreadPoolExecutor() as pool:
+        attack = pool.submit(strangers.attack)
+        out = server.run(run)
+        bad, huge = attack.result()
+    print(before, memory(process, "VmHWM"), bad, huge, max(strangers.waited))
     assert "AutoFLIP run finished" in out, out
     found = json.loads((server.folder / "state" / "first" / "summary.json").read_text())
     assert found["rounds"] == 2
     assert all("Sent successfully" in log.log for log in logs)
+    assert set(bad) <= {400, 401, 403, 414, 415, 503}
+    assert set(huge) <= {0, 413}
+    calls = (server.folder / "calls.log").read_text().splitlines()
+    honest = [line.split() for line in calls if line.startswith("127.0.0.1 ")]
+    took = [float(seconds) for *_, seconds in honest]
+    assert len(took) > 100
+    assert max(*took, *strangers.waited) < 5
+    assert memory(process, "VmHWM") <= 1.5 * before
 
 
 @real
@@ -148,8 +167,9 @@ def test_only_calls_of_nodes_pass_the_gate(server, path):
 @real
 def test_nobody_registers_a_key_through_the_gate(server):
     # The SuperLink itself takes a key from whoever reaches it.
-    (server.flower.home / "config.toml").write_text(
-        (server.flower.home / "config.toml").read_text()
+    config = server.folder / "home" / "config.toml"
+    config.write_text(
+        config.read_text()
         + '\n[superlink.gate]\naddress = "localhost:'
         + f'{server.ports["8443"]}"\nroot-certificates = '
         + f'"{server.folder}/keys/server/ca.crt"\n'
@@ -165,46 +185,122 @@ def test_nobody_registers_a_key_through_the_gate(server):
 
 
 @real
+@pytest.mark.parametrize(
+    ("ahead", "said"),
+    [(0, " answers; "), (8, "expected -240 to 3"), (-600, "expected -240 to 3")],
+)
+def test_a_node_whose_clock_is_wrong_is_told_before_it_starts(server, ahead, said):
+    bin = server.folder / f"clock{ahead}"
+    bin.mkdir()
+    clock = (
+        f'#!/bin/sh\n[ "$*" = +%s ] && exec {shutil.which("date")} -d "{ahead} sec" +%s'
+    )
+    (bin / "date").write_text(f'{clock}\nexec {shutil.which("date")} "$@"\n')
+    (bin / "date").chmod(0o755)
+    environment = server.environment | {
+        "PATH": f"{bin}:{server.environment['PATH']}",
+        "SERVER": "localhost",
+        "GATE_PORT": str(server.ports["8443"]),
+    }
+    checked = subprocess.run(
+        [DOCKER / "check-server"], env=environment, capture_output=True, text=True
+    )
+    assert said in checked.stdout + checked.stderr
+    assert bool(checked.returncode) == bool(ahead)
+
+
+@real
 @pytest.mark.parametrize("port", ["8000", "8443"])
 def test_the_health_that_the_images_ask_for(server, port):
     assert ask(server, port, "/health", "GET") == 200
 
 
+def ready_node(server: Machine, name: str, part: int, parts: int) -> Machine:
+    """Set up a node as the guide does: with samples, and a key that the server has."""
+    machine = new_edge(server, name)
+    machine.script("make-node-key", name)
+    machine.samples(part, parts)
+    copy_key(machine, f"edge/{name}.pub", server)
+    return machine
+
+
+@contextlib.contextmanager
+def full(folder: Path, room: int) -> Iterator[Path]:
+    """A disk with that many bytes left in a folder; yields the file that fills it."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a disk that fills up")
+    try:
+        filler = folder / "filler"
+        filler.write_bytes(bytes((4 << 20) - room))
+        yield filler
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @real
-def test_nodes_their_keys_and_a_run_outlive_a_crash_of_the_superlink(tmp_path):
-    """With its ServerApp; the run goes on as the guide says."""
-    with Processes(tmp_path / "home") as flower, ThreadPoolExecutor() as pool:
+def test_nodes_and_a_run_outlive_faults_a_full_disk_and_a_crash_of_the_server(tmp_path):
+    """SuperLink, gate and ServerApp are killed; the run goes on as the guide says."""
+    with (
+        Processes(tmp_path / "home") as flower,
+        ThreadPoolExecutor() as pool,
+        contextlib.ExitStack() as disks,
+    ):
         server, superlink = started_server(tmp_path / "server", flower)
-        machine = new_edge(server, "edge-1")
-        machine.script("make-node-key", "edge-1")
-        machine.samples(0, 1)
-        copy_key(machine, "edge/edge-1.pub", server)
+        machines = [ready_node(server, f"edge-{i + 1}", i, 2) for i in range(2)]
         found = service("superlink", "server")
-        register, _, _, run = (
+        *register, _, run = (
             [server.placed(word, found) for word in command]
             for command in in_guide(ON_SERVER)
         )
-        run = [word.replace("min-nodes=2", "min-nodes=1") for word in run]
-        run = [word.replace("rounds=2", "rounds=3") for word in run]
-        server.run(register)
-        node = machine.start(supernode("edge-1"), "edge-1")
-        node.says("SuperNode ID")
+        run = [word.replace("rounds=2", "rounds=4") for word in run]
+        for command in register:
+            server.run(command)
+        filler = disks.enter_context(full(machines[1].folder / "home", 100_000))
+        nodes = [
+            machine.start(
+                supernode(machine.folder.name), machine.folder.name, again=True
+            )
+            for machine in machines
+        ]
+        for node in nodes:
+            node.says("SuperNode ID")
+        outlive_faults(server, nodes[0])
         first = pool.submit(server.run, run)
+        nodes[1].says("No space left on device", 120)
+        filler.unlink()
         metrics = server.folder / "state" / "first" / "metrics.jsonl"
         wait_for(
-            lambda: metrics.exists() and metrics.read_text().count("\n") > 1, first
+            lambda: metrics.exists() and metrics.read_text().count("\n") > 2, first
         )
         os.killpg(superlink.process.pid, signal.SIGKILL)
         superlink.ends()
-        node.says("Connection attempt failed")
+        nodes[0].says("Connection attempt failed")
         assert "AutoFLIP run finished" not in first.result()
         server.start(found, "superlink-again").says(LISTENING)
-        node.says("Connection successful after", 120)
         out = server.run([*run[:-1], f"{run[-1]} resume=true"])
     assert "going on after round" in out, out
     assert "AutoFLIP run finished" in out, out
     assert "nodes explore" not in out
-    assert metrics.read_text().count("\n") == 3
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert len(rows) == 4
+    assert rows[-1]["missing"] == []
+
+
+def outlive_faults(server: Machine, node: Started) -> None:
+    """Let the gate answer a node's calls with errors; it comes back from each.
+
+    Flower's SuperNode gives up after a 500, and tries again after the others.
+    """
+    for status in (502, 503, 444):
+        with server.fault("pull-messages", status):
+            node.says("Connection attempt failed")
+        node.says("Connection successful")
+    with server.fault("send-node-heartbeat", 500):
+        with server.fault("pull-messages", 500):
+            node.says("The SuperNode ends: it no longer asks for messages")
+        node.says("The SuperNode ends: HTTPStatusError in a thread")
+    node.says("SuperNode ID")
 
 
 @real
@@ -316,13 +412,18 @@ def test_certificates_have_the_names_given_and_the_authority_stays(tmp_path):
         machine = Machine(tmp_path / "machine", flower, {})
         assert "usage: " in machine.script("make-certificates")
         machine.script(
-            "make-certificates", "server.example.org", "192.0.2.7", "fd00::7"
+            "make-certificates",
+            "server.example.org",
+            "localhost",
+            "192.0.2.7",
+            "fd00::7",
         )
         keys = machine.folder / "keys"
         authority = (keys / "edge" / "ca.crt").read_text()
         found = names_in(keys / "server" / "server.crt")
         for name in ("DNS:server.example.org", "192.0.2.7", "FD00:0:0:0:0:0:0:7"):
             assert name in found
+        assert found.count("DNS:localhost") == 1
         machine.script("make-certificates", "new.example.org")
         assert "DNS:new.example.org" in names_in(keys / "server" / "server.crt")
         assert (keys / "edge" / "ca.crt").read_text() == authority
@@ -349,7 +450,8 @@ def test_the_scripts_are_clean():
     scripts = [
         path for path in DOCKER.iterdir() if path.name.startswith(("make", "check"))
     ]
-    assert len(scripts) == 3
+    scripts.append(DOCKER / "bin" / "behind-gate")
+    assert len(scripts) == 5
     subprocess.run(["shellcheck", *scripts], check=True)
 
 
