@@ -299,7 +299,12 @@ def outlive_faults(server: Machine, node: Started) -> None:
     with server.fault("send-node-heartbeat", 500):
         with server.fault("pull-messages", 500):
             node.says("The SuperNode ends: it no longer asks for messages")
-        node.says("The SuperNode ends: HTTPStatusError in a thread")
+        node.says("The SuperNode ends: <Thread")
+    node.says("SuperNode ID")
+    (supernode_,) = children(node.process.pid)
+    (superexec,) = children(supernode_)
+    os.kill(superexec, signal.SIGKILL)
+    node.says("The SuperNode ends: its SuperExec has ended")
     node.says("SuperNode ID")
 
 
