@@ -78,7 +78,7 @@ def test_the_guide_ends_with_a_finished_run_whatever_strangers_send(server):
     """500 idle connections, 10,000 bad requests and 100 bodies of a gigabyte."""
     nodes = [ready_node(server, f"edge-{i + 1}", i, 2) for i in range(2)]
     superlink = service("superlink", "server")
-    *register, seen, run = (
+    *register, seen, run, shrink = (
         [server.placed(word, superlink) for word in command]
         for command in in_guide(ON_SERVER)
     )
@@ -109,6 +109,12 @@ def test_the_guide_ends_with_a_finished_run_whatever_strangers_send(server):
     assert len(took) > 100
     assert max(*took, *strangers.waited) < 5
     assert memory(process, "VmHWM") <= 1.5 * before
+    sizes = []
+    for command in [["true"], shrink]:
+        assert not server.run(command)
+        files = (server.folder / "state").glob("superlink.db*")
+        sizes.append(sum(file.stat().st_size for file in files))
+    assert sizes[1] < sizes[0] / 2
 
 
 @real
@@ -162,6 +168,18 @@ def test_a_node_that_does_not_trust_the_server_does_not_talk_to_it(server):
 )
 def test_only_calls_of_nodes_pass_the_gate(server, path):
     assert ask(server, "8443", path) == 403
+
+
+@real
+def test_nobody_outside_of_its_container_reaches_the_superlink(server):
+    port = f"{server.ports['8000']:04X}"
+    lines = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    own = re.findall(rf"\d+: (\w+):{port} 0+:0000 0A", lines)
+    assert own == ["0100007F"], "127.0.0.1, which every container has for itself"
+    for name in ("server", "compose"):
+        found = service("superlink", name)
+        assert "--host=127.0.0.1" in found["command"]
+        assert "network_mode" not in found
 
 
 @real
@@ -249,7 +267,7 @@ def test_nodes_and_a_run_outlive_faults_a_full_disk_and_a_crash_of_the_server(tm
         server, superlink = started_server(tmp_path / "server", flower)
         machines = [ready_node(server, f"edge-{i + 1}", i, 2) for i in range(2)]
         found = service("superlink", "server")
-        *register, _, run = (
+        *register, _, run, _ = (
             [server.placed(word, found) for word in command]
             for command in in_guide(ON_SERVER)
         )
