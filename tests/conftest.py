@@ -32,7 +32,6 @@ SECONDS = {
     "test_three_real_nodes_end_with_the_weights_of_one_process": 90,
     "test_a_server_killed_with_sigkill_goes_on_where_it_was": 90,
     "test_deployment.py": 90,
-    "test_nodes_their_keys_and_a_run_outlive_a_crash_of_the_superlink": 80,
     "test_scale.py": 80,
     "test_an_interrupted_comparison_goes_on_where_it_was": 60,
     "test_a_node_that_fails_dies_or_is_late_ends_no_run": 55,

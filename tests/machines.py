@@ -55,6 +55,7 @@ class Machine:
     def __init__(self, folder: Path, flower: Flower, ports: dict[str, int]) -> None:
         self.folder = folder
         self.name = folder.name
+        self.superlink: Started
         self.flower = flower
         self.ports = {**ports, "9094": free_port()}
         for name in ("keys", "data", "state", "home", "faults"):
@@ -189,20 +190,20 @@ class Processes(Flower):
         return self
 
 
-def started_server(folder: Path, flower: Flower) -> tuple[Machine, Started]:
+def started_server(folder: Path, flower: Flower) -> Machine:
     """Start a SuperLink and its gate as server.yaml does."""
     machine = Machine(folder, flower, {"8000": free_port(), "8443": free_port()})
     machine.script("make-certificates", "localhost")
-    superlink = with_flower_config(machine, service("superlink", "server"))
-    superlink.says(LISTENING)
-    return machine, superlink
+    start_superlink(machine, service("superlink", "server"))
+    return machine
 
 
-def with_flower_config(machine: Machine, found: dict) -> Started:
+def start_superlink(machine: Machine, found: dict) -> None:
     """Start a SuperLink, with `flwr` configured as in its image."""
     config = (DOCKER / "flower.toml").read_text()
     (machine.folder / "home/config.toml").write_text(machine.placed(config, found))
-    return machine.start(found, "superlink")
+    machine.superlink = machine.start(found, "superlink")
+    machine.superlink.says(LISTENING)
 
 
 def new_edge(server: Machine, name: str) -> Machine:
