@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 from flower import ROOT, Flower, free_port
 
@@ -112,7 +113,7 @@ class Machine:
     def write_gate(self, found: dict) -> None:
         """Write the gate's configuration, with a log of all calls and with faults."""
         gate = self.placed((DOCKER / "nginx.conf").read_text(), found)
-        place, log = "limit_except POST { deny all; }", "access_log /dev/stdout"
+        place, log = "limit_except POST { deny all; }", "access_log off;"
         assert place in gate
         assert log in gate
         faults = "".join(
@@ -121,7 +122,7 @@ class Machine:
         )
         times = "log_format times '$remote_addr $uri $status $request_time';"
         times += f"access_log {self.folder}/calls.log times;"
-        gate = gate.replace(place, place + faults).replace(log, times + log)
+        gate = gate.replace(place, place + faults).replace(log, times)
         root = "user root;" if os.geteuid() == 0 else ""  # not nobody
         (self.folder / "nginx.conf").write_text(root + gate)
 
@@ -191,7 +192,7 @@ class Processes(Flower):
 
 
 def started_server(folder: Path, flower: Flower) -> Machine:
-    """Start a SuperLink and its gate as server.yaml does."""
+    """Start a SuperLink as server.yaml does."""
     machine = Machine(folder, flower, {"8000": free_port(), "8443": free_port()})
     machine.script("make-certificates", "localhost")
     start_superlink(machine, service("superlink", "server"))
@@ -199,7 +200,9 @@ def started_server(folder: Path, flower: Flower) -> Machine:
 
 
 def start_superlink(machine: Machine, found: dict) -> None:
-    """Start a SuperLink, with `flwr` configured as in its image."""
+    """Start a SuperLink and its gate, with `flwr` configured as in their image."""
+    if not shutil.which("nginx", path=machine.environment["PATH"]):
+        pytest.skip("needs nginx: apt-get install nginx")
     config = (DOCKER / "flower.toml").read_text()
     (machine.folder / "home/config.toml").write_text(machine.placed(config, found))
     machine.superlink = machine.start(found, "superlink")

@@ -16,6 +16,7 @@ from pathlib import Path
 ADDRESS = "127.0.0.2"
 FLEET = "/v1/fleet/pull-messages"
 IDLE, BAD, HUGE = 500, 10_000, 100
+PROTOBUF = {"Content-Type": "application/protobuf"}
 
 
 class Strangers:
@@ -57,7 +58,7 @@ class Strangers:
                 ("GET", "/" + "x" * (5000 if number % 100 < 4 else 50), b""),
             ][number % 4]
             with contextlib.suppress(OSError, http.client.HTTPException):
-                connection.request(method, path, body)
+                connection.request(method, path, body, PROTOBUF)
                 answer = connection.getresponse()
                 answer.read()
                 answers[answer.status] += 1

@@ -143,13 +143,13 @@ def test_a_server_killed_with_sigkill_goes_on_where_it_was(tmp_path):
 def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were(
     tmp_path,
 ):
-    """A third of them in each of four rounds.
+    """A third of them in each of three rounds.
 
-    Three are killed with a message in hand and come back with new ids. Then one sleeps
+    Two are killed with a message in hand and come back with new ids. Then one sleeps
     through its timeout: its reply arrives when nobody waits for it any more.
     """
     overrides = (
-        "rounds=8 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=45 "
+        "rounds=6 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=45 "
         "data.partition=iid"
     )
     configs = partitions(3)
@@ -160,7 +160,7 @@ def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were
     ):
         nodes = [flower.supernode(each) for each in configs]
         running = pool.submit(flower.run, ROOT, config(folder, overrides))
-        for i in range(3):
+        for i in (0, 2):
             log = flower.log_of(nodes[i])
             wait_for(lambda: len(lines(folder)) > max([0, *lost]), running)
             old = log.read_text().count(RECEIVED)
@@ -179,9 +179,9 @@ def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were
         os.killpg(nodes[1].pid, signal.SIGCONT)
         assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)
-    assert len(rows) == 8
-    assert len(set(lost)) == 4, "each in a round of its own"
-    for i, row in zip([0, 1, 2, 1], lost, strict=True):
+    assert len(rows) == 6
+    assert len(set(lost)) == 3, "each in a round of its own"
+    for i, row in zip([0, 2, 1], lost, strict=True):
         assert i in rows[row]["missing"]
     assert rows[0]["missing"] == rows[-1]["missing"] == []
     assert rows[-1]["dropped"] == 0
