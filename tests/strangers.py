@@ -52,7 +52,7 @@ class Strangers:
         connection = self.connection()
         for number in range(count):
             method, path, body = [
-                ("POST", FLEET, os.urandom(200)),
+                ("POST", FLEET, os.urandom(200 * (number // 4 % 2))),
                 ("POST", "/v1/control/start-run", os.urandom(200)),
                 ("DELETE", FLEET, b""),
                 ("GET", "/" + "x" * (5000 if number % 100 < 4 else 50), b""),
