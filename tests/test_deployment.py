@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cluster import children
 from flower import ROOT, free_port, wait_for
+from flwr.app import ArrayRecord
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from machines import (
     DOCKER,
     GUIDE,
@@ -386,6 +389,16 @@ def test_only_the_gate_publishes_a_port():
         if "ports" in found
     }
     assert published == {("server", "superlink"): ["8443:8443"]}
+
+
+def test_a_model_of_any_size_passes_the_gate_in_objects():
+    (limit,) = re.findall(
+        r"client_max_body_size (\d+)m;", (DOCKER / "nginx.conf").read_text()
+    )
+    arrays = ArrayRecord([np.zeros(2**24, np.float32)])
+    sizes = [len(each.deflate()) for each in get_all_nested_objects(arrays).values()]
+    assert max(sizes) > 5 << 20
+    assert max(sizes) + 1000 < int(limit) << 20, "with the rest of a push-object call"
 
 
 def test_the_images_get_all_of_the_app_and_no_keys():
