@@ -162,8 +162,12 @@ class Flower:
         """Return the log of a SuperNode."""
         return self.home / f"supernode-{self.processes.index(process)}.log"
 
-    def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
-        process = start(command, self.home / f"{name}.log", self.environment)
+    def _start(
+        self, command: list[str], name: str, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        process = start(
+            command, self.home / f"{name}.log", {**self.environment, **environment}
+        )
         self.processes.append(process)
         return process
 

@@ -1,5 +1,7 @@
 """Machines of a deployment as folders and processes, on the loopback."""
 
+import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 from flower import ROOT, Flower, free_port
 
@@ -45,14 +48,24 @@ def in_guide(start: str) -> Iterator[list[str]]:
 
 
 class Machine:
-    """What a machine has beside a checkout, in a folder: keys/, data/ and volumes."""
+    """What a machine has beside a checkout, in a folder: keys/, data/ and volumes.
+
+    And what its container has: Flower's home.
+    """
 
     def __init__(self, folder: Path, flower: Flower, ports: dict[str, int]) -> None:
         self.folder = folder
+        self.name = folder.name
+        self.superlink: Started
         self.flower = flower
         self.ports = {**ports, "9094": free_port()}
-        for name in ("keys", "data", "state"):
+        for name in ("keys", "data", "state", "home", "faults"):
             (folder / name).mkdir(parents=True)
+        self.environment = {
+            **flower.environment,
+            "FLWR_HOME": f"{folder}/home",
+            "KEYS": f"{folder}/keys",
+        }
 
     def placed(self, text: str, found: dict) -> str:
         """Say for a process what `found` says for a container: the only difference.
@@ -65,6 +78,7 @@ class Machine:
             source, target = volume.split(":")[:2]
             places[f"{target}/"] = f"{self.folder / source}/"
         places |= {
+            "/app/docker/nginx.conf": str(self.folder / "nginx.conf"),
             "/app": str(ROOT),
             "0.0.0.0": "127.0.0.1",
             "superlink:": "localhost:",
@@ -73,21 +87,50 @@ class Machine:
         pattern = "|".join(map(re.escape, places))
         return re.sub(pattern, lambda match: places[match[0]], text)
 
-    def start(self, found: dict, name: str) -> "Started":
-        """Start a service's command."""
+    def start(self, found: dict, name: str, *, again: bool = False) -> "Started":
+        """Start a service's command; `again` and again, as its `restart` says."""
         command = [self.placed(word, found) for word in found["command"]]
-        self.flower.environment |= {
+        if command[0] == "behind-gate":
+            self.write_gate(found)
+        if again:
+            assert found["restart"] == "unless-stopped"
+            command = ["bash", "-c", 'while :; do "$@"; sleep 1; done', "", *command]
+        environment = self.environment | {
             key: self.placed(text, found)
             for key, text in found.get("environment", {}).items()
         }
-        process = self.flower._start(command, name)
+        process = self.flower._start(command, name, **environment)
         return Started(process, self.flower.home / f"{name}.log")
+
+    @contextlib.contextmanager
+    def fault(self, call: str, status: int) -> Iterator[None]:
+        """Let the gate answer a call of nodes so; 444 closes the connection."""
+        file = self.folder / "faults" / f"{call}-{status}"
+        file.touch()
+        yield
+        file.unlink()
+
+    def write_gate(self, found: dict) -> None:
+        """Write the gate's configuration, with a log of all calls and with faults."""
+        gate = self.placed((DOCKER / "nginx.conf").read_text(), found)
+        place, log = "limit_except POST { deny all; }", "access_log off;"
+        assert place in gate
+        assert log in gate
+        faults = "".join(
+            f'if (-f "{self.folder}/faults/$1-{status}") {{ return {status}; }}'
+            for status in (444, 500, 502, 503)
+        )
+        times = "log_format times '$remote_addr $uri $status $request_time';"
+        times += f"access_log {self.folder}/calls.log times;"
+        gate = gate.replace(place, place + faults).replace(log, times)
+        root = "user root;" if os.geteuid() == 0 else ""  # not nobody
+        (self.folder / "nginx.conf").write_text(root + gate)
 
     def run(self, command: list[str], **more: str) -> str:
         """Run a command to its end; returns what it printed."""
         done = subprocess.run(
             command,
-            env={**self.flower.environment, "KEYS": str(self.folder / "keys")},
+            env=self.environment,
             cwd=self.flower.home,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -115,19 +158,21 @@ class Started:
     def __init__(self, process: subprocess.Popen[bytes], path: Path) -> None:
         self.process = process
         self.path = path
+        self.heard = 0
 
     @property
     def log(self) -> str:
         return self.path.read_text()
 
     def says(self, text: str, seconds: float = 60) -> None:
-        """Wait until the log has `text`."""
+        """Wait until the log has `text`, after what was waited for before."""
         deadline = time.monotonic() + seconds
-        while text not in self.log:
+        while (at := self.log.find(text, self.heard)) < 0:
             ended = self.process.poll() is not None
             assert not ended or text in self.log, f"ended:\n{self.log}"
             assert time.monotonic() < deadline, f"no {text!r}:\n{self.log}"
             time.sleep(0.2)
+        self.heard = at + len(text)
 
     def ends(self, seconds: float = 60) -> int:
         return self.process.wait(timeout=seconds)
@@ -138,27 +183,30 @@ class Processes(Flower):
 
     def __init__(self, home: Path) -> None:
         super().__init__(home, simulation=False)
+        path = [f"{DOCKER}/bin", self.environment["PATH"], "/usr/sbin"]
+        self.environment["PATH"] = os.pathsep.join(path)
 
     def __enter__(self) -> "Processes":
         self.home.mkdir(parents=True)
         return self
 
 
-def started_server(folder: Path, flower: Flower) -> tuple[Machine, Started]:
-    """Start a SuperLink and its gate as server.yaml does."""
+def started_server(folder: Path, flower: Flower) -> Machine:
+    """Start a SuperLink as server.yaml does."""
     machine = Machine(folder, flower, {"8000": free_port(), "8443": free_port()})
     machine.script("make-certificates", "localhost")
-    superlink = with_flower_config(machine, service("superlink", "server"))
-    superlink.says(LISTENING)
-    machine.start(service("gate", "server"), "gate").says(LISTENING)
-    return machine, superlink
+    start_superlink(machine, service("superlink", "server"))
+    return machine
 
 
-def with_flower_config(machine: Machine, found: dict) -> Started:
-    """Start a SuperLink, with `flwr` configured as in its image."""
+def start_superlink(machine: Machine, found: dict) -> None:
+    """Start a SuperLink and its gate, with `flwr` configured as in their image."""
+    if not shutil.which("nginx", path=machine.environment["PATH"]):
+        pytest.skip("needs nginx: apt-get install nginx")
     config = (DOCKER / "flower.toml").read_text()
-    (machine.flower.home / "config.toml").write_text(machine.placed(config, found))
-    return machine.start(found, "superlink")
+    (machine.folder / "home/config.toml").write_text(machine.placed(config, found))
+    machine.superlink = machine.start(found, "superlink")
+    machine.superlink.says(LISTENING)
 
 
 def new_edge(server: Machine, name: str) -> Machine:

@@ -1,5 +1,6 @@
 """The compose files' own commands as processes; certificates and keys; the images."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,26 +15,31 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from cluster import children
 from flower import ROOT, free_port, wait_for
+from flwr.app import ArrayRecord
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from machines import (
     DOCKER,
     GUIDE,
-    LISTENING,
     ON_ONE_MACHINE,
     ON_SERVER,
     Machine,
     Processes,
+    Started,
     compose,
     copy_key,
     in_guide,
     new_edge,
     service,
+    start_superlink,
     started_server,
     supernode,
-    with_flower_config,
 )
 from packaging.requirements import Requirement
+from strangers import Strangers
 
 
 def real(test: Callable) -> Callable:
@@ -45,7 +51,38 @@ def real(test: Callable) -> Callable:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("deployment")
     with Processes(folder / "home") as flower:
-        yield started_server(folder / "server", flower)[0]
+        yield started_server(folder / "server", flower)
+
+
+def commands(server: Machine) -> list[list[str]]:
+    """Return what the guide runs in the server's container."""
+    found = service("superlink", "server")
+    return [
+        [server.placed(word, found) for word in command]
+        for command in in_guide(ON_SERVER)
+    ]
+
+
+@pytest.fixture(scope="module")
+def nodes(server: Machine) -> list[tuple[Machine, Started]]:
+    """Start the guide's two nodes, with a key and samples each."""
+    machines = [new_edge(server, f"edge-{i + 1}") for i in range(2)]
+    for part, machine in enumerate(machines):
+        machine.script("make-node-key", machine.name)
+        machine.samples(part, 2)
+        copy_key(machine, f"edge/{machine.name}.pub", server)
+    *register, seen, _, _ = commands(server)
+    assert len(register) == 2
+    for command in register:
+        assert "registered successfully" in server.run(command)
+    logs = [
+        machine.start(supernode(machine.name), machine.name, again=True)
+        for machine in machines
+    ]
+    for log in logs:
+        log.says("SuperNode ID")
+    assert server.run(seen).count("online") == 2
+    return list(zip(machines, logs, strict=True))
 
 
 def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
@@ -63,33 +100,41 @@ def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
         return error.code
 
 
+def memory(process: int, field: str) -> int:
+    """Return a field of a process's status, in kB: its memory now or at most."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+
+
 @real
-def test_the_guide_ends_with_a_finished_run(server):
-    nodes = []
-    for part in range(2):
-        name = f"edge-{part + 1}"
-        machine = new_edge(server, name)
-        machine.script("make-node-key", name)
-        machine.samples(part, 2)
-        copy_key(machine, f"edge/{name}.pub", server)
-        nodes.append((name, machine))
-    superlink = service("superlink", "server")
-    printed = []
-    for command in in_guide(ON_SERVER):
-        if command[1:2] == ["run"]:
-            assert len(printed) == 3, "keys are registered and nodes are seen first"
-        if command[1:3] == ["supernode", "list"]:
-            logs = [machine.start(supernode(name), name) for name, machine in nodes]
-            for log in logs:
-                log.says("SuperNode ID")
-        printed.append(server.run([server.placed(word, superlink) for word in command]))
-    *registered, seen, out = printed
-    assert [("registered successfully" in text) for text in registered] == [True] * 2
-    assert seen.count("online") == 2, seen
+def test_the_guide_ends_with_a_finished_run_whatever_strangers_send(server, nodes):
+    """500 idle connections, 10,000 bad requests and 100 bodies of a gigabyte."""
+    *_, run, shrink = commands(server)
+    _, process = children(server.superlink.process.pid)  # the first is nginx
+    before = memory(process, "VmRSS")
+    strangers = Strangers(server.ports["8443"], server.folder / "keys/edge/ca.crt")
+    with ThreadPoolExecutor() as pool:
+        attack = pool.submit(strangers.attack)
+        out = server.run(run)
+        bad, huge = attack.result()
     assert "AutoFLIP run finished" in out, out
     found = json.loads((server.folder / "state" / "first" / "summary.json").read_text())
     assert found["rounds"] == 2
-    assert all("Sent successfully" in log.log for log in logs)
+    assert all("Sent successfully" in log.log for _, log in nodes)
+    assert set(bad) <= {400, 401, 403, 414, 415, 503}
+    assert set(huge) <= {0, 413}
+    calls = (server.folder / "calls.log").read_text().splitlines()
+    honest = [line.split() for line in calls if line.startswith("127.0.0.1 ")]
+    took = [float(seconds) for *_, seconds in honest]
+    assert len(took) > 100
+    assert max(*took, *strangers.waited) < 5
+    assert memory(process, "VmHWM") <= 1.5 * before
+    sizes = []
+    for command in [["true"], shrink]:
+        assert not server.run(command)
+        files = (server.folder / "state").glob("superlink.db*")
+        sizes.append(sum(file.stat().st_size for file in files))
+    assert sizes[1] < sizes[0] / 2
 
 
 @real
@@ -146,10 +191,23 @@ def test_only_calls_of_nodes_pass_the_gate(server, path):
 
 
 @real
+def test_nobody_outside_of_its_container_reaches_the_superlink(server):
+    port = f"{server.ports['8000']:04X}"
+    lines = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    own = re.findall(rf"\d+: (\w+):{port} 0+:0000 0A", lines)
+    assert own == ["0100007F"], "127.0.0.1, which every container has for itself"
+    for name in ("server", "compose"):
+        found = service("superlink", name)
+        assert "--host=127.0.0.1" in found["command"]
+        assert "network_mode" not in found
+
+
+@real
 def test_nobody_registers_a_key_through_the_gate(server):
     # The SuperLink itself takes a key from whoever reaches it.
-    (server.flower.home / "config.toml").write_text(
-        (server.flower.home / "config.toml").read_text()
+    config = server.folder / "home" / "config.toml"
+    config.write_text(
+        config.read_text()
         + '\n[superlink.gate]\naddress = "localhost:'
         + f'{server.ports["8443"]}"\nroot-certificates = '
         + f'"{server.folder}/keys/server/ca.crt"\n'
@@ -165,57 +223,113 @@ def test_nobody_registers_a_key_through_the_gate(server):
 
 
 @real
+@pytest.mark.parametrize(
+    ("ahead", "said"),
+    [(0, " answers; "), (8, "expected -240 to 3"), (-600, "expected -240 to 3")],
+)
+def test_a_node_whose_clock_is_wrong_is_told_before_it_starts(server, ahead, said):
+    bin = server.folder / f"clock{ahead}"
+    bin.mkdir()
+    clock = (
+        f'#!/bin/sh\n[ "$*" = +%s ] && exec {shutil.which("date")} -d "{ahead} sec" +%s'
+    )
+    (bin / "date").write_text(f'{clock}\nexec {shutil.which("date")} "$@"\n')
+    (bin / "date").chmod(0o755)
+    environment = server.environment | {
+        "PATH": f"{bin}:{server.environment['PATH']}",
+        "SERVER": "localhost",
+        "GATE_PORT": str(server.ports["8443"]),
+    }
+    checked = subprocess.run(
+        [DOCKER / "check-server"], env=environment, capture_output=True, text=True
+    )
+    assert said in checked.stdout + checked.stderr
+    assert bool(checked.returncode) == bool(ahead)
+
+
+@real
 @pytest.mark.parametrize("port", ["8000", "8443"])
 def test_the_health_that_the_images_ask_for(server, port):
     assert ask(server, port, "/health", "GET") == 200
 
 
+@contextlib.contextmanager
+def full(folder: Path, room: int = 100_000) -> Iterator[Path]:
+    """Mount a disk with that many bytes left; yields the file that fills it."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a disk that fills up")
+    try:
+        filler = folder / "filler"
+        filler.write_bytes(bytes((4 << 20) - room))
+        yield filler
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @real
-def test_nodes_their_keys_and_a_run_outlive_a_crash_of_the_superlink(tmp_path):
-    """With its ServerApp; the run goes on as the guide says."""
-    with Processes(tmp_path / "home") as flower, ThreadPoolExecutor() as pool:
-        server, superlink = started_server(tmp_path / "server", flower)
-        machine = new_edge(server, "edge-1")
-        machine.script("make-node-key", "edge-1")
-        machine.samples(0, 1)
-        copy_key(machine, "edge/edge-1.pub", server)
-        found = service("superlink", "server")
-        register, _, _, run = (
-            [server.placed(word, found) for word in command]
-            for command in in_guide(ON_SERVER)
-        )
-        run = [word.replace("min-nodes=2", "min-nodes=1") for word in run]
-        run = [word.replace("rounds=2", "rounds=3") for word in run]
-        server.run(register)
-        node = machine.start(supernode("edge-1"), "edge-1")
-        node.says("SuperNode ID")
+def test_nodes_and_a_run_outlive_faults_a_full_disk_and_a_crash_of_the_server(
+    server, nodes
+):
+    """SuperLink, gate and ServerApp are killed; the run goes on as the guide says."""
+    (_, one), (machine, other) = nodes
+    outlive_faults(server, one)
+    *_, run, _ = commands(server)
+    run[-1] = run[-1].replace("/first", "/outlived").replace("rounds=2", "rounds=3")
+    metrics = server.folder / "state" / "outlived" / "metrics.jsonl"
+    with ThreadPoolExecutor() as pool, full(machine.folder / "home") as filler:
         first = pool.submit(server.run, run)
-        metrics = server.folder / "state" / "first" / "metrics.jsonl"
+        other.says("No space left on device", 120)
+        filler.unlink()
         wait_for(
             lambda: metrics.exists() and metrics.read_text().count("\n") > 1, first
         )
-        os.killpg(superlink.process.pid, signal.SIGKILL)
-        superlink.ends()
-        assert ask(server, "8443", "/health", "GET") == 503
-        node.says("Connection attempt failed")
+        _, superlink = children(server.superlink.process.pid)
+        os.kill(superlink, signal.SIGKILL)
+        assert server.superlink.ends() == 1, "with its gate"
+        with contextlib.suppress(ProcessLookupError):  # what else a container had
+            os.killpg(server.superlink.process.pid, signal.SIGKILL)
+        one.says("Connection attempt failed")
         assert "AutoFLIP run finished" not in first.result()
-        server.start(found, "superlink-again").says(LISTENING)
-        node.says("Connection successful after", 120)
+        start_superlink(server, service("superlink", "server"))
         out = server.run([*run[:-1], f"{run[-1]} resume=true"])
     assert "going on after round" in out, out
     assert "AutoFLIP run finished" in out, out
-    assert "nodes explore" not in out
-    assert metrics.read_text().count("\n") == 3
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert len(rows) == 3
+    assert rows[-1]["missing"] == []
+
+
+def outlive_faults(server: Machine, node: Started) -> None:
+    """Let the gate answer a node's calls with errors; it comes back from each.
+
+    Flower's SuperNode gives up after a 500, and tries again after the others.
+    """
+    for status in (502, 503, 444):
+        with server.fault("pull-messages", status):
+            node.says("Connection attempt failed")
+        node.says("Connection successful")
+    with server.fault("send-node-heartbeat", 500):
+        with server.fault("pull-messages", 500):
+            node.says("The SuperNode ends: it no longer asks for messages")
+        node.says("The SuperNode ends: <Thread")
+    node.says("SuperNode ID")
+    (supernode_,) = children(node.process.pid)
+    (superexec,) = children(supernode_)
+    os.kill(superexec, signal.SIGKILL)
+    node.says("The SuperNode ends: its SuperExec has ended")
+    node.says("SuperNode ID")
 
 
 @real
 def test_one_machine(tmp_path):
     with Processes(tmp_path / "home") as flower:
-        machine = Machine(tmp_path / "machine", flower, {"8000": free_port()})
+        ports = {"8000": free_port(), "8443": free_port()}
+        machine = Machine(tmp_path / "machine", flower, ports)
         machine.script("make-certificates", "localhost")
         services = compose("compose", TORCH_INDEX="default")["services"]
         superlink = services.pop("superlink")
-        with_flower_config(machine, superlink).says(LISTENING)
+        start_superlink(machine, superlink)
         for name, found in services.items():
             machine.ports["9094"] = free_port()
             machine.start(found, name)
@@ -274,7 +388,17 @@ def test_only_the_gate_publishes_a_port():
         for key, found in compose(name, **values)["services"].items()
         if "ports" in found
     }
-    assert published == {("server", "gate"): ["8443:8443"]}
+    assert published == {("server", "superlink"): ["8443:8443"]}
+
+
+def test_a_model_of_any_size_passes_the_gate_in_objects():
+    (limit,) = re.findall(
+        r"client_max_body_size (\d+)m;", (DOCKER / "nginx.conf").read_text()
+    )
+    arrays = ArrayRecord([np.zeros(2**24, np.float32)])
+    sizes = [len(each.deflate()) for each in get_all_nested_objects(arrays).values()]
+    assert max(sizes) > 5 << 20
+    assert max(sizes) + 1000 < int(limit) << 20, "with the rest of a push-object call"
 
 
 def test_the_images_get_all_of_the_app_and_no_keys():
@@ -316,13 +440,18 @@ def test_certificates_have_the_names_given_and_the_authority_stays(tmp_path):
         machine = Machine(tmp_path / "machine", flower, {})
         assert "usage: " in machine.script("make-certificates")
         machine.script(
-            "make-certificates", "server.example.org", "192.0.2.7", "fd00::7"
+            "make-certificates",
+            "server.example.org",
+            "localhost",
+            "192.0.2.7",
+            "fd00::7",
         )
         keys = machine.folder / "keys"
         authority = (keys / "edge" / "ca.crt").read_text()
         found = names_in(keys / "server" / "server.crt")
         for name in ("DNS:server.example.org", "192.0.2.7", "FD00:0:0:0:0:0:0:7"):
             assert name in found
+        assert found.count("DNS:localhost") == 1
         machine.script("make-certificates", "new.example.org")
         assert "DNS:new.example.org" in names_in(keys / "server" / "server.crt")
         assert (keys / "edge" / "ca.crt").read_text() == authority
@@ -349,7 +478,8 @@ def test_the_scripts_are_clean():
     scripts = [
         path for path in DOCKER.iterdir() if path.name.startswith(("make", "check"))
     ]
-    assert len(scripts) == 3
+    scripts.append(DOCKER / "bin" / "behind-gate")
+    assert len(scripts) == 5
     subprocess.run(["shellcheck", *scripts], check=True)
 
 
