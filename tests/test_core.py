@@ -73,6 +73,17 @@ def test_the_core_alone_runs_the_examples(core, example):
 
 
 @pytest.mark.slow
+def test_the_core_alone_inspects_a_model(core):
+    folder = str(ROOT / "examples" / "message_api" / "after")
+    arguments = ["inspect", "digits_app.task:Net", "--input", "1,1,8,8"]
+    program = f"from autoflip_flwr import cli; raise SystemExit(cli.main({arguments}))"
+    done = python(core, "-c", f"import os; os.chdir({folder!r}); {program}")
+    assert done.returncode == 0, done.stderr
+    assert "fc1" in done.stdout
+    assert "pruning.operations=0.33: about 0.3" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "extra"),
     [

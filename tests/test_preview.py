@@ -124,11 +124,16 @@ def test_units_make_the_clients_network_smaller_in_the_preview():
     told = AutoFLIP(units=0.8, model=model, example_inputs=IMAGE).preview()
     assert told.client.operations < 0.8 * told.dense.operations
     assert told.client.per_sample < told.dense.per_sample
-    assert not any(s.startswith("pruning.units") for s in told.suggestions)
+    assert not any("operations" in s for s in told.suggestions)
     whole = AutoFLIP(model=model, example_inputs=IMAGE).preview()
-    suggested = next(s for s in whole.suggestions if s.startswith("pruning.units=0.8"))
-    left = told.client.operations / told.dense.operations
-    assert f"about {left:.2f} of the operations" in suggested
+    assert whole.client.operations == whole.dense.operations
+    third = AutoFLIP(
+        pruning=PruningSettings(operations=0.33), model=model, example_inputs=IMAGE
+    ).preview()
+    share = third.client.operations / third.dense.operations
+    assert share == pytest.approx(0.33, abs=0.05)
+    suggested = f"pruning.operations=0.33: about {share:.2f} of the operations"
+    assert any(s.startswith(suggested) for s in whole.suggestions)
 
 
 def test_a_preview_leaves_the_strategy_and_the_model_as_they_were():
@@ -168,12 +173,13 @@ def test_frozen_and_tied_tensors_are_named():
     told = AutoFLIP(model=Tied(), example_inputs=ids).preview()
     layers = {layer.name: layer for layer in told.layers}
     assert layers["backbone"].prunable == "frozen"
+    assert layers["backbone"].units == "none: not all is pruned"
     assert layers["output"].prunable == "tied to embedding.weight"
     assert layers["output"].parameters == 0
     assert "shared" in layers["embedding"].units
     text = str(told)
     assert "tied: output.weight is embedding.weight" in text
-    assert "frozen: 2 tensors, 0.00 MB, are not trained" in text
+    assert "frozen: 2 tensors, 1088 B, are not trained" in text
     assert "give it the model" not in text
     assert "give it the model" in str(AutoFLIP().preview(Tied(), ids))
 
@@ -272,7 +278,7 @@ def test_the_command_shows_the_preview_of_a_model_in_the_folder(folder, capsys):
     assert "100 rounds; 20 clients, of which 5 train and 0 evaluate in each" in shown
     (row,) = [line.split() for line in shown.splitlines() if line.startswith("lstm")]
     gates = 4 * 12 * (8 + 12 + 12 + 12)
-    assert row[:4] == ["lstm", "LSTM", str(gates + 2 * 2 * 48), "12.7"]
+    assert row[:5] == ["lstm", "LSTM", str(gates + 2 * 2 * 48), "12.7", "k"]
     assert 6 * gates == 12672
     assert "wire.values=int8" in shown
     assert main([*command, "--overrides", "wire.values=int8"]) == 0

@@ -353,6 +353,7 @@ def test_the_last_lines_of_the_log_say_what_came_of_it(tmp_path, caplog):
     text = "\n".join(r.getMessage() for r in caplog.records)
     summary = summary_of(tmp_path / "run")
     assert f"top-1 accuracy  {summary['accuracy']:.4f} on held-out data" in text
+    assert text.count("FedAvg would have sent") == 1, "the app counts and reports once"
     assert f"{summary['parameters']} parameters" in text
     left = summary["networks"]["pruned"]["parameters"]
     share = summary["flops"]["pruned"] / summary["flops"]["dense"]

@@ -2,11 +2,16 @@
 
 import logging
 
+import pytest
 import torch
+from flwr.compat.common import recorddict_compat as compat
+from flwr.server.strategy import FedAvg as OlderFedAvg
 from flwr.serverapp.strategy import FedAvg
 from inprocess import LocalGrid, net, plain_net, run, toy_app
+from test_legacy import options, serve
 
-from autoflip_flwr import AutoFLIP, PruningSettings
+from autoflip_flwr import AutoFLIP, Checkpointed, PruningSettings
+from autoflip_flwr.server import legacy as older
 from autoflip_flwr.server.savings import Savings
 
 NODES = [11, 22, 33, 44]
@@ -101,3 +106,45 @@ def test_a_caller_that_counts_gets_no_lines(caplog):
     assert strategy.savings is None
     assert not hasattr(result, "savings")
     assert not lines(caplog)
+
+
+def older_run(around=lambda inner: inner):
+    """Run the older server; return what was saved, and the bytes of its records."""
+    strategy = around(OlderFedAvg(**options(net), fraction_evaluate=0.0))
+    _, proxies = serve(strategy, rounds=3)
+    contents = [compat.fitins_to_recorddict(i, True) for p in proxies for i in p.down]
+    contents += [compat.fitres_to_recorddict(r, True) for p in proxies for r in p.up]
+    sent = sum(r.count_bytes() for c in contents for r in c.values() if len(r))
+    return getattr(strategy, "savings", None), sent
+
+
+def test_the_older_api_tells_it_when_the_strategy_is_given_up(caplog):
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        saved, sent = older_run(lambda inner: older.AutoFLIP(inner, model=net()))
+    _, dense = older_run()
+    assert saved.sent == pytest.approx(sent, rel=0.03)  # without Flower's status
+    assert saved.dense == pytest.approx(dense, rel=0.03)
+    assert 0 < saved.explored < saved.sent
+    assert saved.kept < saved.parameters == sum(p.numel() for p in net().parameters())
+    kept, told = lines(caplog)
+    assert f"{saved.kept} of {saved.parameters} parameters" in kept
+    assert f"FedAvg would have sent {saved.dense / 1e6:.2f} MB" in told
+
+
+def test_a_resumed_run_tells_the_bytes_of_all_its_rounds(tmp_path):
+    """The same nodes, whole: 2 rounds and 2 more send what 4 do."""
+
+    def go(folder, rounds):
+        strategy = AutoFLIP(
+            FedAvg(fraction_evaluate=0.0, min_available_nodes=4),
+            threshold=0.5,
+            store=folder / "guidance",
+            pruning=PruningSettings(gradual_rounds=2),
+        )
+        run_ = Checkpointed(strategy, folder / "checkpoints")
+        return run(run_, LocalGrid(toy_app(), NODES), net(), rounds=rounds)[1].savings
+
+    whole = go(tmp_path / "whole", 4)
+    go(tmp_path / "parts", 2)
+    resumed = go(tmp_path / "parts", 4)
+    assert resumed == whole

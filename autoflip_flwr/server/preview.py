@@ -23,16 +23,15 @@ from autoflip_flwr.pruners import AutoFlipPruner
 from autoflip_flwr.pruners.store import Answer, Answers
 from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.rounds import Rounds
-from autoflip_flwr.server.savings import amount, megabytes
+from autoflip_flwr.server.savings import amount
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import ExampleInputs, compact_if_it_pays, tensors_of, trace
 from autoflip_flwr.units.measure import backward_bytes, operations
 from autoflip_flwr.units.surgery import join
 from autoflip_flwr.wire import codec, records
 
-#: What is suggested: the share of what is pruned on whole units that our presets have,
-#: and a share of the clients that explore.
-_UNITS, _FRACTION = 0.8, 0.2
+#: What is suggested: a share of the operations, and of the clients that explore.
+_OPERATIONS, _FRACTION = 0.33, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,19 +187,19 @@ class Preview:
         return {
             "kept": f"{amount(self.kept)} of {amount(self.parameters)} parameters, "
             "in the end",
-            "bytes sent": f"{megabytes(self.sent)}; FedAvg {megabytes(self.dense_sent)}"
+            "bytes sent": f"{_size_of(self.sent)}; FedAvg {_size_of(self.dense_sent)}"
             f": {self.sent / self.dense_sent:.3f} of it",
-            "- exploration": f"{megabytes(self.explored)} of {self.explorers} "
+            "- exploration": f"{_size_of(self.explored)} for {self.explorers} "
             f"explorations, {paid_text}",
-            "- last round": f"{megabytes(self.rounds[-1])}; FedAvg "
-            f"{megabytes(self.dense_round)}",
+            "- last round": f"{_size_of(self.rounds[-1])}; FedAvg "
+            f"{_size_of(self.dense_round)}",
             "operations": f"{amount(client.operations)}, in the end; FedAvg "
             f"{amount(dense.operations)}: "
             f"{client.operations / max(1, dense.operations):.3f} of it",
-            "memory": f"{megabytes(client.fixed)} + {megabytes(client.per_sample)} a "
-            f"sample; FedAvg {megabytes(dense.fixed)} + {megabytes(dense.per_sample)}; "
-            f"momentum adds {megabytes(client.gradients)}, Adam "
-            f"{megabytes(2 * client.gradients)}",
+            "memory": f"{_size_of(client.fixed)} + {_size_of(client.per_sample)} a "
+            f"sample; FedAvg {_size_of(dense.fixed)} + {_size_of(dense.per_sample)}; "
+            f"momentum adds {_size_of(client.gradients)}, Adam "
+            f"{_size_of(2 * client.gradients)}",
         }
 
 
@@ -250,18 +249,20 @@ def preview(
         sent, client = run.sent(), run.client()
         suggestions: list[str] = []
         if units is not None and not asked:
-            update = {"units": _UNITS, "operations": None}
+            update = {"operations": _OPERATIONS}
             try:
                 few = rehearsed(pruning=pruning.model_copy(update=update)).client()
                 share = few.operations / max(1, dense.operations)
                 suggestions.append(
-                    f"pruning.units={_UNITS}: about {share:.2f} of the operations"
+                    f"pruning.operations={_OPERATIONS}: about {share:.2f} of the "
+                    f"operations, {_size_of(few.fixed)} + {_size_of(few.per_sample)} "
+                    "a sample"
                 )
             except MaskError as error:
                 warnings.append(f"too narrow to prune whole units: {error}")
         for kind in ("float16", "int8") if rounds.values == "float32" else ():
             total = sum(rehearsed(values=kind).sent().rounds)
-            suggestions.append(f"wire.values={kind}: {megabytes(total)}")
+            suggestions.append(f"wire.values={kind}: {_size_of(total)} sent")
         paid = _paid_after(sent.rounds, sent.dense_round)
         if paid is None or paid > federation.rounds // 2:
             update = {"fraction": _FRACTION}
@@ -462,6 +463,10 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def _size_of(count: int) -> str:
+    return amount(count, "B")
+
+
 def _tied(model: nn.Module) -> dict[str, str]:
     """Return name -> first name of parameters that have several."""
     first = {id(p): name for name, p in model.named_parameters()}
@@ -479,7 +484,7 @@ def _warnings(model: nn.Module, *, known: bool) -> list[str]:
     if frozen:
         cure = "" if known else "; AutoFLIP takes them for trained: give it the model"
         warnings.append(
-            f"frozen: {len(frozen)} tensors, {megabytes(_size(frozen))}, are not "
+            f"frozen: {len(frozen)} tensors, {_size_of(_size(frozen))}, are not "
             f"trained; they are not pruned, and travel whole{cure}"
         )
     return warnings
@@ -521,12 +526,16 @@ def _layers(
             parameters=sum(p.numel() for name, p in own.items() if name not in tied),
             operations=by_module[path] - below(path),
             prunable=", ".join(prunable or reasons),
-            units=_units_of(path, own, by_module, rounds.units),
+            units=_units_of(path, own, by_module, rounds.manifest.shapes, rounds.units),
         )
 
 
 def _units_of(
-    path: str, own: Iterable[str], paths: Collection[str], units: Units | None
+    path: str,
+    own: Iterable[str],
+    paths: Collection[str],
+    prunable: Iterable[str],
+    units: Units | None,
 ) -> str:
     """Say how many units a module has, whose it shares, or why it has none."""
 
@@ -535,8 +544,9 @@ def _units_of(
 
     if units is None:
         return "none"
-    if sizes := [group.size for group in units.groups if of(group.name)]:
-        return str(sum(sizes))
+    if groups := [group for group in units.groups if of(group.name)]:
+        free = [group for group in units.only(prunable).groups if group in groups]
+        return str(sum(group.size for group in free) or "none: not all is pruned")
     for name, why in units.whole.items():
         if of(name):
             return f"none: {why}"

@@ -146,13 +146,13 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
-def amount(count: float) -> str:
-    """Write a large number with three digits and a letter: 1.28 M."""
-    for letter in ("", " k", " M", " G"):
-        if count < 10_000 or letter == " G":
-            break
-        count /= 1000
-    return f"{count:.3g}{letter}" if letter else f"{count:.0f}"
+def amount(count: float, unit: str = "") -> str:
+    """Write a number with three digits and a letter from 10,000 on: 1.28 M."""
+    if count < 10_000:
+        return f"{count:.0f} {unit}".rstrip()
+    steps = next((n for n in (1, 2, 3) if count < 999.5 * 1000**n), 4)
+    digits = f"{count / 1000**steps:#.3g}".rstrip(".")
+    return f"{digits} {'kMGT'[steps - 1]}{unit}"
 
 
 def _share(part: int, whole: int) -> str:
