@@ -36,7 +36,7 @@ from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
-from autoflip_flwr.wire.records import Phase, Plan
+from autoflip_flwr.wire.records import NO_MOD, Phase, Plan
 
 _TENSOR_TYPE = "numpy.ndarray"
 
@@ -98,9 +98,13 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Unpack the valid results and let the inner strategy aggregate them."""
         received = _by_id(results)
-        valid = self._replies.trained(server_round, received, _read, sent=self._values)
+        valid = self._replies.trained(
+            server_round, received, _read, sent=self._values, failures=failures
+        )
         if not valid:
             self._update_inner()
+            if server_round == self.rounds.total:
+                self.check_trained()
             return None, {}
         dense = [
             (client, replace(result, parameters=_parameters_of(reply.arrays)))
@@ -233,7 +237,7 @@ def _answer_of(result: FitRes) -> Answer:
     """Return an explorer's guidance frame, and its signs if it sent them."""
     tensors = result.parameters.tensors
     if len(tensors) not in (1, 2):
-        raise WireError(f"expected 1 guidance frame, got {len(tensors)}")
+        raise WireError(NO_MOD)
     check_metrics({EXAMPLES: result.num_examples})
     frame, *signs = tensors
     return Answer(frame, signs[0] if signs else None, result.num_examples)
