@@ -8,6 +8,7 @@ import pytest
 import torch
 from autoflip_flwr.legacy import AutoFLIP
 from flat import flat
+from flwr.clientapp import ClientApp
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server.strategy import FedAvg, FedAvgM
 from inprocess import CHANGING, assert_masks_change, net, samples, state_of
@@ -15,6 +16,8 @@ from numpy.testing import assert_array_equal
 from test_legacy import CIDS, Client, options, serve
 
 from autoflip_flwr import masked
+from autoflip_flwr.errors import ExplorationError, ReplyError
+from autoflip_flwr.pruners import Magnitude
 
 
 def of(cid, change):
@@ -158,6 +161,19 @@ def test_what_moved_pruned_weights_is_told_once(use_masked, caplog):
     assert told == (0 if use_masked else 1)
     assert "`with masked(model, config): ...`" in caplog.text or use_masked
     assert all(np.isfinite(a).all() for a in seen[-1])
+
+
+@pytest.mark.parametrize("pruner", [None, Magnitude()])
+def test_a_forgotten_mod_is_an_error(pruner, monkeypatch):
+    forgotten = lambda *a, **k: ClientApp(client_fn=client_fn)  # noqa: E731
+    client_fn = lambda context: Client(net, 0, False, []).to_client()  # noqa: E731
+    monkeypatch.setattr("test_legacy.legacy_app", forgotten)
+    inner = FedAvg(**options(net, accept_failures=True))
+    strategy = AutoFLIP(inner, model=net(), pruner=pruner)
+    strategy.expect(2)
+    text = "as AutoFlipMod does: ClientApp" if pruner is None else "untrained: none of"
+    with pytest.raises((ExplorationError, ReplyError), match=text):
+        serve(strategy, rounds=2)
 
 
 class Saver(FedAvg):

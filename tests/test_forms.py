@@ -457,6 +457,41 @@ def test_a_forgotten_mod_stops_the_run_at_the_first_message(pruner):
     assert str(caught.value).count("AutoFlipMod does") == 1
 
 
+class Noise:
+    """A mod behind ours, as LocalDpMod: what it adds is no fault of the training."""
+
+    def __call__(self, message, context, call_next):
+        reply = call_next(message, context)
+        noisy = {n: a.numpy() for n, a in reply.content["arrays"].items()}
+        reply.content["arrays"] = ArrayRecord(
+            {
+                n: Array(v + np.float32(0.01) if v.dtype.kind == "f" else v)
+                for n, v in noisy.items()
+            }
+        )
+        return reply
+
+
+@pytest.mark.parametrize("form", [Model, CompiledMasked, RatesMasked, Rates])
+def test_noise_of_a_mod_is_not_taken_for_training(form, caplog):
+    start(form(), app=app_of(form(), mods=[AutoFlipMod(), Noise()]))
+    assert bool(warnings_in(caplog)) is (form is Rates)
+
+
+class Late(Model):
+    """Moves pruned weights by hand after the optimizer's steps."""
+
+    def train(self, model, batches, message):
+        super().train(model, batches, message)
+        with torch.no_grad():
+            model[0].weight += 0.1
+
+
+def test_what_moves_after_the_last_step_is_told(caplog):
+    start(Late())
+    assert len(warnings_in(caplog)) == 1
+
+
 # --- what an app keeps ----------------------------------------------------------------
 
 

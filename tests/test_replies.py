@@ -348,6 +348,8 @@ def test_a_round_without_messages_leaves_model_and_mask_together():
     seen, _ = run(strategy, grid, net(), 3)
     for name, keep in strategy.rounds.plan.masks.items():
         assert not seen[-1][name][~keep].any(), name
+    assert_same_arrays(seen[3], seen[2])
+    assert_same_arrays(dict(strategy.rounds.arrays), seen[2])
 
 
 class Personal(FedAvg):

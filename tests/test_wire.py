@@ -567,6 +567,31 @@ def test_a_reply_without_guidance_is_refused():
         wire.guidance_frames(dense)
 
 
+def test_a_reply_tells_the_share_of_pruned_entries_that_moved():
+    plan, trained = plan_of(share=0.5), dict(model())
+    clean = {
+        n: trained[n] * plan.masks[n] if n in plan.masks else trained[n]
+        for n in trained
+    }
+    assert wire.MOVED not in plan.pack_reply(clean, clean)
+    pruned = {n: keep.size - int(keep.sum()) for n, keep in plan.masks.items()}
+    some = next(iter(plan.masks))
+    moved = {**clean, some: np.ones_like(clean[some])}
+    for held, share in (((), pruned[some] / sum(pruned.values())), ((some,), 0.0)):
+        record, told = wire.take_moved(plan.pack_reply(moved, clean, held))
+        assert told == pytest.approx(share, rel=1e-6)
+        assert wire.MOVED not in record
+        assert_array_equal(plan.unpack(record)[some], plan.masks[some])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, np.nan, np.inf, None])
+def test_another_share_is_refused(share):
+    frame = b"" if share is None else np.float32(share).tobytes()
+    array = FlowerArray(dtype="float32", shape=(1,), stype="autoflip.raw", data=frame)
+    with pytest.raises(WireError, match=r"moved: expected one float32 in \[0, 1\]"):
+        wire.take_moved(ArrayRecord({wire.MOVED: array}))
+
+
 def test_a_message_has_one_array_record_and_one_config():
     arrays, config = wire.record_of(model()), ConfigRecord({"lr": 0.1})
     content = RecordDict({"a": arrays, "c": config})
@@ -583,6 +608,11 @@ def test_a_message_has_one_array_record_and_one_config():
             wire.model_record(bad)
         with pytest.raises(WireError, match=f"exactly one ConfigRecord, got {got}"):
             wire.only_config(bad)
+    assert wire.model_record(bad, "b") == ("b", arrays)
+    with pytest.raises(
+        WireError, match=r"or the model's under 'x' \(arrayrecord_key\)"
+    ):
+        wire.model_record(bad, "x")
 
 
 def test_bytes_are_those_of_all_records_and_ours_those_fedavg_would_not_send():

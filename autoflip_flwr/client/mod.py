@@ -82,7 +82,7 @@ class AutoFlipMod:
         for name, keep in plan.masks.items():
             arrays[name] = enforce.marked(arrays[name], keep)
         message.content[key] = records.record_of(arrays)
-        with enforce.enforce_unseen(plan.masks):
+        with enforce.enforce_unseen(plan.masks) as held:
             reply = call_next(message, context)
         if reply.has_error() or (
             phase == "evaluate" and not _has_model(reply, plan, key)
@@ -90,7 +90,8 @@ class AutoFlipMod:
             return reply
         reply_key, record = records.model_record(reply.content, key)
         trained = records.named_arrays(record, plan.manifest, exact=False)
-        reply.content[reply_key] = plan.pack_reply(trained, arrays)
+        # What training kept and noise then moved, of a mod, say, is no concern.
+        reply.content[reply_key] = plan.pack_reply(trained, arrays, held)
         return reply
 
     def _explore(

@@ -38,7 +38,7 @@ from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
 from autoflip_flwr.server.savings import Direction, log_savings, savings_of
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
-from autoflip_flwr.wire.records import Phase, Plan
+from autoflip_flwr.wire.records import NO_MOD, Phase, Plan
 
 _TENSOR_TYPE = "numpy.ndarray"
 
@@ -108,9 +108,13 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         """Unpack the valid results and let the inner strategy aggregate them."""
         self._count_all("train", "up", [result for _, result in results])
         received = _by_id(results)
-        valid = self._replies.trained(server_round, received, _read, sent=self._values)
+        valid = self._replies.trained(
+            server_round, received, _read, sent=self._values, failures=failures
+        )
         if not valid:
             self._update_inner()
+            if server_round == self.rounds.total:
+                self.check_trained()
             return None, {}
         dense = [
             (client, replace(result, parameters=_parameters_of(reply.arrays)))
@@ -273,7 +277,7 @@ def _answer_of(result: FitRes) -> Answer | str:
     """Return an explorer's guidance frame and signs, or the reason of its failure."""
     tensors = result.parameters.tensors
     if len(tensors) not in (1, 2):
-        return f"expected 1 guidance frame, got {len(tensors)}"
+        return NO_MOD
     try:
         check_metrics({EXAMPLES: result.num_examples})
     except WireError as error:

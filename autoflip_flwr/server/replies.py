@@ -23,7 +23,7 @@ _log = logging.getLogger("flwr")
 EXAMPLES = "num-examples"
 
 #: In the reasons of replies that more rounds would not make better.
-_MISFITS = ("autoflip.raw", "AutoFlipMod", "autoflip_flwr.errors.")
+_MISFITS = ("autoflip.raw", "AutoFlipMod", "errors.MaskError", "expected the arrays")
 
 #: A metric of the client mod that goes with Flower's adaptive clipping.
 _NORM_BIT = "norm_bit"
@@ -115,10 +115,12 @@ class Replies:
         read: Callable[[int, T], Reply[T]],
         *,
         sent: bytes,
+        failures: Iterable[object] = (),
     ) -> list[Reply[T]]:
         """Return the dense replies to aggregate; an empty list ends the round.
 
-        `sent` is the frame of values that the clients received.
+        `sent` is the frame of values that the clients received, `failures` are errors
+        that came in place of replies.
         """
         rounds, plan = self._rounds, self._rounds.plan
         received, moved = list(received), [0.0]
@@ -134,7 +136,9 @@ class Replies:
 
         replies = self.readable(server_round, received, dense)
         self._warn(server_round, max(moved))
-        self._check_apps(received)
+        if not replies:
+            reasons = [rounds.dropped[node_id] for node_id, _ in received]
+            self._check_apps([*reasons, *map(str, failures)])
         odd = self._outliers(replies)
         for index, reason in odd.items():
             rounds.drop(server_round, replies[index].node_id, reason)
@@ -194,7 +198,7 @@ class Replies:
                 100 * share,
             )
 
-    def _check_apps(self, received: Sequence[tuple[int, object]]) -> None:
+    def _check_apps(self, reasons: Sequence[str]) -> None:
         """End the run before any training if no client's app fits the server.
 
         Raises
@@ -203,7 +207,6 @@ class Replies:
             If all replies were dropped since the app lacks the mod, or refused model
             or mask; more rounds would not help.
         """
-        reasons = [self._rounds.dropped.get(node_id, "") for node_id, _ in received]
         fits = [not any(m in reason for m in _MISFITS) for reason in reasons]
         if reasons and not self._rounds.trained and not any(fits):
             # An app without the mod may fail on what it cannot unpack.

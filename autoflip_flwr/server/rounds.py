@@ -61,7 +61,7 @@ class Rounds:
         self.trained: bool | None = None  # by any round; None: none has begun
         self.reason = ""  # why the last abandoned round changed nothing
         self._previous: Plan | None = None
-        self._unmasked: Params = {}  # the weights that the round began with
+        self._unmasked: Params = {}  # the weights that an open round began with
         self._manifest: Manifest | None = None
 
     @property
@@ -161,7 +161,7 @@ class Rounds:
     def abandon(self, server_round: int, reason: str) -> None:
         """End a round without a change: the model keeps its weights and its mask."""
         self.plan, self.reason = self._previous, reason
-        self.arrays = self._unmasked
+        self.arrays, self._unmasked = self._unmasked or self.arrays, {}
         _log.warning("round %d: %s: the model stays as it was", server_round, reason)
 
     def finish(self, aggregated: Params) -> None:
@@ -182,7 +182,7 @@ class Rounds:
                 before = self.arrays[entry.name]
                 value[pruned] = before[pruned] if self.pruner.restores else 0
             settled[entry.name] = value
-        self.arrays, self.trained = settled, True
+        self.arrays, self.trained, self._unmasked = settled, True, {}
         self._previous = self.plan  # the mask of the new model
         agreement = self.diagnostics.finish(self.pruner.kept_guidance)
         self.pruner.learn(agreement, self.plan.masks)

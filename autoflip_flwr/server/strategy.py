@@ -335,7 +335,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         found = {"MetricRecord": len(message.content.metric_records)}
         if purpose == "aggregate_train":
             found["ArrayRecord"] = len(message.content.array_records)
-        codes = [getattr(type(one), purpose) for one in chain(self.strategy)]
+        codes = [getattr(one, purpose) for one in chain(self.strategy)]
         flowers = all(code.__module__.startswith("flwr.") for code in codes)
         for kind, count in found.items():
             if flowers and count != 1:

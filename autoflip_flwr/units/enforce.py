@@ -6,6 +6,7 @@ All of it uses the hooks of `torch.optim`.
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     finally:
         for each in pruned.values():
             each.zero()
+        _held.get(set()).update(masks)
 
 
 def zero(model: nn.Module, masks: Masks) -> None:
@@ -89,7 +91,7 @@ def marked(values: Array, keep: Mask) -> Array:
 
 
 @contextmanager
-def enforce_unseen(masks: Masks) -> Iterator[None]:
+def enforce_unseen(masks: Masks) -> Iterator[set[str]]:
     """Do what `enforce` does for a model that only its optimizers have shown.
 
     Parameters
@@ -99,21 +101,28 @@ def enforce_unseen(masks: Masks) -> Iterator[None]:
         what one of these masks prunes has been loaded from `marked` weights. It stays
         zero there. So names, order, groups, wrappers and layers that are frozen or of
         another model do not matter.
+
+    Yields
+    ------
+    set of str
+        After the block: the names of the masks that training has kept, here or in an
+        `enforce` inside.
     """
-    by_shape: dict[tuple[int, ...], list[Mask]] = {}
-    for keep in masks.values():
+    names: dict[tuple[int, ...], dict[bytes, list[str]]] = {}
+    for name, keep in masks.items():
         if not keep.all():
-            by_shape.setdefault(keep.shape, []).append(keep)
+            same = names.setdefault(keep.shape, {})
+            same.setdefault(np.packbits(keep).tobytes(), []).append(name)
     known: dict[nn.Parameter, _Pruned | None] = {}
 
     def look(parameter: nn.Parameter) -> _Pruned | None:
-        likely = by_shape.get(tuple(parameter.shape), [])
-        if not likely or not parameter.is_floating_point():
+        likely = names.get(tuple(parameter.shape))
+        if likely is None or not parameter.is_floating_point():
             return None
         values = parameter.detach()
         keep = ~(values.signbit() & (values == 0)).cpu().numpy()
-        fits = any(np.array_equal(keep, each) for each in likely)
-        return _Pruned(parameter, keep) if fits else None
+        fits = likely.get(np.packbits(keep).tobytes())
+        return _Pruned(parameter, keep, fits) if fits else None
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
         for parameter in _parameters_of(optimizer):
@@ -129,7 +138,15 @@ def enforce_unseen(masks: Masks) -> Iterator[None]:
         register_optimizer_step_pre_hook(before_step),
         register_optimizer_step_post_hook(after_step),
     ):
-        yield
+        held: set[str] = set()
+        token = _held.set(held)
+        try:
+            yield held
+        finally:
+            _held.reset(token)
+    for each in known.values():
+        if each and each.is_zero():
+            held.update(each.names)
 
 
 @contextmanager
@@ -275,12 +292,19 @@ def _kind(optimizer: Optimizer) -> tuple[str, list[tuple[int, ...]]]:
     return type(optimizer).__qualname__, shapes
 
 
+#: Names of masks that the training inside `enforce_unseen` has kept.
+_held: ContextVar[set[str]] = ContextVar("held")
+
+
 class _Pruned:
     """A parameter, and which of its entries stay zero."""
 
-    def __init__(self, parameter: nn.Parameter, keep: NDArray[np.bool_]) -> None:
+    def __init__(
+        self, parameter: nn.Parameter, keep: Mask, names: Sequence[str] = ()
+    ) -> None:
         self.parameter = parameter
         self.keep = keep
+        self.names = names  # of the masks that it may be of
         self._bits: torch.Tensor | None = None
 
     def zero(self) -> None:
@@ -293,6 +317,11 @@ class _Pruned:
             bits = torch.from_numpy(np.array(self.keep)).to(data.device, kind).neg_()
             self._bits = bits
         data.view(kind).bitwise_and_(bits)
+
+    def is_zero(self) -> bool:
+        """Tell whether the pruned entries are zero."""
+        moved = (self.parameter.detach() != 0).cpu().numpy() > self.keep
+        return not moved.any()
 
 
 #: Integer types by their size in bytes.

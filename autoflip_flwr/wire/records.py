@@ -7,7 +7,7 @@ docs/wire-format.md lists them.
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
@@ -111,27 +111,32 @@ class Plan:
                 record[entry.name] = FlowerArray(np.asarray(arrays[entry.name]))
         return ArrayRecord(record)
 
-    def pack_reply(self, trained: Params, received: Params) -> ArrayRecord:
+    def pack_reply(
+        self, trained: Params, received: Params, held: Collection[str] = ()
+    ) -> ArrayRecord:
         """Pack what a client trained, or how far it is from what it received.
 
-        If pruned entries are not zero, their share goes along (`take_moved`).
+        If pruned entries are not zero, but for the masks of the names `held`, their
+        share goes along (`take_moved`).
         """
         packed = trained
         if self.relative:
             update = {name: trained[name] - received[name] for name in self.masks}
             packed = {**trained, **update}
         record = self.pack(packed, dtype=self.values)
-        if moved := self._moved(trained):
+        if moved := self._moved(trained, held):
             record[MOVED] = _raw(np.float32(moved).tobytes(), "float32")
         return record
 
-    def _moved(self, trained: Params) -> float:
+    def _moved(self, trained: Params, held: Collection[str]) -> float:
         """Return the share of the pruned entries that are not zero.
 
         Of a tied weight, which comes under several names, one mask has been kept.
         """
         moved = {
-            name: int(np.count_nonzero((trained[name] != 0) > keep))
+            name: 0
+            if name in held
+            else int(np.count_nonzero((trained[name] != 0) > keep))
             for name, keep in self.masks.items()
         }
         for name in [name for name, count in moved.items() if count]:
