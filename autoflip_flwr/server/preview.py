@@ -224,7 +224,8 @@ def preview(
             "preview knows how many weights AutoFLIP keeps with mode quantile or "
             f"compression, got {type(rounds.pruner).__name__} and mode {pruning.mode}"
         )
-    dense = _network(model, example_inputs)
+    by_module = operations(model, example_inputs)
+    dense = _network(model, example_inputs, by_module[""])
     warnings, units = _warnings(model, known=pruning.prunable is not None), None
     try:
         units = trace(model, example_inputs)
@@ -235,7 +236,7 @@ def preview(
         def rehearsed(**changes: Any) -> _Rehearsal:
             settings = {"pruning": pruning, "units": units, "directory": Path(folder)}
             own = replace(rounds, pruner=AutoFlipPruner(), **{**settings, **changes})
-            return _Rehearsal(own, model, example_inputs, federation)
+            return _Rehearsal(own, model, example_inputs, federation, dense)
 
         asked = bool(pruning.units or pruning.operations)
         try:
@@ -273,7 +274,7 @@ def preview(
                 suggestions.append(
                     f"exploration.fraction={_FRACTION}: paid for after round {paid}"
                 )
-        layers = tuple(_layers(model, example_inputs, run.rounds))
+        layers = tuple(_layers(model, by_module, run.rounds))
     trainable = sum(e.size for e in run.rounds.manifest.entries if e.trainable)
     return Preview(
         model=type(model).__name__,
@@ -312,8 +313,9 @@ class _Rehearsal:
         model: nn.Module,
         example_inputs: ExampleInputs,
         federation: Federation,
+        dense: Network,
     ) -> None:
-        self.rounds, self._federation = rounds, federation
+        self.rounds, self._federation, self._dense = rounds, federation, dense
         self._model, self._example_inputs = model, example_inputs
         rounds.total = federation.rounds
         rounds.adopt(records.arrays_of(ArrayRecord(model.state_dict())))
@@ -383,12 +385,14 @@ class _Rehearsal:
         if rounds.pruning.units or rounds.pruning.operations:
             masks = self._masks()
             small = compact_if_it_pays(self._model, masks, self._example_inputs)
-        prunable = set(rounds.manifest.shapes)
+        trained = self._model if small is None else small
+        shapes = rounds.manifest.shapes
+        extra = _size(p for name, p in trained.named_parameters() if name in shapes)
         if small is None:
-            return _network(self._model, self._example_inputs, prunable)
-        own = _network(small, self._example_inputs, prunable)
-        both = own.fixed + _size([*self._model.parameters(), *self._model.buffers()])
-        return replace(own, fixed=both)
+            return replace(self._dense, fixed=self._dense.fixed + extra)
+        left = operations(small, self._example_inputs)[""]
+        own = _network(small, self._example_inputs, left)
+        return replace(own, fixed=own.fixed + extra + _held(self._model))
 
     def _masks(self) -> Masks:
         """Make the last mask, of random guidance."""
@@ -443,20 +447,22 @@ def _paid_after(in_rounds: tuple[int, ...], dense_round: int) -> int | None:
 
 
 def _network(
-    model: nn.Module, example_inputs: ExampleInputs, masked: Collection[str] = ()
+    model: nn.Module, example_inputs: ExampleInputs, operations: int
 ) -> Network:
-    """Measure a network; the parameters in `masked` have a mask in their own size."""
+    """Measure a network that is trained without masks."""
     gradients = _size(p for p in model.parameters() if p.requires_grad)
-    masks = _size(p for name, p in model.named_parameters() if name in masked)
-    held = _size([*model.parameters(), *model.buffers()])
     first = next(tensors_of(example_inputs), None)
     samples = 1 if first is None or first.ndim == 0 else max(1, len(first))
     return Network(
-        operations=operations(model, example_inputs)[""],
-        fixed=held + gradients + masks,
+        operations=operations,
+        fixed=_held(model) + gradients,
         gradients=gradients,
         per_sample=backward_bytes(model, example_inputs) // samples,
     )
+
+
+def _held(model: nn.Module) -> int:
+    return _size([*model.parameters(), *model.buffers()])
 
 
 def _size(tensors: Iterable[torch.Tensor]) -> int:
@@ -491,9 +497,9 @@ def _warnings(model: nn.Module, *, known: bool) -> list[str]:
 
 
 def _layers(
-    model: nn.Module, example_inputs: ExampleInputs, rounds: Rounds
+    model: nn.Module, by_module: Mapping[str, int], rounds: Rounds
 ) -> Iterator[Layer]:
-    by_module, tied = operations(model, example_inputs), _tied(model)
+    tied = _tied(model)
 
     def below(path: str) -> int:
         """Count what the children of a module do."""

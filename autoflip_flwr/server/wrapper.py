@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from flwr.app import RecordDict
+from flwr.serverapp.strategy import Result
 from torch import nn
 
 from autoflip_flwr.errors import ModelError, ReplyError, SettingsError, by_reason
@@ -236,7 +237,7 @@ class Wrapper(Generic[S]):
         """What the run has saved so far; None before its first round."""
         return savings_of(self.rounds, self.traffic, self.model, self._example_inputs)
 
-    def finish(self, result: Any) -> None:
+    def finish(self, result: object) -> None:
         """End a run: its result gets the attribute `savings`, the log three lines.
 
         Raises
@@ -246,8 +247,8 @@ class Wrapper(Generic[S]):
         """
         self.check_trained()
         savings = self.savings
-        if savings is not None and hasattr(result, "__dict__"):
-            result.savings = savings
+        if savings is not None and isinstance(result, Result):
+            vars(result)["savings"] = savings  # else: what a start of the user's gives
         log_savings(savings)
 
     def _count(self, phase: str, direction: Direction, content: RecordDict) -> None:
