@@ -109,8 +109,8 @@ def runs(tmp_path_factory):
             density=0.5,
             **common,
         )
-    values = np.array([[0.0, 0.02, 0.1], [0.2, 0.6, 1.0]], np.float32)
-    np.savez(folder / "1" / "guidance.npz", weight=2 * values, bias=2 * values[0])
+    values = np.array([[0.0, 0.02, 0.1], [0.2, 0.4, 0.8]], np.float32)
+    np.savez(folder / "1" / "guidance.npz", weight=values, bias=values[0])
     return folder
 
 
@@ -135,10 +135,10 @@ def test_a_figure_is_a_page_that_needs_no_network(name, runs, tmp_path):
 
 
 def test_figure_2_counts_what_eq_4_keeps_in_value_mode(runs, tmp_path):
-    """Of 0, .02, .1, .2, .6, 1 and 0, .02, .1 two are at least 0.3 and 0.5."""
+    """Of 0, .02, .1, .2, .4, .8 and 0, .02, .1 five, two and one are large enough."""
     text = made("fig2", runs, tmp_path)
     assert rows_of(text) == [
-        ["paper-mnist", "9", "1.74", "1.8 (5 kept)", "4.5 (2 kept)", "4.5 (2 kept)"]
+        ["paper-mnist", "9", "1.74", "1.8 (5 kept)", "4.5 (2 kept)", "9 (1 kept)"]
     ]
 
 

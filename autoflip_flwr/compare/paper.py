@@ -259,7 +259,7 @@ def deviations(found: Sequence[Experiment]) -> tuple[go.Figure, str]:
     figure, rows = go.Figure(), []
     for each in found:
         run = _with_guidance(each)
-        values = _normalized(run.directory / "guidance.npz")
+        values = _normalized(run)
         counts, edges = np.histogram(values, bins=_BINS, range=(0, 1))
         figure.add_bar(x=edges[:-1], y=counts, name=each.preset, offset=0)
         kept = [int(np.count_nonzero(values >= cut)) for cut in (0.1, 0.3, 0.5)]
@@ -268,7 +268,10 @@ def deviations(found: Sequence[Experiment]) -> tuple[go.Figure, str]:
                 each.preset,
                 values.size,
                 _claim(each).compression,
-                *(f"{values.size / n:.3g} ({n} kept)" if n else "all" for n in kept),
+                *(
+                    f"{values.size / n:.3g} ({n} kept)" if n else "none kept"
+                    for n in kept
+                ),
             )
         )
     figure.update_layout(
@@ -290,13 +293,13 @@ def _with_guidance(experiment: Experiment) -> Run:
     )
 
 
-def _normalized(path: Path) -> NDArray[np.float32]:
-    """Return all guidance, flat, with its least value at 0 and its largest at 1."""
-    with np.load(path) as file:
+def _normalized(run: Run) -> NDArray[np.float32]:
+    """Return all guidance, flat, in [0, 1] as Eq. 3 has it."""
+    with np.load(run.directory / "guidance.npz") as file:
         every = [file[name].reshape(-1) for name in file.files]
     values: NDArray[np.float32] = np.concatenate(every)
-    values -= values.min()
-    values /= max(float(values.max()), _LEAST)
+    if run.settings.pruning.normalization == "client":  # its unit is a client's mean
+        values /= max(float(values.max()), _LEAST)
     return values
 
 
