@@ -1,5 +1,6 @@
 """Local guidance and guidance: Eq. 2 and Eq. 3 of AutoFLIP (arXiv:2405.10271)."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, get_args
@@ -14,6 +15,12 @@ NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 #: A mean or range below this counts as zero: its inverse would overflow float32.
 _LEAST = 1e-30
+
+#: With `clipped-mean` an entry counts for at most so many times its explorer's mean.
+CLIP = 3.0
+
+#: The combinations that are one sum, and where an entry is clipped.
+CLIPS: dict[Combination, float] = {"mean": math.inf, "clipped-mean": CLIP}
 
 #: Entries per block of a sum: they fit the cache, and threads stay busy.
 _BLOCK = 1 << 17
@@ -126,8 +133,8 @@ def rescaling(
 class LocalMatrix(Protocol):
     """One explorer's local guidance, dense or with one byte per parameter."""
 
-    def scaled(self, name: str, factor: float) -> Values:
-        """Return a reader of one tensor's flat values times `factor`."""
+    def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
+        """Return a reader of one tensor's flat values times `factor`, clipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +143,11 @@ class Dense:
 
     arrays: Guidance
 
-    def scaled(self, name: str, factor: float) -> Values:
+    def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
         """See `LocalMatrix`."""
         flat = np.asarray(self.arrays[name]).reshape(-1)
-        return lambda part, out: np.multiply(
-            flat[part], factor, out=out, dtype=out.dtype
+        return lambda part, out: np.minimum(
+            np.multiply(flat[part], factor, out=out, dtype=out.dtype), most, out=out
         )
 
 
@@ -151,8 +158,11 @@ def add_normalized(
     rescale: Rescaling,
     *,
     weight: float = 1.0,
+    clip: float = math.inf,
 ) -> None:
     """Add ``weight * (sum_k scale_k * G_k + offset)``, the sum of Eq. 3, to `total`.
+
+    With `clip` each ``scale_k * G_k`` counts for at most a share ``clip / K`` of it.
 
     Parameters
     ----------
@@ -162,7 +172,7 @@ def add_normalized(
         One per scale of `rescale`.
     """
     readers = [
-        matrix.scaled(name, scale * weight)
+        matrix.scaled(name, scale * weight, most=clip * weight / len(matrices))
         for scale, matrix in zip(rescale.scales, matrices, strict=True)
     ]
     buffer = np.empty(min(_BLOCK, total.size), total.dtype)
@@ -214,8 +224,10 @@ def combine(
         and max over all matrices and all parameters. ``layer`` takes them per
         tensor. ``client`` divides each matrix by its own mean, so that all clients
         have the same weight.
-    combination : {"mean", "median", "trimmed-mean"}
-        The paper uses the mean. The others (see `middle`) need ``client``.
+    combination : {"mean", "clipped-mean", "median", "trimmed-mean"}
+        The paper uses the mean. The others (see `middle`) need ``client``. In
+        ``clipped-mean`` no entry counts for more than `CLIP` times its explorer's
+        mean, so all of an explorer's weight on a few entries is worth little.
     trim : float
         In [0, 0.5), for ``trimmed-mean``.
 
@@ -245,10 +257,10 @@ def combine(
     dense = [Dense(matrix) for matrix in explorers]
     combined: dict[str, Float32] = {}
     for name, values in first.items():
-        if combination == "mean":
+        if combination in CLIPS:
             total: NDArray[Any] = np.zeros(values.size, np.float64)
             rescale = rescaling(every, name, normalization=normalization)
-            add_normalized(total, name, dense, rescale)
+            add_normalized(total, name, dense, rescale, clip=CLIPS[combination])
         else:
             rows = np.zeros((len(dense), values.size), np.float32)
             for row, one, local in zip(rows, every, dense, strict=True):

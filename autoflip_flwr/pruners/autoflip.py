@@ -14,6 +14,7 @@ from autoflip_flwr.errors import ExplorationError, GuidanceError
 from autoflip_flwr.method import agreement as agreements
 from autoflip_flwr.method.exchange import due
 from autoflip_flwr.method.guidance import (
+    CLIPS,
     LocalMatrix,
     Rescaling,
     Statistics,
@@ -131,7 +132,7 @@ class AutoFlipPruner(Pruner):
         if replaced:  # the next mask sums all guidance on disk again
             self._population = None
             self._votes.forget()
-        elif self.settings.combination == "mean" and (
+        elif self.settings.combination in CLIPS and (
             self._population is not None or len(self._store) == 1
         ):
             self._add_to_population(node_id, measured.guidance())
@@ -314,14 +315,15 @@ class AutoFlipPruner(Pruner):
         return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
 
     def _combined(self, sampled: Nodes, share: float) -> _Combined:
-        robust = self.settings.combination != "mean"
-        return (self._robust if robust else self._mean)(sampled, share)
+        summed = self.settings.combination in CLIPS
+        return (self._mean if summed else self._robust)(sampled, share)
 
     def _mean(self, sampled: Nodes, population_share: float) -> _Combined:
         """Return a function: name -> mean guidance of the tensor."""
         local = [self._store.get(n) for n in sampled] if population_share < 1 else []
         every = [self._store.statistics(n) for n in sampled]
         normalization = self.settings.normalization
+        clip = CLIPS[self.settings.combination]
         everyone = self._population_sum() if population_share > 0 else {}
         overall = self._store.overall()
 
@@ -329,7 +331,8 @@ class AutoFlipPruner(Pruner):
             total = np.zeros(self.initial[name].size, np.float32)
             if local:
                 scale = rescaling(every, name, normalization=normalization)
-                add_normalized(total, name, local, scale, weight=1 - population_share)
+                weight = 1 - population_share
+                add_normalized(total, name, local, scale, weight=weight, clip=clip)
             if everyone:
                 mean = self._population_rescaling(overall, name)
                 total += np.float32(population_share * mean.scales[0]) * everyone[name]
@@ -397,8 +400,11 @@ class AutoFlipPruner(Pruner):
             scale = rescaling(alone, next(iter(self.shapes)), normalization="client")
         else:
             scale = Rescaling([1.0], 0.0)
+        clip = CLIPS[self.settings.combination]
         parallel_map(
-            lambda name: add_normalized(population[name], name, [guidance], scale),
+            lambda name: add_normalized(
+                population[name], name, [guidance], scale, clip=clip
+            ),
             self.shapes,
         )
 

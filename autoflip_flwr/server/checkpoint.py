@@ -119,7 +119,7 @@ class Checkpointed(Strategy):
         layout = {n: [a.dtype, list(a.shape)] for n, a in initial_arrays.items()}
         for one in self._built:
             if isinstance(one, Wrapper):
-                one.expect(num_rounds)
+                one.expect(num_rounds, timeout)
         resumed = self._resume(layout)
         arrays = initial_arrays if resumed is None else resumed
         if resumed is not None:

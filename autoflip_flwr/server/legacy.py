@@ -13,7 +13,8 @@ This API has no checkpoints.
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord
@@ -29,11 +30,12 @@ from flwr.common import (
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.server import fit_clients
 from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, QFedAvg, Strategy
 
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
-from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
+from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics, check_size
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
 from autoflip_flwr.wire.records import Phase, Plan
@@ -57,6 +59,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         # Without a model arrays have numbers, and buffers look like weights.
         self._names = None if self.model is None else list(self.model.state_dict())
         self._returned: list[bytes] | None = None
+        self._asked: tuple[Parameters, ClientManager] | None = None
         self._values = b""  # the frame of kept values that was sent
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
@@ -80,6 +83,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         instructions = self.strategy.configure_fit(
             server_round, current, client_manager
         )
+        self._asked = (parameters, client_manager) if instructions else None
         if not instructions:
             return []
         sampled = [_id(client) for client, _ in instructions]
@@ -96,15 +100,22 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         results: list[_Fit],
         failures: list[_Fit | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Unpack the valid results and let the inner strategy aggregate them."""
-        received = _by_id(results)
-        valid = self._replies.trained(server_round, received, _read, sent=self._values)
+        """Unpack the valid results and let the inner strategy aggregate them.
+
+        Without any, or with too few, the round begins again.
+        """
+        valid = self._trained(server_round, results)
+        while not valid and self._asked:
+            self._try_again(server_round)
+            again = self.configure_fit(server_round, *self._asked)
+            results, failures = fit_clients(again, None, self.timeout, server_round)
+            valid = self._trained(server_round, results)
         if not valid:
             return None, {}
         dense = [
             (client, replace(result, parameters=_parameters_of(reply.arrays)))
             for reply in valid
-            for client, result in [reply.origin]
+            for client, result in [_weighed(reply)]
         ]
         taken = {reply.node_id for reply in valid}
         dropped = [pair for pair in results if _id(pair[0]) not in taken]
@@ -142,8 +153,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         failures: list[_Evaluation | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy aggregate the valid results."""
-        valid = self._replies.readable(server_round, _by_id(results), _read)
-        pairs = [reply.origin for reply in valid]
+        valid = self._replies.readable(server_round, _by_id(results), self._read)
+        pairs = [_weighed(reply) for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
 
     def _explore(
@@ -164,7 +175,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             def one(node_id: int) -> tuple[int, Answer | str]:
                 try:
                     result = proxies[node_id].fit(ins, timeout, server_round)
-                    return node_id, _answer_of(result)
+                    return node_id, self._answer_of(result)
                 except Exception as error:  # a client's proxy may raise anything
                     return node_id, str(error)
 
@@ -176,6 +187,41 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         return self._intake.explore(
             server_round, connected=sorted(proxies), sampled=sampled, send=send
         )
+
+    def _trained(self, server_round: int, results: list[_Fit]) -> list[Reply[_Fit]]:
+        return self._replies.trained(
+            server_round, _by_id(results), self._read, sent=self._values
+        )
+
+    def _read(self, node_id: int, pair: _Pair) -> Reply[_Pair]:
+        result = pair[1]
+        check_size(_size_of(result), self.rounds.manifest.largest_message)
+        sizes = check_metrics(_metrics_of(result))
+        metrics = result.metrics = result.metrics or {}
+        tensors = result.parameters.tensors if isinstance(result, FitRes) else []
+        return Reply(
+            node_id,
+            pair,
+            _as_record(tensors),
+            result.num_examples,
+            numbers=sizes,
+            extras={
+                f"{name} ({'number' if name in sizes else type(value).__name__})": (
+                    partial(metrics.pop, name)
+                )
+                for name, value in metrics.items()
+            },
+        )
+
+    def _answer_of(self, result: FitRes) -> Answer:
+        """Return an explorer's guidance frame, and its signs if it sent them."""
+        check_size(_size_of(result), self.rounds.manifest.largest_message)
+        tensors = result.parameters.tensors
+        if len(tensors) not in (1, 2):
+            raise WireError(f"expected 1 guidance frame, got {len(tensors)}")
+        check_metrics(_metrics_of(result))
+        frame, *signs = tensors
+        return Answer(frame, signs[0] if signs else None, result.num_examples)
 
     def _update_inner(self) -> None:
         """Set the global model inside strategies that have a server optimizer."""
@@ -215,33 +261,32 @@ def _as_parameters(record: ArrayRecord) -> Parameters:
     return Parameters([array.data for array in record.values()], _TENSOR_TYPE)
 
 
-def _read(node_id: int, pair: _Pair) -> Reply[_Pair]:
-    result = pair[1]
-    metrics = result.metrics or {}
-    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-    tensors: list[bytes] = []
-    if isinstance(result, FitRes):
-        tensors = result.parameters.tensors
-    else:
-        numbers["loss"] = result.loss
-    check_metrics({**numbers, EXAMPLES: result.num_examples})
-    record = ArrayRecord(
+def _weighed(reply: Reply[_Pair]) -> _Pair:
+    """Return a client and its result, with what its examples count for."""
+    client, result = reply.origin
+    weighed: Any = client, replace(result, num_examples=int(reply.examples))
+    return cast(_Pair, weighed)
+
+
+def _metrics_of(result: FitRes | EvaluateRes) -> dict[str, Any]:
+    """Return all that a result tells beside its arrays."""
+    told: dict[str, Any] = {**(result.metrics or {}), EXAMPLES: result.num_examples}
+    return told if isinstance(result, FitRes) else {**told, "loss": result.loss}
+
+
+def _size_of(result: FitRes | EvaluateRes) -> int:
+    texts = [v for v in (result.metrics or {}).values() if isinstance(v, str | bytes)]
+    tensors = result.parameters.tensors if isinstance(result, FitRes) else []
+    return sum(map(len, (*texts, *tensors)))
+
+
+def _as_record(tensors: list[bytes]) -> ArrayRecord:
+    return ArrayRecord(
         {
             str(index): FlowerArray(dtype="", shape=(), stype=_TENSOR_TYPE, data=tensor)
             for index, tensor in enumerate(tensors)
         }
     )
-    return Reply(node_id, pair, record, result.num_examples)
-
-
-def _answer_of(result: FitRes) -> Answer:
-    """Return an explorer's guidance frame, and its signs if it sent them."""
-    tensors = result.parameters.tensors
-    if len(tensors) not in (1, 2):
-        raise WireError(f"expected 1 guidance frame, got {len(tensors)}")
-    check_metrics({EXAMPLES: result.num_examples})
-    frame, *signs = tensors
-    return Answer(frame, signs[0] if signs else None, result.num_examples)
 
 
 def _by_id(results: list[_Pair]) -> list[tuple[int, _Pair]]:

@@ -1,6 +1,8 @@
 """Checks of the clients' replies and of the aggregate, for both of Flower's APIs."""
 
+import logging
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +12,24 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from autoflip_flwr.errors import AutoFlipError, WireError
-from autoflip_flwr.method.outliers import far_off, update_sizes
+from autoflip_flwr.method.outliers import (
+    capped,
+    far_off,
+    root_mean_square,
+    update_sizes,
+)
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
 
+_log = logging.getLogger("flwr")
+
 #: The metric that most apps weight their replies by.
 EXAMPLES = "num-examples"
+
+#: The largest metric; as many of them as there can be clients have a finite sum.
+_LARGEST = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -39,6 +51,10 @@ class Reply(Generic[T]):
     form : str
         Names of its records and metrics. Flower's strategies refuse the whole round
         if one reply has another form.
+    numbers : dict of name -> float
+        The largest size of each metric.
+    extras : dict of name -> callable
+        What else is in the reply, and how to remove it from `origin`.
     arrays : mapping of name -> array
         The dense arrays of `record`; pruned entries have the server's values.
     """
@@ -48,6 +64,8 @@ class Reply(Generic[T]):
     record: ArrayRecord
     examples: float
     form: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, Callable[[], object]] = field(default_factory=dict)
     arrays: Params = field(default_factory=dict)
 
 
@@ -70,7 +88,10 @@ class Replies:
         received: Iterable[tuple[int, T]],
         read: Callable[[int, T], Reply[T]],
     ) -> list[Reply[T]]:
-        """Read replies in order, without those that are broken or differ in form.
+        """Read replies in order, without those that are broken or far from the others.
+
+        A reply that lacks what most have, or has another form, is dropped. What most do
+        not have is removed from a reply. Examples are capped.
 
         Parameters
         ----------
@@ -88,14 +109,40 @@ class Replies:
                 self._rounds.drop(server_round, node_id, str(error))
         forms = Counter(reply.form for reply in replies)
         usual = forms.most_common(1)[0][0] if forms else ""
-        for reply in replies:
+        extras = Counter(name for reply in replies for name in reply.extras)
+        asked = {name for name, count in extras.items() if 2 * count > len(replies)}
+        reasons: dict[int, str] = {}
+        for index, reply in enumerate(replies):
             if reply.form != usual:
-                self._rounds.drop(
+                reasons[index] = (
+                    f"expected the form of most replies, {usual}, got {reply.form}"
+                )
+            elif missing := sorted(asked.difference(reply.extras)):
+                reasons[index] = f"expected {missing}, as most replies have, got none"
+            elif unasked := sorted(set(reply.extras) - asked):
+                for name in unasked:
+                    reply.extras[name]()
+                _log.warning(
+                    "round %d: from the reply of node %d is removed what most do not "
+                    "send: %s",
                     server_round,
                     reply.node_id,
-                    f"expected the form of most replies, {usual}, got {reply.form}",
+                    unasked,
                 )
-        return [reply for reply in replies if reply.form == usual]
+        replies = self._without(server_round, replies, reasons)
+        replies = self._without(server_round, replies, self._odd_numbers(replies))
+        told = capped([reply.examples for reply in replies], self._settings.weight_cap)
+        for reply, examples in zip(replies, told, strict=True):
+            reply.examples = examples
+        return replies
+
+    def _without(
+        self, server_round: int, replies: list[Reply[T]], reasons: Mapping[int, str]
+    ) -> list[Reply[T]]:
+        """Drop the replies that there is a reason for, by their index."""
+        for index, reason in sorted(reasons.items()):
+            self._rounds.drop(server_round, replies[index].node_id, reason)
+        return [reply for i, reply in enumerate(replies) if i not in reasons]
 
     def trained(
         self,
@@ -119,10 +166,7 @@ class Replies:
             return reply
 
         replies = self.readable(server_round, received, dense)
-        odd = self._outliers(replies)
-        for index, reason in odd.items():
-            rounds.drop(server_round, replies[index].node_id, reason)
-        replies = [reply for i, reply in enumerate(replies) if i not in odd]
+        replies = self._without(server_round, replies, self._outliers(replies))
         for reply in replies:
             assert plan is not None
             update = plan.update(sent, reply.record[records.VALUES].data)
@@ -133,6 +177,7 @@ class Replies:
         elif not any(reply.examples for reply in replies):
             reason = "no valid reply trained on any example"
         else:
+            rounds.lost = 0
             return replies
         rounds.abandon(server_round, reason)
         return []
@@ -169,23 +214,54 @@ class Replies:
         The prunable weights are compared together. Every other array is compared on
         its own: among the many weights a huge value in a small array would not show.
         """
-        limit = self._settings.outlier
+        limit, before = self._settings.outlier, self._rounds.arrays
         entries = {e.name: e for e in self._rounds.manifest.entries}
-        floating = [name for name, entry in entries.items() if entry.dtype[1] == "f"]
+        numbers = [name for name, entry in entries.items() if entry.dtype[1] != "b"]
+
+        def group_of(name: str) -> str:
+            return "" if entries[name].masked else f" {name}"
+
         sizes: dict[str, dict[int, float]] = {}
         for index, reply in enumerate(replies):
-            own = update_sizes(
-                reply.arrays,
-                self._rounds.arrays,
-                lambda name: "" if entries[name].masked else f" {name}",
-                floating,
-            )
+            own = update_sizes(reply.arrays, before, group_of, numbers)
             for group, size in own.items():
                 sizes.setdefault(group, {})[index] = size
         reasons: dict[int, str] = {}
         for group, of_replies in sizes.items():
-            reasons |= far_off(f"moved{group}", of_replies, limit=limit)
-        examples = {index: reply.examples for index, reply in enumerate(replies)}
+            idle = math.inf
+            if any(of_replies.values()) and not statistics.median(of_replies.values()):
+                idle = self._size_of([n for n in numbers if group_of(n) == group])
+            reasons |= far_off(f"moved{group}", of_replies, limit=limit, idle=idle)
+        return reasons
+
+    def _size_of(self, names: list[str]) -> float:
+        """Return the norm of arrays whose entries are as large as the weights.
+
+        Or as large as their own, if those are larger; integers: or as large as one.
+        Where most clients leave arrays as they are, nobody may move them farther.
+        """
+        rounds = self._rounds
+        own = [rounds.arrays[name] for name in names]
+        entry = max(
+            root_mean_square(rounds.weights(rounds.arrays).values()),
+            root_mean_square(array.astype(np.float64) for array in own),
+            *(1.0 for array in own if array.dtype.kind in "iu"),
+        )
+        return entry * math.sqrt(sum(array.size for array in own))
+
+    def _odd_numbers(self, replies: list[Reply[T]]) -> dict[int, str]:
+        """Return index -> reason of replies whose metrics or examples are far off.
+
+        Metrics differ more than weights do: the limit is squared, and sizes below one
+        count as one.
+        """
+        limit = self._settings.outlier
+        reasons: dict[int, str] = {}
+        for name in replies[0].numbers if replies else ():
+            sizes = {i: max(1.0, r.numbers.get(name, 0)) for i, r in enumerate(replies)}
+            square = None if limit is None else limit**2
+            reasons |= far_off(f"reports {name}", sizes, limit=square)
+        examples = {i: r.examples for i, r in enumerate(replies) if r.examples > 0}
         return reasons | far_off("has examples", examples, limit=limit)
 
 
@@ -197,17 +273,38 @@ def chain(strategy: object) -> Iterator[object]:
         inner = vars(inner).get("strategy")
 
 
-def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Refuse metrics that would ruin an average.
+def weight_key(strategy: object) -> str:
+    """Return the metric that the innermost strategy weights replies by."""
+    keys = [getattr(one, "weighted_by_key", EXAMPLES) for one in chain(strategy)]
+    return str(keys[-1]) if keys else EXAMPLES
+
+
+def check_size(size: int, largest: int) -> None:
+    """Refuse a whole reply of more bytes than the model can need."""
+    if size > largest:
+        raise WireError(f"expected a whole reply of at most {largest} B, got {size} B")
+
+
+def check_metrics(
+    metrics: Mapping[str, Any], weighted_by: str = EXAMPLES
+) -> dict[str, float]:
+    """Refuse metrics that would ruin an average; return the size of the others.
 
     Raises
     ------
     WireError
-        If a metric is not finite, or `num-examples` is not a number >= 0.
+        If a metric is not finite in float32, whose sums are finite in float64, or
+        `weighted_by` is not a number >= 0.
     """
+    sizes: dict[str, float] = {}
     for name, value in metrics.items():
         numbers = value if isinstance(value, list) else [value]
-        if not all(math.isfinite(n) for n in numbers if isinstance(n, int | float)):
+        size = max((abs(n) for n in numbers if isinstance(n, int | float)), default=0)
+        finite = all(math.isfinite(n) for n in numbers if isinstance(n, int | float))
+        if not finite or size > _LARGEST:
             raise WireError(f"expected a finite metric {name!r}, got {value}")
-        if name == EXAMPLES and (not isinstance(value, int | float) or value < 0):
+        if name != weighted_by:
+            sizes[name] = size
+        elif not isinstance(value, int | float) or value < 0:
             raise WireError(f"expected a number {name!r} >= 0, got {value}")
+    return sizes

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,13 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
-from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
-from autoflip_flwr.server.wrapper import Wrapper
+from autoflip_flwr.server.replies import (
+    Reply,
+    check_metrics,
+    check_size,
+    weight_key,
+)
+from autoflip_flwr.server.wrapper import TIMEOUT, Wrapper
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
 
@@ -42,6 +48,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._current: ArrayRecord | None = None  # the inner strategy's global model
         self._returned: ArrayRecord | None = None  # what `start` knows of it
         self._sent: list[Message] = []
+        # What the round was configured with; the config as it was before.
+        self._asked: tuple[ArrayRecord, ConfigRecord, dict[str, Any], Grid]
         self._values = b""  # the frame of kept values that was sent
 
     def start(
@@ -57,7 +65,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         If the inner strategy has a `start` of its own, it runs, with AutoFLIP's methods
         in place of those that `Strategy.start` calls.
         """
-        self.expect(num_rounds)
+        timeout = named.get("timeout", rest[0] if rest else TIMEOUT)
+        self.expect(num_rounds, timeout)
         inner, kind = self.strategy, type(self.strategy)
         if kind.start is Strategy.start:
             result = super().start(grid, initial_arrays, num_rounds, *rest, **named)
@@ -80,6 +89,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> Iterable[Message]:
         """Let new nodes explore, make the mask, pack the inner strategy's messages."""
         current, before = self._adopt(arrays), dict(config)
+        self._asked = arrays, config, before, grid
 
         def inner_messages() -> tuple[list[Message], list[int]]:
             config.clear()  # a strategy that changes it does so once a round
@@ -92,6 +102,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
 
         messages, sampled = inner_messages()
         if not messages:
+            self._sent = []
             return []
         if self._explore(server_round, sampled, messages[0], grid):
             # A warm start. FedAvgM keeps the record it got and FedAdam a copy of it,
@@ -103,11 +114,22 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Unpack the valid replies and let the inner strategy aggregate them."""
-        received = self._in_order(replies)
-        valid = self._replies.trained(server_round, received, _read, sent=self._values)
+        """Unpack the valid replies and let the inner strategy aggregate them.
+
+        Without any, or with too few, the round begins again.
+        """
+        valid = self._trained(server_round, replies)
+        while not valid and self._sent:
+            self._try_again(server_round)
+            arrays, config, before, grid = self._asked
+            config.clear()
+            config.update(before)
+            again = self.configure_train(server_round, arrays, config, grid)
+            replies = grid.send_and_receive(again, timeout=self.timeout)
+            valid = self._trained(server_round, replies)
         if not valid:
             return None, None
+        self._weigh(valid)
         for reply in valid:
             key, _ = records.only_array_record(reply.origin.content)
             reply.origin.content[key] = records.record_of(reply.arrays)
@@ -137,10 +159,11 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Let the inner strategy aggregate the valid replies."""
-        received = self._in_order(replies)
-        valid = self._replies.readable(server_round, received, _read_metrics)
+        received = self._in_order(server_round, replies)
+        valid = self._replies.readable(server_round, received, self._read_metrics)
         if not valid:
             return None
+        self._weigh(valid)
         messages = [reply.origin for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, messages)
 
@@ -200,7 +223,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 at_once=self._intake.at_once(),
             ):
                 known = known or nodes_by_message(messages)  # sent by now
-                yield node_of(reply, known), _answer_of(reply)
+                yield node_of(reply, known), self._answer_of(reply)
 
         connected = list(grid.get_node_ids())
         return self._intake.explore(
@@ -245,47 +268,86 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 "the global model, to which replies are relative; use float16"
             )
 
-    def _in_order(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
-        """Return replies with their nodes, in the order of the requests."""
+    def _trained(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> list[Reply[Message]]:
+        received = self._in_order(server_round, replies)
+        return self._replies.trained(
+            server_round, received, self._read, sent=self._values
+        )
+
+    def _in_order(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> list[tuple[int, Message]]:
+        """Return a reply to each message that has one, in the order of the requests.
+
+        A grid may return replies twice, or of an earlier round.
+        """
         nodes = nodes_by_message(self._sent)
         order = {m.metadata.dst_node_id: i for i, m in enumerate(self._sent)}
-        pairs = [(node_of(reply, nodes), reply) for reply in replies]
-        return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
+        found: dict[int, Message] = {}
+        for reply in replies:
+            node_id, answers = node_of(reply, nodes), reply.metadata.reply_to_message_id
+            if node_id in found or (nodes and answers not in nodes):
+                reason = "it answers no message of the round, or one again"
+                self.rounds.drop(server_round, node_id, reason)
+            else:
+                found[node_id] = reply
+        return sorted(found.items(), key=lambda pair: order.get(pair[0], len(order)))
+
+    def _read(self, node_id: int, message: Message) -> Reply[Message]:
+        reply = self._read_metrics(node_id, message)
+        _, reply.record = records.only_array_record(message.content)
+        return reply
+
+    def _read_metrics(self, node_id: int, message: Message) -> Reply[Message]:
+        metrics, key = self._metrics_of(message), weight_key(self.strategy)
+        numbers = check_metrics(metrics, key)
+        return Reply(
+            node_id,
+            message,
+            ArrayRecord(),
+            _examples_of(metrics, key),
+            form=_form_of(message),
+            numbers=numbers,
+            extras={
+                name: partial(message.content.pop, name)
+                for name in message.content.config_records
+            },
+        )
+
+    def _metrics_of(self, reply: Message) -> MetricRecord:
+        """Return a reply's metrics, if it is no error and not too large to read."""
+        if reply.has_error():
+            raise WireError(f"it carries the error: {reply.error.reason}")
+        largest = self.rounds.manifest.largest_message
+        check_size(records.count_bytes(reply.content), largest)
+        return _metrics_of(reply)
+
+    def _answer_of(self, reply: Message) -> Answer | str:
+        """Return the answer of an explorer, or the reason of its failure."""
+        try:
+            metrics, key = self._metrics_of(reply), weight_key(self.strategy)
+            check_metrics(metrics, key)
+            _, record = records.only_array_record(reply.content)
+            frame, signs = records.guidance_frames(record)
+            return Answer(frame, signs, _examples_of(metrics, key))
+        except WireError as error:
+            return str(error)
+
+    def _weigh(self, replies: list[Reply[Message]]) -> None:
+        """Write what examples count for into replies, where they say them."""
+        key = weight_key(self.strategy)
+        for reply in replies:
+            metrics = _metrics_of(reply.origin)
+            if key in metrics:
+                metrics[key] = reply.examples
 
 
 def _settle(record: ArrayRecord, arrays: Params) -> None:
     """Set the arrays of a record in place."""
     for name, value in arrays.items():
         record[name] = FlowerArray(value)
-
-
-def _read(node_id: int, message: Message) -> Reply[Message]:
-    reply = _read_metrics(node_id, message)
-    _, reply.record = records.only_array_record(message.content)
-    return reply
-
-
-def _read_metrics(node_id: int, message: Message) -> Reply[Message]:
-    if message.has_error():
-        raise WireError(f"it carries the error: {message.error.reason}")
-    metrics = _metrics_of(message)
-    check_metrics(metrics)
-    examples = _examples_of(metrics)
-    return Reply(node_id, message, ArrayRecord(), examples, _form_of(message))
-
-
-def _answer_of(reply: Message) -> Answer | str:
-    """Return the answer of an explorer, or the reason of its failure."""
-    try:
-        if reply.has_error():
-            return f"it carries the error: {reply.error.reason}"
-        _, record = records.only_array_record(reply.content)
-        frame, signs = records.guidance_frames(record)
-        metrics = _metrics_of(reply)
-        check_metrics(metrics)
-        return Answer(frame, signs, _examples_of(metrics))
-    except WireError as error:
-        return str(error)
 
 
 def _metrics_of(reply: Message) -> MetricRecord:
@@ -295,9 +357,9 @@ def _metrics_of(reply: Message) -> MetricRecord:
     return metrics[0]
 
 
-def _examples_of(metrics: MetricRecord) -> float:
-    """Return the number of examples behind a reply; 1 if the app does not say."""
-    value = metrics.get(EXAMPLES, 1)
+def _examples_of(metrics: MetricRecord, key: str) -> float:
+    """Return the weight of a reply; 1 if the app does not say."""
+    value = metrics.get(key, 1)
     assert not isinstance(value, list), "checked"
     return value
 
