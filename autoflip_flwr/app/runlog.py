@@ -287,8 +287,8 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
     _log.info("AutoFLIP run finished: %s", directory)
     if private := summary.get("privacy"):
         rows["privacy"] = (
-            f"each client's data: ({private['epsilon_total']:.3g}, {private['delta']:g})"
-            f"-differentially private in {private['explorations']} explorations"
+            f"({private['epsilon_total']:.3g}, {private['delta']:g})-differentially "
+            f"private for a client's data, in {private['explorations']} explorations"
         )
     for label, text in rows.items():
         _log.info("  %-15s %s", label, text)

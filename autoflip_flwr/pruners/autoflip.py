@@ -14,11 +14,13 @@ from autoflip_flwr.errors import ExplorationError, GuidanceError
 from autoflip_flwr.method import agreement as agreements
 from autoflip_flwr.method.exchange import due
 from autoflip_flwr.method.guidance import (
-    CLIPS,
+    SUMS,
     LocalMatrix,
     Rescaling,
     Statistics,
     add_normalized,
+    clipped,
+    clipped_weight,
     middle,
     rescaling,
 )
@@ -67,6 +69,7 @@ class AutoFlipPruner(Pruner):
         self._renewing = False
         self._store = GuidanceStore(problem.directory, self.shapes)
         self._population: dict[str, Float32] | None = None
+        self._weights: dict[int, float] = {}  # of nodes, for `clipped-mean`
         self._masks: Masks | None = None
         self._threshold = math.nan  # of `_masks`
         self._by_weights = False  # whether the weights decide over the next mask
@@ -128,11 +131,12 @@ class AutoFlipPruner(Pruner):
             self._renewing = False
         replaced = node_id in self._store
         self._store.put(node_id, measured)
+        self._weights.pop(node_id, None)
         self._masks = None
         if replaced:  # the next mask sums all guidance on disk again
             self._population = None
             self._votes.forget()
-        elif self.settings.combination in CLIPS and (
+        elif self.settings.combination in SUMS and (
             self._population is not None or len(self._store) == 1
         ):
             self._add_to_population(node_id, measured.guidance())
@@ -280,6 +284,7 @@ class AutoFlipPruner(Pruner):
     def _forget(self) -> None:
         """Drop all guidance."""
         self._store.forget()
+        self._weights.clear()
         self._population = None
         self._masks = None
         self._by_weights = False
@@ -315,7 +320,7 @@ class AutoFlipPruner(Pruner):
         return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
 
     def _combined(self, sampled: Nodes, share: float) -> _Combined:
-        summed = self.settings.combination in CLIPS
+        summed = self.settings.combination in SUMS
         return (self._mean if summed else self._robust)(sampled, share)
 
     def _mean(self, sampled: Nodes, population_share: float) -> _Combined:
@@ -323,7 +328,6 @@ class AutoFlipPruner(Pruner):
         local = [self._store.get(n) for n in sampled] if population_share < 1 else []
         every = [self._store.statistics(n) for n in sampled]
         normalization = self.settings.normalization
-        clip = CLIPS[self.settings.combination]
         everyone = self._population_sum() if population_share > 0 else {}
         overall = self._store.overall()
 
@@ -331,8 +335,8 @@ class AutoFlipPruner(Pruner):
             total = np.zeros(self.initial[name].size, np.float32)
             if local:
                 scale = rescaling(every, name, normalization=normalization)
-                weight = 1 - population_share
-                add_normalized(total, name, local, scale, weight=weight, clip=clip)
+                scale = self._clipped(scale, sampled)
+                add_normalized(total, name, local, scale, weight=1 - population_share)
             if everyone:
                 mean = self._population_rescaling(overall, name)
                 total += np.float32(population_share * mean.scales[0]) * everyone[name]
@@ -400,13 +404,25 @@ class AutoFlipPruner(Pruner):
             scale = rescaling(alone, next(iter(self.shapes)), normalization="client")
         else:
             scale = Rescaling([1.0], 0.0)
-        clip = CLIPS[self.settings.combination]
+        scale = self._clipped(scale, [node_id])
         parallel_map(
-            lambda name: add_normalized(
-                population[name], name, [guidance], scale, clip=clip
-            ),
+            lambda name: add_normalized(population[name], name, [guidance], scale),
             self.shapes,
         )
+
+    def _clipped(self, rescale: Rescaling, nodes: Nodes) -> Rescaling:
+        """Return the map of the combination, for the guidance of some nodes."""
+        if self.settings.combination == "mean":
+            return rescale
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        for node_id in nodes:
+            if node_id not in self._weights:
+                self._weights[node_id] = clipped_weight(
+                    self._store.get(node_id),
+                    sizes,
+                    self._store.statistics(node_id).mean,
+                )
+        return clipped(rescale, [self._weights[node_id] for node_id in nodes])
 
     def _population_rescaling(self, overall: Statistics, name: str) -> Rescaling:
         """Return the map from the running sum to the normalized mean of all nodes."""

@@ -288,7 +288,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         found: dict[int, Message] = {}
         for reply in replies:
             node_id, answers = node_of(reply, nodes), reply.metadata.reply_to_message_id
-            if node_id in found or (nodes and answers not in nodes):
+            # A grid that sends copies does not tell which messages were sent.
+            told = nodes or not self._sent
+            if node_id in found or (told and answers not in nodes):
                 reason = "it answers no message of the round, or one again"
                 self.rounds.drop(server_round, node_id, reason)
             else:
@@ -301,7 +303,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         return reply
 
     def _read_metrics(self, node_id: int, message: Message) -> Reply[Message]:
-        metrics, key = self._metrics_of(message), weight_key(self.strategy)
+        self._check(message)
+        metrics, key = _metrics_of(message), weight_key(self.strategy)
         numbers = check_metrics(metrics, key)
         return Reply(
             node_id,
@@ -316,21 +319,21 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             },
         )
 
-    def _metrics_of(self, reply: Message) -> MetricRecord:
-        """Return a reply's metrics, if it is no error and not too large to read."""
+    def _check(self, reply: Message) -> None:
+        """Refuse an error, and what is too large to read."""
         if reply.has_error():
             raise WireError(f"it carries the error: {reply.error.reason}")
         largest = self.rounds.manifest.largest_message
         check_size(records.count_bytes(reply.content), largest)
-        return _metrics_of(reply)
 
     def _answer_of(self, reply: Message) -> Answer | str:
         """Return the answer of an explorer, or the reason of its failure."""
         try:
-            metrics, key = self._metrics_of(reply), weight_key(self.strategy)
-            check_metrics(metrics, key)
+            self._check(reply)
             _, record = records.only_array_record(reply.content)
             frame, signs = records.guidance_frames(record)
+            metrics, key = _metrics_of(reply), weight_key(self.strategy)
+            check_metrics(metrics, key)
             return Answer(frame, signs, _examples_of(metrics, key))
         except WireError as error:
             return str(error)

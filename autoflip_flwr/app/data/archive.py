@@ -33,7 +33,8 @@ def read_npz(path: Path, keys: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
                     f"{path}: expected the keys {list(keys)}, "
                     f"missing {missing}, got {sorted(archive)}"
                 )
-            _check_size(path, sum(one.file_size for one in archive.zip.infolist()))
+            members = archive.zip.infolist() if archive.zip else []
+            _check_size(path, sum(int(member.file_size) for member in members))
             return {key: np.asarray(archive[key]) for key in keys or archive}
     except Exception as error:  # zipfile and numpy raise a dozen types between them
         if isinstance(error, DataError):
@@ -60,6 +61,6 @@ def _most(path: Path) -> int:
 def _check_size(path: Path, inflated: int) -> None:
     if inflated > _most(path):
         raise DataError(
-            f"{path}: {path.stat().st_size} B inflate to {inflated} B or more; expected "
-            f"at most {_most(path)} B, as of data that is no bomb; store it uncompressed"
+            f"{path}: {path.stat().st_size} B inflate to {inflated} B; expected at "
+            f"most {_most(path)} B, else it may be a bomb; store it uncompressed"
         )
