@@ -80,7 +80,8 @@ def test_a_round_needs_as_many_replies_as_it_is_told(caplog):
         FedAvg(**options(net, seen, accept_failures=True)),
         **flat(model=net(), min_replies=5),
     )
-    with caplog.at_level(logging.WARNING, logger="flwr"):
+    few = pytest.raises(ReplyError, match="the model is untrained")
+    with caplog.at_level(logging.WARNING, logger="flwr"), few:
         serve(strategy, rounds=1, tamper=of("11", lost))
     assert "4 valid replies, expected 5 or more" in caplog.text
     for ours, start in zip(seen[-1], state_of(net()).values(), strict=True):

@@ -411,6 +411,21 @@ def test_median_and_trimmed_mean_by_hand():
     assert_array_equal(middle(stack, combination="mean"), [22, 6])
 
 
+def test_clipped_mean_by_hand():
+    """Ten entries: A has all its weight on one, B the same on each."""
+    alone, flat_one = np.zeros(10, np.float32), np.ones(10, np.float32)
+    alone[0] = 100
+    # A: 100 / 10 = 10, at most 5; on average 5 / 10, just what may count.
+    # B: 1 each, on average 1: they count half.
+    found = combine([{"w": alone}, {"w": flat_one}], combination="clipped-mean")
+    assert_allclose(found["w"], [(5 + 0.5) / 2, *[0.25] * 9])
+    both = [{"w": flat_one}, {"w": np.zeros(10, np.float32)}]
+    silent = combine(both, combination="clipped-mean")  # a silent one counts 1
+    assert_allclose(silent["w"], [(0.5 + 1) / 2] * 10)
+    with pytest.raises(SettingsError, match="clipped-mean needs the normalization"):
+        combine(both, combination="clipped-mean", normalization="layer")
+
+
 def test_robust_guidance_divides_by_each_clients_mean_first():
     matrices = [{"w": np.float32(row)} for row in ([1, 3], [20, 20], [9e9, 1e9])]
     # divided: 0.5, 1.5 | 1, 1 | 1.8, 0.2
@@ -441,7 +456,7 @@ def pruner_of(folder, guidance, **settings):
     return pruner
 
 
-@pytest.mark.parametrize("combination", ["median", "trimmed-mean"])
+@pytest.mark.parametrize("combination", ["median", "trimmed-mean", "clipped-mean"])
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 def test_the_servers_mask_is_that_of_the_robust_guidance(combination, weight, tmp_path):
     rng = np.random.default_rng(0)
@@ -489,7 +504,9 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("combination", ["mean", "median", "trimmed-mean"])
+@pytest.mark.parametrize(
+    "combination", ["mean", "clipped-mean", "median", "trimmed-mean"]
+)
 def test_a_poisoned_explorer_moves_the_mask_no_further_than_an_honest_one_could(
     lie, combination, tmp_path
 ):

@@ -206,9 +206,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             result.num_examples,
             numbers=sizes,
             extras={
-                f"{name} ({'number' if name in sizes else type(value).__name__})": (
-                    partial(metrics.pop, name)
-                )
+                f"{name} ({_kind_of(value)})": partial(metrics.pop, name)
                 for name, value in metrics.items()
             },
         )
@@ -272,6 +270,10 @@ def _metrics_of(result: FitRes | EvaluateRes) -> dict[str, Any]:
     """Return all that a result tells beside its arrays."""
     told: dict[str, Any] = {**(result.metrics or {}), EXAMPLES: result.num_examples}
     return told if isinstance(result, FitRes) else {**told, "loss": result.loss}
+
+
+def _kind_of(value: Scalar) -> str:
+    return "number" if isinstance(value, int | float) else type(value).__name__
 
 
 def _size_of(result: FitRes | EvaluateRes) -> int:
