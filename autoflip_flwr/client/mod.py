@@ -62,7 +62,7 @@ class AutoFlipMod:
         | Callable[[Context], GuidancePrivacy | None]
         | None = None,
         max_epochs: int = MAX_EPOCHS,
-        max_megabytes: int = 1024,
+        max_megabytes: int = 512,
     ) -> None:
         self.loss_key = loss_key
         self.privacy = privacy
