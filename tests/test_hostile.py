@@ -231,38 +231,37 @@ def test_a_whole_frame_takes_a_few_times_the_memory_of_the_dense_arrays():
 
 
 def lying(content, rng):
-    """Change a reply's content in some of the ways that a node can."""
+    """Change a reply's content in one of the ways that a node can."""
     extremes = [0, -1, 1e-45, 3e38, 1.7e308, np.nan, np.inf, 2**62, 10**18, [], [3.0]]
     record, metrics = content["arrays"], content["metrics"]
-    for _ in range(rng.randrange(1, 4)):
-        kind, value = rng.randrange(9), rng.choice(extremes)
-        name = rng.choice(sorted(record)) if len(record) else ""
-        if kind == 0:
-            metrics[rng.choice(["num-examples", "train-loss"])] = value
-        elif kind == 1:
-            metrics[rng.choice("abc")] = value
-        elif kind == 2:
-            content[rng.choice("xyz")] = ConfigRecord({"k": rng.randbytes(9)})
-        elif kind == 3:
-            content.pop(rng.choice(sorted(content)), None)
-        elif kind == 4 and name:
-            record.pop(name)
-        elif kind == 5 and name:
-            told, data = record[name], mutated(record[name].data, rng)
-            record[name] = Array(
-                dtype=told.dtype, shape=told.shape, stype=told.stype, data=data
-            )
-        elif kind == 6 and name and name != VALUES:
-            own = record[name].numpy()
-            far = 1e30 if own.dtype.kind == "f" else 2**62
-            record[name] = Array(np.full_like(own, far))
-        elif kind == 7 and name == VALUES:
-            far = np.frombuffer(record[name].data, "<f4") * np.float32(rng.random() * 9)
-            record[name] = Array(
-                dtype="float32", shape=far.shape, stype="autoflip.raw", data=far.data
-            )
-        else:
-            record[rng.choice("abc")] = Array(np.zeros(3))
+    kind, value, name = (
+        rng.randrange(9),
+        rng.choice(extremes),
+        rng.choice(sorted(record)),
+    )
+    told = record[name]
+    if kind == 0:
+        metrics[rng.choice(["num-examples", "train-loss"])] = value
+    elif kind == 1:
+        metrics["more"] = value
+    elif kind == 2:
+        content["more"] = ConfigRecord({"k": rng.randbytes(9)})
+    elif kind == 3:
+        content.pop(rng.choice(sorted(content)))
+    elif kind == 4:
+        record.pop(name)
+    elif kind == 5:
+        data = mutated(told.data, rng)
+        record[name] = Array(told.dtype, told.shape, told.stype, data)
+    elif kind == 6 and name != VALUES:
+        far = 1e30 if told.dtype.startswith("f") else 2**62
+        record[name] = Array(np.full_like(told.numpy(), far))
+    elif kind == 7:
+        values = np.frombuffer(record[VALUES].data, "<f4") * np.float32(rng.random())
+        told, data = record[VALUES], values.tobytes()
+        record[VALUES] = Array(told.dtype, told.shape, told.stype, data)
+    else:
+        record["more"] = Array(np.zeros(3))
 
 
 def copied(content):
@@ -273,11 +272,8 @@ def test_whatever_one_node_replies_the_others_decide():
     """The model is finite, and no farther from theirs than the bounds allow."""
     grid = LocalGrid(toy_app(), NODES)
     strategy = AutoFLIP(FedAvg(fraction_evaluate=0), **flat(population_weight=1.0))
-    record, config, rng = (
-        ArrayRecord(net().state_dict()),
-        ConfigRecord(),
-        random.Random(0),
-    )
+    record, config = ArrayRecord(net().state_dict()), ConfigRecord()
+    rng = random.Random(0)
     messages = list(strategy.configure_train(1, record, config, grid))
     replies = list(grid.send_and_receive(messages))
     contents = {reply.metadata.src_node_id: reply.content for reply in replies}
@@ -293,13 +289,13 @@ def test_whatever_one_node_replies_the_others_decide():
         return {name: array.numpy() for name, array in made.items()}
 
     honest, dropped = decided(None), 0
-    for number in range(400):
+    for number in range(200):
         found = decided(lambda content: lying(content, rng))
         dropped += 13 in strategy.rounds.dropped
         for name, value in found.items():
             assert np.isfinite(value).all(), number
             assert np.abs(value - honest[name]).max() < 60, (number, name)
-    assert 200 < dropped < 400
+    assert 50 < dropped < 200
 
 
 # --- replies that are far from the others ---------------------------------------------
