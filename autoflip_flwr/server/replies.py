@@ -4,7 +4,7 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -107,6 +107,16 @@ class Replies:
                 replies.append(read(node_id, origin))
             except (AutoFlipError, ValueError, TypeError, KeyError) as error:
                 self._rounds.drop(server_round, node_id, str(error))
+        reasons = self._unlike(server_round, replies)
+        replies = self._without(server_round, replies, reasons)
+        replies = self._without(server_round, replies, self._odd_numbers(replies))
+        told = capped([reply.examples for reply in replies], self._settings.weight_cap)
+        for reply, examples in zip(replies, told, strict=True):
+            reply.examples = examples
+        return replies
+
+    def _unlike(self, server_round: int, replies: Sequence[Reply[T]]) -> dict[int, str]:
+        """Return index -> reason of replies that lack what most have; remove extras."""
         forms = Counter(reply.form for reply in replies)
         usual = forms.most_common(1)[0][0] if forms else ""
         extras = Counter(name for reply in replies for name in reply.extras)
@@ -129,12 +139,7 @@ class Replies:
                     reply.node_id,
                     unasked,
                 )
-        replies = self._without(server_round, replies, reasons)
-        replies = self._without(server_round, replies, self._odd_numbers(replies))
-        told = capped([reply.examples for reply in replies], self._settings.weight_cap)
-        for reply, examples in zip(replies, told, strict=True):
-            reply.examples = examples
-        return replies
+        return reasons
 
     def _without(
         self, server_round: int, replies: list[Reply[T]], reasons: Mapping[int, str]
