@@ -92,6 +92,9 @@ class StrategySettings(Group):
     fraction_evaluate: Share = 0.0  # share that evaluates on its own held-out data
     min_nodes: AtLeastOne = 2  # connected nodes to wait for before each sampling
     timeout: Positive = 3600.0  # seconds to wait for the replies of a round
+    # A file of the server that binds clients' names to their nodes' keys, for all runs
+    # that name it. Empty: a name belongs to the node that gives it first.
+    names: str = ""
     server_learning_rate: Positive | None = None  # fedavgm, fedadam; None: Flower's own
     server_momentum: Share | None = None  # fedavgm
     proximal_mu: NotNegative = 0.01  # fedprox
@@ -210,6 +213,9 @@ class WireSettings(Group):
     # Replies and explorers that moved so many times as far as their median, or say they
     # stand for so many times its examples, are dropped. None: none are.
     outlier: Annotated[float, Field(ge=1)] | None = 100.0
+    # The examples of a reply or explorer count in averages as at most so many times
+    # their median. None: as many as it says, up to the outlier.
+    weight_cap: Annotated[float, Field(ge=1)] | None = 10.0
 
 
 class LogSettings(Group):
@@ -319,13 +325,13 @@ class Settings(Group):
     def identity(self) -> dict[str, Any]:
         """Return the values that a run depends on, by their dotted keys.
 
-        All that its strategy reads, but not where the data is, nor what is logged.
+        All that its strategy reads, but not where files are, nor what is logged.
         """
         return {
             key: value
             for key, value in self.flat().items()
             if reads(self.strategy.name, key)
-            and key != "data.dir"
+            and key not in ("data.dir", "strategy.names")
             and not key.startswith("log.")
         }
 
@@ -469,7 +475,12 @@ def _conf() -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 does."""
+    """Reads 1e-3 as a number, as YAML 1.2 does; no aliases, of which bombs are made."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -480,7 +491,10 @@ _Loader.add_implicit_resolver(
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
 
 
 def _parse_overrides(overrides: str) -> Iterator[tuple[str, Any]]:

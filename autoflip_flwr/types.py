@@ -34,8 +34,9 @@ ValueType: TypeAlias = Literal["float32", "float16", "int8", "int4"]
 #: How explorers' matrices are normalized (Eq. 3).
 Normalization: TypeAlias = Literal["client", "global", "layer"]
 
-#: How explorers' matrices are combined: the mean, or a robust estimate.
-Combination: TypeAlias = Literal["mean", "median", "trimmed-mean"]
+#: How explorers' matrices are combined: the mean, that of clipped entries, or a robust
+#: estimate, which reads all matrices.
+Combination: TypeAlias = Literal["mean", "clipped-mean", "median", "trimmed-mean"]
 
 #: The score by which parameters are kept: the paper's, weight x movement, or that in
 #: the first mask and the weight alone in later ones.

@@ -32,7 +32,7 @@ SETTINGS = (
     "pruning.score=guidance pruning.gradual-rounds=0 pruning.balance=global "
     "pruning.vectors=true"
 )
-COMBINATIONS = ("mean", "median", "trimmed-mean")
+COMBINATIONS = ["mean", "clipped-mean", "median", "trimmed-mean"]
 
 
 def told(guidance: dict[str, Any], lie: str) -> dict[str, Any]:
@@ -107,15 +107,17 @@ def main() -> None:
         "on 0.1 %",
         "on 1 %",
         "on 4 %",
+        "on 10 %",
         "on 20 %",
     ]
     parser.add_argument("--lies", nargs="+", default=lies)
+    parser.add_argument("--combinations", nargs="+", default=COMBINATIONS)
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        for combination in COMBINATIONS:
+        for combination in arguments.combinations:
             without, accuracy = run(Path(name), arguments, combination, "lost")
             result[combination] = {"without it": {"accuracy": accuracy}}
             for lie in arguments.lies:

@@ -9,7 +9,12 @@ import torch
 from autoflip_flwr.legacy import AutoFLIP
 from flat import flat
 from flwr.clientapp import ClientApp
-from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import (
+    bytes_to_ndarray,
+    ndarray_to_bytes,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
 from flwr.server.strategy import FedAvg, FedAvgM
 from inprocess import CHANGING, assert_masks_change, net, samples, state_of
 from numpy.testing import assert_array_equal
@@ -80,7 +85,8 @@ def test_a_round_needs_as_many_replies_as_it_is_told(caplog):
         FedAvg(**options(net, seen, accept_failures=True)),
         **flat(model=net(), min_replies=5),
     )
-    with caplog.at_level(logging.WARNING, logger="flwr"):
+    few = pytest.raises(ReplyError, match="the model is untrained")
+    with caplog.at_level(logging.WARNING, logger="flwr"), few:
         serve(strategy, rounds=1, tamper=of("11", lost))
     assert "4 valid replies, expected 5 or more" in caplog.text
     for ours, start in zip(seen[-1], state_of(net()).values(), strict=True):
@@ -221,3 +227,113 @@ def test_an_explorer_far_from_the_others_is_left_out(caplog):
     with caplog.at_level(logging.WARNING, logger="flwr"):
         serve(AutoFLIP(FedAvg(**options(net)), model=net()), rounds=1, tamper=loud)
     assert "node 13 is left out: expected at most 100 times the median" in caplog.text
+
+
+# --- a whole result, its metrics, its weight ------------------------------------------
+
+
+def last_model(tamper=None, rounds=1, **settings):
+    seen = []
+    strategy = AutoFLIP(FedAvg(**options(net, seen)), **flat(model=net(), **settings))
+    serve(strategy, rounds=rounds, tamper=tamper)
+    return strategy, seen[-1]
+
+
+def assert_dropped(change, caplog, text, **settings):
+    """Node 13's result is named and changes nothing."""
+
+    def lost(result):
+        raise OSError("gone")
+
+    _, expected = last_model(of("13", lost), **settings)
+    caplog.clear()
+    strategy, found = last_model(of("13", change), **settings)
+    for ours, other in zip(found, expected, strict=True):
+        assert_array_equal(ours, other)
+    assert list(strategy.rounds.dropped) == [13]
+    assert text in caplog.text
+
+
+def told(**metrics):
+    return lambda result: result.metrics.update(metrics)
+
+
+def array_as(name, value):
+    """Change an array that travels beside the mask: buffers, in the model's order."""
+    names = [n for n in state_of(net()) if n not in dict(net().named_parameters())]
+
+    def change(result):
+        index = 1 + names.index(name)
+        before = bytes_to_ndarray(result.parameters.tensors[index])
+        after = np.full_like(before, value)
+        result.parameters.tensors[index] = ndarray_to_bytes(after)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (told(blob=bytes(2 << 20)), "a whole reply of at most"),
+        (told(loss=1.7e308), "a finite metric 'loss'"),
+        (told(loss=1e6), "it reports loss 1e+06"),
+        (told(loss="none"), "['loss (number)'], as most replies have"),
+        (lambda result: result.metrics.clear(), "as most replies have, got none"),
+        (array_as("1.num_batches_tracked", 2**63 - 1), "1.num_batches_tracked"),
+    ],
+)
+def test_a_result_that_would_stop_or_steer_the_others_is_dropped(change, text, caplog):
+    assert_dropped(change, caplog, text)
+
+
+def test_metrics_that_most_do_not_send_are_removed_and_named(caplog):
+    seen = []
+
+    def aggregate(metrics):
+        seen.extend(own for _, own in metrics)
+        return {}
+
+    inner = FedAvg(**options(net, fit_metrics_aggregation_fn=aggregate))
+    strategy = AutoFLIP(inner, model=net())
+    serve(strategy, rounds=1, tamper=of("13", told(extra=b"x" * 9)))
+    assert [set(metrics) for metrics in seen] == [{"loss"}] * 5
+    assert "node 13 is removed what most do not send: ['extra (bytes)']" in caplog.text
+
+
+def test_a_result_counts_as_ten_times_the_usual_examples_at_most():
+    """Others have 24, 28, 36 and 40: with 3,200 of 13 the median is 36."""
+
+    def examples(count):
+        def change(result):
+            result.num_examples = count
+
+        return of("13", change)
+
+    _, found = last_model(examples(3200))
+    _, expected = last_model(examples(360))
+    for ours, other in zip(found, expected, strict=True):
+        assert_array_equal(ours, other)
+    _, uncapped = last_model(examples(3200), weight_cap=None)
+    assert any((a != b).any() for a, b in zip(found, uncapped, strict=True))
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_round_that_loses_everybody_begins_again_or_ends_the_run(times, caplog):
+    calls = []
+
+    def tamper(ins, result):
+        if ins.config["autoflip.phase"] == "train":
+            calls.append(ins)
+            if 5 < len(calls) <= 5 + 5 * times:  # in round 2
+                raise OSError("the SuperLink is locked")
+        return result
+
+    if times == 3:
+        with pytest.raises(ReplyError, match="round 2 was lost 3 times"):
+            last_model(tamper, rounds=3)
+        return
+    _, found = last_model(tamper, rounds=3)
+    _, expected = last_model(rounds=3)
+    for ours, other in zip(found, expected, strict=True):
+        assert_array_equal(ours, other)
+    assert "round 2 begins again" in caplog.text

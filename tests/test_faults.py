@@ -62,7 +62,7 @@ def test_a_node_that_is_lost_while_it_explores_takes_part_all_the_same(wards, tm
     assert [row["missing"] for row in lines_of(tmp_path / "run")] == [["ward 1"], []]
 
 
-def test_without_any_reply_the_model_stays_and_the_run_goes_on(wards, tmp_path):
+def test_a_round_without_any_reply_begins_again(wards, tmp_path):
     first = []
 
     def tamper(message, reply):
@@ -84,6 +84,5 @@ def test_without_any_reply_the_model_stays_and_the_run_goes_on(wards, tmp_path):
     )
     rows = lines_of(tmp_path / "run")
     assert len(rows) == 3
-    assert rows[0]["missing"] == ["ward 0", "ward 1", "ward 3"]
-    assert [row["missing"] for row in rows[1:]] == [[], []]
-    assert rows[1]["loss"] != rows[0]["loss"]
+    assert [row["missing"] for row in rows] == [[], [], []]
+    assert len({row["loss"] for row in rows}) == 3

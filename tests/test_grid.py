@@ -1,5 +1,6 @@
 """The meter around Flower's grid: bytes counted by hand, order, repeatability."""
 
+import json
 import logging
 import random
 
@@ -12,6 +13,7 @@ from flwr.app import (
     Message,
     RecordDict,
 )
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp.strategy import FedAvg
 from inprocess import (
     ROOT,
@@ -27,6 +29,7 @@ from numpy.testing import assert_array_equal
 
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.app.grid import RunGrid, stream
+from autoflip_flwr.errors import SettingsError
 
 PHASES = [(p, d) for p in ("explore", "train", "evaluate") for d in ("down", "up")]
 
@@ -448,3 +451,84 @@ def test_a_torn_meter_is_named_and_counts_anew(tmp_path, caplog):
     )
     assert not grid.sent
     assert "meter.json is torn" in caplog.text
+
+
+# --- whose a name is ------------------------------------------------------------------
+
+
+class Keyed(LocalGrid):
+    """Nodes with keys, as the SuperLink tells them: the node's number."""
+
+    def get_nodes(self):
+        return [NodeInfo(node_id=n, public_key=b"%d" % n) for n in self.get_node_ids()]
+
+
+def named(*names, start=100):
+    return {start + i: {"client-id": name} for i, name in enumerate(names)}
+
+
+def listed(inner, configs, **options):
+    """Which node is each client, by the names they gave."""
+    dense = ArrayRecord(net().state_dict()).count_bytes()
+    grid = RunGrid(inner, seed=0, dense_bytes=dense, **options)
+    clients = grid.get_node_ids()
+    return grid, {grid._names.get(c, c): grid._nodes[c] for c in clients}
+
+
+def keyed(configs):
+    app = load_script("named_client_app", ROOT / "client_app.py").app
+    return Keyed(app, configs, node_configs=configs)
+
+
+def test_a_name_stays_with_the_node_in_a_run_that_goes_on(caplog):
+    """A node with a lower id, which the next roll call would begin with."""
+    honest = named("ward 3", "ward 4")
+    grid, _ = listed(keyed(honest), honest)
+    state = grid.state()
+    both = {**named("ward 3", start=50), **honest}
+    later = RunGrid(keyed(both), seed=0, dense_bytes=0)
+    later.restore(json.loads(json.dumps(state)))
+    later.get_node_ids()
+    assert {later._names[c]: n for c, n in later._nodes.items()} == {
+        "ward 3": 100,
+        "ward 4": 101,
+    }
+    assert "node 50 says that it is client 'ward 3', as node 100 does" in caplog.text
+    later.restore({"stage": "train-1"})  # as version 0.1 wrote it
+
+
+def test_a_name_belongs_to_a_key_in_all_runs_that_name_the_file(caplog, tmp_path):
+    register, honest = tmp_path / "names.json", named("ward 3", "ward 4")
+    listed(keyed(honest), honest, names=register)
+    thief = named("ward 3", start=50)
+    for configs in ({**thief, **honest}, {**thief, 101: honest[101]}):
+        caplog.clear()
+        grid, found = listed(keyed(configs), configs, names=register)
+        assert 50 not in found.values(), "also while the honest node is away"
+        assert len(found) == len(configs) - 1
+        assert "node 50 says that it is client 'ward 3', a name that belongs to" in (
+            caplog.text
+        )
+        for _ in range(9):
+            assert 50 not in grid.get_node_ids()
+    back = named("ward 3", "ward 4")
+    assert listed(keyed(back), back, names=register)[1]["ward 3"] == 100
+
+
+def test_a_number_that_is_the_digest_of_a_name_is_that_name(tmp_path, caplog):
+    register, honest = tmp_path / "names.json", named("ward 3")
+    grid, _ = listed(keyed(honest), honest, names=register)
+    (client,) = grid._nodes
+    thief = {50: {"partition-id": client}}
+    _, found = listed(keyed(thief), thief, names=register)
+    assert not found
+    assert "it takes no part" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"1": 2}', '{"1": {"key": ""}}'])
+def test_a_register_that_is_none_is_refused(text, tmp_path):
+    register, honest = tmp_path / "names.json", named("ward 3")
+    register.write_text(text)
+    with pytest.raises(SettingsError, match=r"names and keys in .*names\.json"):
+        listed(keyed(honest), honest, names=register)
+    assert register.read_text() == text

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flat import PLAIN, flat
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from inprocess import LocalGrid, net, only_in, run, toy_app
 from numpy.testing import assert_allclose, assert_array_equal
@@ -246,6 +247,77 @@ def test_a_whole_frame_takes_a_few_times_the_memory_of_the_dense_arrays():
         tracemalloc.stop()
 
 
+# --- whole replies of any content -----------------------------------------------------
+
+
+def lying(content, rng):
+    """Change a reply's content in one of the ways that a node can."""
+    extremes = [0, -1, 1e-45, 3e38, 1.7e308, np.nan, np.inf, 2**62, 10**18, [], [3.0]]
+    record, metrics = content["arrays"], content["metrics"]
+    kind, value, name = (
+        rng.randrange(9),
+        rng.choice(extremes),
+        rng.choice(sorted(record)),
+    )
+    told = record[name]
+    if kind == 0:
+        metrics[rng.choice(["num-examples", "train-loss"])] = value
+    elif kind == 1:
+        metrics["more"] = value
+    elif kind == 2:
+        content["more"] = ConfigRecord({"k": rng.randbytes(9)})
+    elif kind == 3:
+        content.pop(rng.choice(sorted(content)))
+    elif kind == 4:
+        record.pop(name)
+    elif kind == 5:
+        data = mutated(told.data, rng)
+        record[name] = Array(told.dtype, told.shape, told.stype, data)
+    elif kind == 6 and name != VALUES:
+        far = 1e30 if told.dtype.startswith("f") else 2**62
+        record[name] = Array(np.full_like(told.numpy(), far))
+    elif kind == 7:
+        values = np.frombuffer(record[VALUES].data, "<f4") * np.float32(rng.random())
+        told, data = record[VALUES], values.tobytes()
+        record[VALUES] = Array(told.dtype, told.shape, told.stype, data)
+    else:
+        record["more"] = Array(np.zeros(3))
+
+
+def copied(content):
+    return recorddict_from_proto(recorddict_to_proto(content))
+
+
+def test_whatever_one_node_replies_the_others_decide():
+    """The model is finite, and no farther from theirs than the bounds allow."""
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), **flat(population_weight=1.0))
+    record, config = ArrayRecord(net().state_dict()), ConfigRecord()
+    rng = random.Random(0)
+    messages = list(strategy.configure_train(1, record, config, grid))
+    replies = list(grid.send_and_receive(messages))
+    contents = {reply.metadata.src_node_id: reply.content for reply in replies}
+
+    def decided(lie):
+        list(strategy.configure_train(1, record, config, grid))
+        for reply in replies:
+            reply.content = copied(contents[reply.metadata.src_node_id])
+            if lie and reply.metadata.src_node_id == 13:
+                lie(reply.content)
+        made, _ = strategy.aggregate_train(1, replies)
+        strategy._returned = None  # the next one begins where this one did
+        return {name: array.numpy() for name, array in made.items()}
+
+    honest, dropped = decided(None), 0
+    for number in range(200):
+        found = decided(lambda content: lying(content, rng))
+        dropped += 13 in strategy.rounds.dropped
+        for name, value in found.items():
+            assert np.isfinite(value).all(), number
+            assert np.abs(value - honest[name]).max() < 60, (number, name)
+    assert 50 < dropped < 200
+
+
 # --- replies that are far from the others ---------------------------------------------
 
 
@@ -431,6 +503,21 @@ def test_median_and_trimmed_mean_by_hand():
     assert_array_equal(middle(stack, combination="mean"), [22, 6])
 
 
+def test_clipped_mean_by_hand():
+    """Ten entries: A has all its weight on one, B the same on each."""
+    alone, flat_one = np.zeros(10, np.float32), np.ones(10, np.float32)
+    alone[0] = 100
+    # A: 100 / 10 = 10, at most 5; on average 5 / 10, just what may count.
+    # B: 1 each, on average 1: they count half.
+    found = combine([{"w": alone}, {"w": flat_one}], combination="clipped-mean")
+    assert_allclose(found["w"], [(5 + 0.5) / 2, *[0.25] * 9])
+    both = [{"w": flat_one}, {"w": np.zeros(10, np.float32)}]
+    silent = combine(both, combination="clipped-mean")  # a silent one counts 1
+    assert_allclose(silent["w"], [(0.5 + 1) / 2] * 10)
+    with pytest.raises(SettingsError, match="clipped-mean needs the normalization"):
+        combine(both, combination="clipped-mean", normalization="layer")
+
+
 def test_robust_guidance_divides_by_each_clients_mean_first():
     matrices = [{"w": np.float32(row)} for row in ([1, 3], [20, 20], [9e9, 1e9])]
     # divided: 0.5, 1.5 | 1, 1 | 1.8, 0.2
@@ -461,7 +548,7 @@ def pruner_of(folder, guidance, **settings):
     return pruner
 
 
-@pytest.mark.parametrize("combination", ["median", "trimmed-mean"])
+@pytest.mark.parametrize("combination", ["median", "trimmed-mean", "clipped-mean"])
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 def test_the_servers_mask_is_that_of_the_robust_guidance(combination, weight, tmp_path):
     rng = np.random.default_rng(0)
@@ -509,7 +596,9 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("combination", ["mean", "median", "trimmed-mean"])
+@pytest.mark.parametrize(
+    "combination", ["mean", "clipped-mean", "median", "trimmed-mean"]
+)
 def test_a_poisoned_explorer_moves_the_mask_no_further_than_an_honest_one_could(
     lie, combination, tmp_path
 ):

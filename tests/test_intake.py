@@ -384,22 +384,20 @@ def test_an_explorer_without_signs_is_left_out_of_a_warm_start(caplog):
 
 
 def test_a_warm_start_happens_once_even_if_the_first_round_is_lost():
-    lost = only_in("train", NODES, lambda reply: "lost")
-    first = [True]
+    lost = []
 
-    def tamper(message, reply):
-        return lost(message, reply) if first[0] else reply
-
-    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
-
-    def join(server_round, arrays):
-        if server_round == 1:
-            first[0] = False
+    def lose(reply):
+        if len(lost) == len(NODES):
+            return None
+        lost.append(reply)
+        if len(lost) == len(NODES):  # before the round begins again
             grid.join(99, {"partition-id": 0, "num-partitions": 5})
+        return "lost"
 
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", NODES, lose))
     model = net()
     strategy = warm(threshold=0.0)
-    run(strategy, grid, model, 2, after_round=join)
+    run(strategy, grid, model, 1)
     explored = [s for s in grid.down if s.phase == "explore"]
     assert explored[-1].node_id == 99
     assert explored[-1].config["autoflip.measure"] == "deviation"

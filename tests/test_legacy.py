@@ -43,7 +43,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import autoflip_flwr
 from autoflip_flwr import AutoFlipMod, masked, masks_from
-from autoflip_flwr.errors import ExplorationError, SettingsError
+from autoflip_flwr.errors import ExplorationError, ReplyError, SettingsError
 from autoflip_flwr.server.legacy import AutoFLIP
 from autoflip_flwr.settings import ExplorationSettings
 
@@ -500,7 +500,8 @@ def test_a_bad_result_is_dropped_into_the_failures_and_named(kind, caplog):
 def test_when_every_result_is_bad_the_model_stays_as_it_was(caplog):
     seen = []
     strategy = AutoFLIP(FedAvg(**options(net, seen, fraction_evaluate=0)), model=net())
-    with caplog.at_level(logging.WARNING, logger="flwr"):
+    ends = pytest.raises(ReplyError, match="the model is untrained")
+    with caplog.at_level(logging.WARNING, logger="flwr"), ends:
         serve(strategy, rounds=2, tamper=broken(nan_in, CIDS))
     for ours, start in zip(seen[-1], state_of(net()).values(), strict=True):
         assert_array_equal(ours, start)

@@ -141,6 +141,23 @@ def test_a_run_says_what_its_noise_buys(tmp_path, caplog):
     assert summary_of(tmp_path / "run")["density"] == pytest.approx(0.2, abs=0.01)
 
 
+def test_explorations_add_up_in_log_and_summary(tmp_path, caplog):
+    """Rounds 1, 2 and 3 explore: three releases of each client's data."""
+    noise = "exploration.privacy-clip=0.1 exploration.privacy-noise=4"
+    go(tmp_path / "run", f"{noise} exploration.every=1 rounds=3")
+    privacy = GuidancePrivacy(clip=0.1, noise=4.0)
+    once, thrice = (privacy.epsilon(1e-5, releases=n) for n in (1, 3))
+    assert once < thrice
+    assert summary_of(tmp_path / "run")["privacy"] == {
+        "delta": 1e-5,
+        "epsilon": pytest.approx(once),
+        "explorations": 3,
+        "epsilon_total": pytest.approx(thrice),
+    }
+    assert f"a client's 3 together: ({thrice:.3g}, 1e-05)" in caplog.text
+    assert f"({thrice:.3g}, 1e-05)-differentially private for a" in caplog.text
+
+
 @pytest.mark.parametrize("preset", settings.presets())
 def test_privacy_is_off_by_default(preset):
     chosen = settings.load(preset).exploration

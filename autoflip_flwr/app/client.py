@@ -12,7 +12,7 @@ from torch import nn
 
 from autoflip_flwr.app import build, training
 from autoflip_flwr.client.masked import exploring, masked
-from autoflip_flwr.client.mod import AutoFlipMod
+from autoflip_flwr.client.mod import AutoFlipMod, check_epochs
 from autoflip_flwr.method.privacy import GuidancePrivacy
 from autoflip_flwr.settings import Settings
 from autoflip_flwr.wire import records
@@ -34,6 +34,7 @@ def _privacy(context: Context) -> GuidancePrivacy | None:
 def train(message: Message, context: Context) -> Message:
     """Train on the node's samples; in an exploration, for one epoch."""
     settings = build.settings_of(context.run_config)
+    check_epochs(settings.training.epochs, context)
     samples, _ = build.node_samples(settings, context.node_config)
     model = _global_model(settings, message)
     _, config = records.only_config(message.content)

@@ -20,7 +20,8 @@ from torch import nn
 
 from autoflip_flwr import settings, units
 from autoflip_flwr.app import build, training
-from autoflip_flwr.errors import ModelError, SettingsError
+from autoflip_flwr.app.data.archive import read_npz
+from autoflip_flwr.errors import DataError, ModelError, SettingsError
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
 
@@ -190,7 +191,6 @@ def _masks(path: Path) -> dict[str, NDArray[np.bool_]]:
     if not path.exists():  # a dense strategy has none
         return {}
     try:
-        with np.load(path) as masks:
-            return dict(masks)
-    except (OSError, ValueError) as error:
+        return read_npz(path)
+    except DataError as error:
         raise SettingsError(f"{path} is no mask of a run: {error}") from error

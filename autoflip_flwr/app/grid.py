@@ -5,7 +5,7 @@ import json
 import logging
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.pruners.store import write
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
 from autoflip_flwr.server.savings import Traffic
 from autoflip_flwr.wire import records
-from autoflip_flwr.wire.flower import Run, set_message_id, set_source
+from autoflip_flwr.wire.flower import NodeInfo, Run, set_message_id, set_source
 
 _log = logging.getLogger("flwr")
 
@@ -44,6 +45,9 @@ class RunGrid(Grid):
         With the number of the round decides who is sampled.
     dense_bytes : int
         What the arrays of the dense model count.
+    names : Path, optional
+        A file that binds each client's name to the key of the node that gave it first,
+        for all runs that name it. Another node never gets the name, and takes no part.
     meter : Path, optional
         A file for what is counted, so that a run that goes on has not forgotten the
         bytes of the round in which its server was killed.
@@ -56,6 +60,8 @@ class RunGrid(Grid):
         Those of `traffic`.
     samples : mapping of phase -> float
         Samples that nodes say they have, times the epochs of an exploration.
+    explored : Counter of client -> int
+        How often a client has been asked to explore.
     seconds : mapping of phase -> float
         Wall time from sending to the last reply.
     missing : list of int or str
@@ -64,15 +70,23 @@ class RunGrid(Grid):
     Notes
     -----
     Of two connected nodes that claim to be the same client the one that came first is
-    it, until it is gone.
+    it, until it is gone; also in a run that goes on. Without `names`, and without keys
+    of the nodes, a name is not protected: whoever comes first has it.
     """
 
     def __init__(
-        self, grid: Grid, *, seed: int, dense_bytes: int, meter: Path | None = None
+        self,
+        grid: Grid,
+        *,
+        seed: int,
+        dense_bytes: int,
+        names: Path | None = None,
+        meter: Path | None = None,
     ) -> None:
         self._grid = grid
         self._seed = seed
         self._meter = meter
+        self._register = names
         self._stage = "train-1"
         self._claims: dict[int, int] = {}  # node -> who it says it is, as they came
         self._names: dict[int, int | str] = {}  # of clients, as they said them
@@ -80,11 +94,13 @@ class RunGrid(Grid):
         self._again: dict[int, int] = {}  # who did not answer the roll -> next listing
         self._nodes: dict[int, int] = {}  # client -> the node that is it now
         self._doubles: set[int] = set()  # whose claim was another's, and has been told
+        self._refused: set[int] = set()  # whose name belongs to another key
         self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
-        self._silent: set[int] = set()
+        self._silent: set[tuple[int, str]] = set()  # client, phase
         self._last = 0.0
         self.traffic = Traffic(dense_bytes)
         self.sent, self.dense = self.traffic.sent, self.traffic.dense
+        self.explored: Counter[str] = Counter()
         self.samples: defaultdict[str, float] = defaultdict(float)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._recall()
@@ -92,7 +108,7 @@ class RunGrid(Grid):
     @property
     def missing(self) -> list[int | str]:
         """Clients that were asked in this round and did not answer."""
-        silent = self._silent.union(client for client, _ in self._waiting.values())
+        silent = {client for client, _ in self._silent.union(self._waiting.values())}
         return sorted((self._names.get(c, c) for c in silent), key=str)
 
     def begin(self, server_round: int) -> None:
@@ -102,18 +118,23 @@ class RunGrid(Grid):
         self._silent.clear()
 
     def state(self) -> dict[str, Any]:
-        """Return what the sampling of the next round depends on."""
-        return {"stage": self._stage}
+        """Return what the sampling of the next round depends on, and who is who."""
+        claims = [[str(n), c, self._names.get(c)] for n, c in self._claims.items()]
+        return {"stage": self._stage, "claims": claims}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the next round."""
         self._stage = state["stage"]
+        claims = state.get("claims", [])  # version 0.1 had none
+        self._claims = {int(node): client for node, client, _ in claims}
+        self._names = {c: name for _, c, name in claims if name is not None}
 
     def _note(self) -> None:
         """Write down what has been counted."""
         if self._meter is not None:
             counted = {
                 **self.traffic.state(),
+                "explored": self.explored,
                 "samples": self.samples,
                 "seconds": self.seconds,
             }
@@ -126,6 +147,7 @@ class RunGrid(Grid):
         try:
             counted = json.loads(self._meter.read_text())
             self.traffic.restore(counted)
+            self.explored.update(counted.get("explored", {}))
             self.samples.update(counted["samples"])
             self.seconds.update(counted["seconds"])
         except (ValueError, KeyError, TypeError) as error:
@@ -137,7 +159,7 @@ class RunGrid(Grid):
         self._listing += 1
         new = sorted(connected.difference(self._claims))
         self._roll_call([n for n in new if self._listing >= self._again.get(n, 0)])
-        strangers = {n: n for n in new if n not in self._claims}
+        strangers = {n: n for n in new if n not in self._claims.keys() | self._refused}
         self._nodes = {}
         for node_id, client in {**self._claims, **strangers}.items():
             if node_id not in connected:
@@ -146,9 +168,9 @@ class RunGrid(Grid):
             if first != node_id and node_id not in self._doubles:
                 self._doubles.add(node_id)
                 _log.warning(
-                    "node %d says that it is client %d, as node %d does; it waits",
+                    "node %d says that it is client %r, as node %d does; it waits",
                     node_id,
-                    client,
+                    self._names.get(client, client),
                     first,
                 )
         random.seed(f"{self._seed}/{self._stage}")
@@ -170,6 +192,9 @@ class RunGrid(Grid):
         if not batch:
             return []
         real = [self._addressed(message) for message in batch]
+        asked = {(m.metadata.dst_node_id, _phase(m)) for m in batch}
+        self._waiting = {n: w for n, w in self._waiting.items() if w not in asked}
+        self._silent -= asked  # a round that begins again
         self._last = time.monotonic()
         message_ids = [n for n in self._grid.push_messages(real) if n is not None]
         for message, sent in zip(batch, real, strict=True):
@@ -177,6 +202,8 @@ class RunGrid(Grid):
             set_message_id(message, message_id)
             self._waiting[message_id] = message.metadata.dst_node_id, phase
             self.traffic.count(phase, "down", message.content)
+            if phase == "explore":
+                self.explored[str(message.metadata.dst_node_id)] += 1
             if phase == "train":
                 self._stage = self._stage.replace("train", "evaluate")
         self._note()
@@ -202,7 +229,7 @@ class RunGrid(Grid):
                 self.traffic.count(phase, "up", reply.content)
                 self.samples[phase] += _samples(reply)
             else:
-                self._silent.add(client)
+                self._silent.add((client, phase))
         if replies:
             self._note()
         return replies
@@ -240,10 +267,36 @@ class RunGrid(Grid):
                 name = record.get(records.CLIENT_ID)
                 if isinstance(name, str) or (isinstance(name, int) and name >= 0):
                     claims[node_id] = client = _client_of(name)
-                    self._names[client] = name
+                    self._names.setdefault(client, name)
         # In the order of the nodes, not that of the answers.
-        self._claims |= {n: claims[n] for n in node_ids if n in claims}
+        claims = {n: claims[n] for n in node_ids if n in claims}
+        self._refuse_foreign(claims)
+        self._claims |= {n: c for n, c in claims.items() if n not in self._refused}
         self._note()
+
+    def _refuse_foreign(self, claims: dict[int, int]) -> None:
+        """Refuse nodes that claim a name of another key; bind the new names."""
+        if self._register is None:
+            return
+        owners = _read_register(self._register)
+        keys = {node.node_id: _key_of(node) for node in self._grid.get_nodes()}
+        for node_id, client in list(claims.items()):
+            name = self._names.get(client, client)
+            if node_id not in keys:  # it is gone, and asked again if it comes back
+                del claims[node_id]
+                continue
+            own = {"name": name, "key": keys[node_id]}
+            # By number: a number that a node gives could be that of another's name.
+            if owners.setdefault(str(client), own)["key"] != keys[node_id]:
+                self._refused.add(node_id)
+                _log.warning(
+                    "node %d says that it is client %r, a name that belongs to another "
+                    "node's key in %s; it takes no part",
+                    node_id,
+                    name,
+                    self._register,
+                )
+        write(self._register, json.dumps(owners, indent=2).encode())
 
     # --- everything else is Flower's own ---------------------------------------
 
@@ -259,6 +312,26 @@ class RunGrid(Grid):
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         """Create a message with the inner grid."""
         return self._grid.create_message(*args, **kwargs)
+
+
+def _key_of(node: NodeInfo) -> str:
+    """Return what a node cannot change: a digest of its key, or its id without one."""
+    if not node.public_key:
+        return str(node.node_id)
+    return hashlib.sha256(node.public_key).hexdigest()
+
+
+def _read_register(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        owners: Any = json.loads(path.read_text()) if path.exists() else {}
+        if not all(own["key"] for own in owners.values()):
+            raise ValueError("a client has no key")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"strategy.names: expected names and keys in {path}: {error!r}; put it "
+            "right, or move it away and all names are free"
+        ) from error
+    return dict(owners)
 
 
 def _client_of(name: int | str) -> int:

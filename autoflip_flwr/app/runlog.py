@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from safetensors.numpy import save_file
 
+from autoflip_flwr.app.build import guidance_privacy
 from autoflip_flwr.app.costs import Operations
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.training import Evaluation
@@ -27,6 +28,9 @@ from autoflip_flwr.settings import Settings
 from autoflip_flwr.types import Params
 
 _log = logging.getLogger("flwr")
+
+#: The delta of every epsilon.
+DELTA = 1e-5
 
 
 class RunLog:
@@ -86,6 +90,7 @@ class RunLog:
         self._grid = grid
         self._rounds = rounds
         self._operations = operations
+        self._private = guidance_privacy(settings)
         self._board: Any = None
         if settings.log.tensorboard:
             self._board = SummaryWriter(str(directory))
@@ -168,6 +173,17 @@ class RunLog:
         epochs = self._settings.training.epochs
         return {"explore": counted["explore"], "train": epochs * counted["train"]}
 
+    def _privacy(self) -> dict[str, float]:
+        """Return what all explorations of a client together tell about its data."""
+        assert self._private is not None
+        most = max(self._grid.explored.values(), default=0)
+        return {
+            "delta": DELTA,
+            "epsilon": self._private.epsilon(DELTA),  # of one exploration
+            "explorations": most,  # of the client that was asked most often
+            "epsilon_total": self._private.epsilon(DELTA, releases=max(1, most)),
+        }
+
     def finish(
         self, arrays: Params, *, parameters: int, costs: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -195,6 +211,7 @@ class RunLog:
             **costs,
             "flops": {**costs["flops"], "trained": self._past["flops"]},
             "samples": self._trained_samples(),
+            **({"privacy": self._privacy()} if self._private else {}),
             "seconds": {
                 "explore": round(grid.seconds["explore"], 3),
                 "train": round(grid.seconds["train"], 3),
@@ -275,6 +292,11 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         "seconds": f"{seconds['total']:.1f} (exploration {seconds['explore']:.1f})",
     }
     _log.info("AutoFLIP run finished: %s", directory)
+    if private := summary.get("privacy"):
+        rows["privacy"] = (
+            f"({private['epsilon_total']:.3g}, {private['delta']:g})-differentially "
+            f"private for a client's data, in {private['explorations']} explorations"
+        )
     for label, text in rows.items():
         _log.info("  %-15s %s", label, text)
 

@@ -2,13 +2,14 @@
 
 import errno
 import logging
+from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
 from autoflip_flwr.app import build, costs, training
 from autoflip_flwr.app.grid import RunGrid
-from autoflip_flwr.app.runlog import RunLog, log_summary, run_directory
+from autoflip_flwr.app.runlog import DELTA, RunLog, log_summary, run_directory
 from autoflip_flwr.app.strategies import build_strategy
 from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.server.checkpoint import Checkpointed
@@ -18,9 +19,6 @@ from autoflip_flwr.wire import records
 _log = logging.getLogger("flwr")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-#: The delta of the epsilon in the log.
-_DELTA = 1e-5
 
 
 def serve(grid: Grid, context: Context) -> None:
@@ -35,6 +33,7 @@ def serve(grid: Grid, context: Context) -> None:
         grid,
         seed=settings.seed,
         dense_bytes=initial.count_bytes(),
+        names=Path(settings.strategy.names) if settings.strategy.names else None,
         meter=directory / "checkpoints" / "meter.json",
     )
     strategy = build_strategy(settings, model, example, store=directory / "guidance")
@@ -65,10 +64,16 @@ def serve(grid: Grid, context: Context) -> None:
     build.warn_of_few_nodes(settings, len(list(grid.get_node_ids())))
     privacy = build.guidance_privacy(settings)
     if privacy is not None:
+        every = settings.exploration.every
+        count = 1 + (settings.rounds - 1) // every if every else 1
         _log.info(
-            "each exploration sends guidance that is (%.3g, %g)-differentially private",
-            privacy.epsilon(_DELTA),
-            _DELTA,
+            "each exploration sends guidance that is (%.3g, %g)-differentially private;"
+            " a client's %d together: (%.3g, %g)",
+            privacy.epsilon(DELTA),
+            DELTA,
+            count,
+            privacy.epsilon(DELTA, releases=count),
+            DELTA,
         )
     try:
         result = run.start(

@@ -15,6 +15,9 @@ from autoflip_flwr.units import enforce
 from autoflip_flwr.wire import codec, records
 from autoflip_flwr.wire.flower import ClientAppCallable
 
+#: Most epochs that a server may ask for, unless the client says otherwise.
+MAX_EPOCHS = 1000
+
 
 class AutoFlipMod:
     """Lets an existing ClientApp take part in AutoFLIP.
@@ -38,6 +41,12 @@ class AutoFlipMod:
     privacy : GuidancePrivacy, or callable of Context that returns one or None, optional
         Clips the guidance and adds noise before it leaves the client. Requests for
         gradients or the signs of a warm start are then refused.
+    max_epochs : int
+        Most epochs of an exploration that a server may ask for.
+    max_megabytes : int
+        Most megabytes of the dense model that a server may describe. While a message is
+        handled, a client needs a few times as much memory. A node's own config
+        (``--node-config 'max-epochs=20 max-megabytes=200'``) goes before both.
 
     Examples
     --------
@@ -56,9 +65,13 @@ class AutoFlipMod:
         privacy: GuidancePrivacy
         | Callable[[Context], GuidancePrivacy | None]
         | None = None,
+        max_epochs: int = MAX_EPOCHS,
+        max_megabytes: int = 512,
     ) -> None:
         self.loss_key = loss_key
         self.privacy = privacy
+        self.max_epochs = max_epochs
+        self.max_megabytes = max_megabytes
 
     def __call__(
         self, message: Message, context: Context, call_next: ClientAppCallable
@@ -68,6 +81,7 @@ class AutoFlipMod:
         phase = records.phase_of(config)
         if phase is None:
             return call_next(message, context)
+        self._check_limits(config, context)
         if phase == "explore":
             privacy = self.privacy(context) if callable(self.privacy) else self.privacy
             state = copy.deepcopy(context.state)
@@ -93,6 +107,21 @@ class AutoFlipMod:
         # What training kept and noise then moved, of a mod, say, is no concern.
         reply.content[reply_key] = plan.pack_reply(trained, arrays, held)
         return reply
+
+    def _check_limits(self, config: ConfigRecord, context: Context) -> None:
+        """Refuse what would cost more than this client allows, before any work."""
+        own = context.node_config
+        megabytes = int(own.get("max-megabytes", self.max_megabytes))
+        size = records.manifest_of(config).dense_bytes
+        if size > megabytes * 1e6:
+            raise WireError(
+                f"expected a model of at most {megabytes} MB, the server describes one "
+                f"of {size / 1e6:.0f} MB; this client's limit is max-megabytes in its "
+                "node config"
+            )
+        asked = config.get(records.EPOCHS)
+        if isinstance(asked, int):
+            check_epochs(asked, context, most=self.max_epochs)
 
     def _explore(
         self,
@@ -204,6 +233,16 @@ def _has_model(reply: Message, plan: records.Plan, key: str) -> bool:
     found = reply.content.array_records
     names = {entry.name for entry in plan.manifest.entries}
     return key in found and set(found[key]) == names
+
+
+def check_epochs(asked: int, context: Context, *, most: int = MAX_EPOCHS) -> None:
+    """Refuse more epochs than this client allows."""
+    most = int(context.node_config.get("max-epochs", most))
+    if asked > most:
+        raise WireError(
+            f"expected at most {most} local epochs, the server asks for {asked}; this "
+            "client's limit is max-epochs in its node config"
+        )
 
 
 def _gradient(

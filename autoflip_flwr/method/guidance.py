@@ -1,6 +1,7 @@
 """Local guidance and guidance: Eq. 2 and Eq. 3 of AutoFLIP (arXiv:2405.10271)."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, get_args
 
@@ -14,6 +15,14 @@ NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 #: A mean or range below this counts as zero: its inverse would overflow float32.
 _LEAST = 1e-30
+
+#: `clipped-mean`: an entry counts as at most so many times its explorer's mean, and the
+#: entries on average as at most so much of it. Of an honest explorer's, which are a few
+#: large and many small ones, less is left.
+CLIP, FLAT = 5.0, 0.5
+
+#: The combinations that are one sum.
+SUMS: tuple[Combination, ...] = ("mean", "clipped-mean")
 
 #: Entries per block of a sum: they fit the cache, and threads stay busy.
 _BLOCK = 1 << 17
@@ -82,10 +91,14 @@ def statistics(matrix: Guidance) -> Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Rescaling:
-    """An affine map, ``sum_k scale_k * G_k + offset``, that normalizes and averages."""
+    """An affine map, ``sum_k scale_k * G_k + offset``, that normalizes and averages.
+
+    Each ``scale_k * G_k`` counts as at most `most_k`.
+    """
 
     scales: Sequence[float]
     offset: float
+    most: Sequence[float] | None = None  # None: no limit
 
 
 def rescaling(
@@ -126,8 +139,8 @@ def rescaling(
 class LocalMatrix(Protocol):
     """One explorer's local guidance, dense or with one byte per parameter."""
 
-    def scaled(self, name: str, factor: float) -> Values:
-        """Return a reader of one tensor's flat values times `factor`."""
+    def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
+        """Return a reader of one tensor's flat values times `factor`, clipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +149,11 @@ class Dense:
 
     arrays: Guidance
 
-    def scaled(self, name: str, factor: float) -> Values:
+    def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
         """See `LocalMatrix`."""
         flat = np.asarray(self.arrays[name]).reshape(-1)
-        return lambda part, out: np.multiply(
-            flat[part], factor, out=out, dtype=out.dtype
+        return lambda part, out: np.minimum(
+            np.multiply(flat[part], factor, out=out, dtype=out.dtype), most, out=out
         )
 
 
@@ -161,9 +174,10 @@ def add_normalized(
     matrices : sequence of LocalMatrix
         One per scale of `rescale`.
     """
+    limits = rescale.most or [math.inf] * len(matrices)
     readers = [
-        matrix.scaled(name, scale * weight)
-        for scale, matrix in zip(rescale.scales, matrices, strict=True)
+        matrix.scaled(name, scale * weight, most=most * weight)
+        for scale, most, matrix in zip(rescale.scales, limits, matrices, strict=True)
     ]
     buffer = np.empty(min(_BLOCK, total.size), total.dtype)
     for start in range(0, total.size, _BLOCK):
@@ -171,6 +185,41 @@ def add_normalized(
         block += total.dtype.type(rescale.offset * weight)
         for values in readers:
             block += values(slice(start, start + block.size), buffer[: block.size])
+
+
+def clipped_weight(matrix: LocalMatrix, sizes: Mapping[str, int], mean: float) -> float:
+    """Return what an explorer's clipped entries count for: 1, or less if they are flat.
+
+    With all its weight spread over a fifth of the entries, none would be clipped, and
+    such an explorer would outweigh the others.
+
+    Parameters
+    ----------
+    sizes : mapping of name -> int
+        Number of entries of each tensor.
+    mean : float
+        Of the explorer's whole matrix.
+    """
+    if mean <= _LEAST:
+        return 1.0
+    alone = Rescaling([1.0 / mean], 0.0, [CLIP])
+    total = 0.0
+    for name, size in sizes.items():
+        values = np.zeros(size, np.float32)
+        add_normalized(values, name, [matrix], alone)
+        total += float(values.sum(dtype=np.float64))
+    share = total / max(1, sum(sizes.values()))
+    return min(1.0, FLAT / share) if share else 1.0
+
+
+def clipped(rescale: Rescaling, weights: Sequence[float]) -> Rescaling:
+    """Return the map of `clipped-mean` from that of the mean and `clipped_weight`s."""
+    most = CLIP / len(weights)
+    return Rescaling(
+        [scale * weight for scale, weight in zip(rescale.scales, weights, strict=True)],
+        rescale.offset,
+        [most * weight for weight in weights],
+    )
 
 
 def middle(stack: Float32, *, combination: Combination, trim: float = 0.2) -> Float32:
@@ -214,8 +263,10 @@ def combine(
         and max over all matrices and all parameters. ``layer`` takes them per
         tensor. ``client`` divides each matrix by its own mean, so that all clients
         have the same weight.
-    combination : {"mean", "median", "trimmed-mean"}
-        The paper uses the mean. The others (see `middle`) need ``client``.
+    combination : {"mean", "clipped-mean", "median", "trimmed-mean"}
+        The paper uses the mean. The others (see `middle`) need ``client``. In
+        ``clipped-mean`` no entry counts as more than `CLIP` times its explorer's
+        mean, so all of an explorer's weight on a few entries is worth little.
     trim : float
         In [0, 0.5), for ``trimmed-mean``.
 
@@ -243,11 +294,18 @@ def combine(
             _check_shape(name, values.shape, matrix[name].shape)
     every = [statistics(matrix) for matrix in explorers]
     dense = [Dense(matrix) for matrix in explorers]
+    weights: list[float] = []
+    if combination == "clipped-mean":
+        sizes = {name: values.size for name, values in first.items()}
+        pairs = zip(dense, every, strict=True)
+        weights = [clipped_weight(matrix, sizes, one.mean) for matrix, one in pairs]
     combined: dict[str, Float32] = {}
     for name, values in first.items():
-        if combination == "mean":
+        if combination in SUMS:
             total: NDArray[Any] = np.zeros(values.size, np.float64)
             rescale = rescaling(every, name, normalization=normalization)
+            if weights:
+                rescale = clipped(rescale, weights)
             add_normalized(total, name, dense, rescale)
         else:
             rows = np.zeros((len(dense), values.size), np.float32)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from autoflip_flwr.types import Params
+from autoflip_flwr.types import Array, Params
 
 #: With fewer values the median is not used.
 FEW = 3
@@ -18,6 +18,7 @@ def far_off(
     *,
     limit: float | None,
     others: Sequence[float] = (),
+    idle: float = math.inf,
 ) -> dict[int, str]:
     """Return an error text for each size that is far above the median.
 
@@ -30,17 +31,37 @@ def far_off(
         Largest accepted multiple of the median, >= 1; None: accept all.
     others : sequence of float
         Earlier sizes, which count in the median.
+    idle : float
+        Largest accepted size where the median is 0.
     """
     every = [*sizes.values(), *others]
     if limit is None or len(every) < FEW:
         return {}
     usual = statistics.median(every)
+    most, rule = limit * usual, f"{limit:g} times the median"
+    if usual == 0:
+        most, rule = idle, f"{idle:.3g}, since most did nothing"
     return {
-        key: f"expected at most {limit:g} times the median: it {what} {size:.3g}, the "
-        f"median is {usual:.3g}"
+        key: f"expected at most {rule}: it {what} {size:.3g}, the median is {usual:.3g}"
         for key, size in sizes.items()
-        if usual > 0 and size > limit * usual
+        if not size <= most  # NaN, too
     }
+
+
+def capped(sizes: Sequence[float], cap: float | None) -> list[float]:
+    """Return sizes that are at most `cap` times the median of the positive ones."""
+    positive = [size for size in sizes if size > 0]
+    if cap is None or len(positive) < FEW:
+        return list(sizes)
+    most = cap * statistics.median(positive)
+    return [min(size, most) for size in sizes]
+
+
+def root_mean_square(arrays: Iterable[Array]) -> float:
+    """Return how large entries are; 0 without any."""
+    flat = [np.asarray(array).reshape(-1) for array in arrays]
+    squares = sum(float(np.dot(values, values)) for values in flat)
+    return math.sqrt(squares / max(1, sum(values.size for values in flat)))
 
 
 def update_sizes(
@@ -48,15 +69,16 @@ def update_sizes(
 ) -> dict[str, float]:
     """Return the L2 norm of a client's update for each group of the arrays `names`.
 
-    `arrays` and `before` are floating, from after and before training.
+    `arrays` and `before` are numbers, from after and before training.
     """
     squares: dict[str, float] = {}
     for name in names:
+        kind = np.float32 if before[name].dtype.kind == "f" else np.complex128
         with np.errstate(over="ignore"):  # an infinite norm is far off
             update = np.subtract(
-                arrays[name], before[name], dtype=np.float32, casting="same_kind"
+                arrays[name], before[name], dtype=kind, casting="unsafe"
             ).reshape(-1)
-            square = float(np.dot(update, update))
+            square = float(np.vdot(update, update).real)
         group = group_of(name)
         squares[group] = squares.get(group, 0.0) + square
     return {group: math.sqrt(square) for group, square in squares.items()}

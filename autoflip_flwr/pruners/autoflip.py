@@ -14,10 +14,13 @@ from autoflip_flwr.errors import ExplorationError, GuidanceError, by_reason
 from autoflip_flwr.method import agreement as agreements
 from autoflip_flwr.method.exchange import due
 from autoflip_flwr.method.guidance import (
+    SUMS,
     LocalMatrix,
     Rescaling,
     Statistics,
     add_normalized,
+    clipped,
+    clipped_weight,
     middle,
     rescaling,
 )
@@ -66,6 +69,7 @@ class AutoFlipPruner(Pruner):
         self._renewing = False
         self._store = GuidanceStore(problem.directory, self.shapes)
         self._population: dict[str, Float32] | None = None
+        self._weights: dict[int, float] = {}  # of nodes, for `clipped-mean`
         self._masks: Masks | None = None
         self._threshold = math.nan  # of `_masks`
         self._by_weights = False  # whether the weights decide over the next mask
@@ -127,11 +131,12 @@ class AutoFlipPruner(Pruner):
             self._renewing = False
         replaced = node_id in self._store
         self._store.put(node_id, measured)
+        self._weights.pop(node_id, None)
         self._masks = None
         if replaced:  # the next mask sums all guidance on disk again
             self._population = None
             self._votes.forget()
-        elif self.settings.combination == "mean" and (
+        elif self.settings.combination in SUMS and (
             self._population is not None or len(self._store) == 1
         ):
             self._add_to_population(node_id, measured.guidance())
@@ -286,6 +291,7 @@ class AutoFlipPruner(Pruner):
     def _forget(self) -> None:
         """Drop all guidance."""
         self._store.forget()
+        self._weights.clear()
         self._population = None
         self._masks = None
         self._by_weights = False
@@ -321,8 +327,8 @@ class AutoFlipPruner(Pruner):
         return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
 
     def _combined(self, sampled: Nodes, share: float) -> _Combined:
-        robust = self.settings.combination != "mean"
-        return (self._robust if robust else self._mean)(sampled, share)
+        summed = self.settings.combination in SUMS
+        return (self._mean if summed else self._robust)(sampled, share)
 
     def _mean(self, sampled: Nodes, population_share: float) -> _Combined:
         """Return a function: name -> mean guidance of the tensor."""
@@ -336,6 +342,7 @@ class AutoFlipPruner(Pruner):
             total = np.zeros(self.initial[name].size, np.float32)
             if local:
                 scale = rescaling(every, name, normalization=normalization)
+                scale = self._clipped(scale, sampled)
                 add_normalized(total, name, local, scale, weight=1 - population_share)
             if everyone:
                 mean = self._population_rescaling(overall, name)
@@ -404,10 +411,25 @@ class AutoFlipPruner(Pruner):
             scale = rescaling(alone, next(iter(self.shapes)), normalization="client")
         else:
             scale = Rescaling([1.0], 0.0)
+        scale = self._clipped(scale, [node_id])
         parallel_map(
             lambda name: add_normalized(population[name], name, [guidance], scale),
             self.shapes,
         )
+
+    def _clipped(self, rescale: Rescaling, nodes: Nodes) -> Rescaling:
+        """Return the map of the combination, for the guidance of some nodes."""
+        if self.settings.combination == "mean":
+            return rescale
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        for node_id in nodes:
+            if node_id not in self._weights:
+                self._weights[node_id] = clipped_weight(
+                    self._store.get(node_id),
+                    sizes,
+                    self._store.statistics(node_id).mean,
+                )
+        return clipped(rescale, [self._weights[node_id] for node_id in nodes])
 
     def _population_rescaling(self, overall: Statistics, name: str) -> Rescaling:
         """Return the map from the running sum to the normalized mean of all nodes."""

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from autoflip_flwr.errors import CheckpointError
+from autoflip_flwr.errors import CheckpointError, ReplyError
 from autoflip_flwr.server.replies import chain
 from autoflip_flwr.server.tree import SCALARS, read, storable, write
 from autoflip_flwr.server.wrapper import Wrapper
@@ -73,6 +73,8 @@ class Checkpointed(Strategy):
     CheckpointError
         By `start`: the checkpoints belong to another run, all of them are torn, or one
         cannot be written. The last intact checkpoint always stays.
+    ReplyError
+        By `start`: a round lost all replies. AutoFLIP first begins it again.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Checkpointed(Strategy):
         self._settings = _plain(settings or {})
         self._parts = dict(parts or {})
         self._done = 0  # rounds, before this process
+        self._asked = False  # whether the round has messages
         # Named as in `Result`, which gets the metrics of all rounds.
         self._metrics: dict[str, dict[int, MetricRecord]] = {
             "train_metrics_clientapp": {},
@@ -119,7 +122,7 @@ class Checkpointed(Strategy):
         layout = {n: [a.dtype, list(a.shape)] for n, a in initial_arrays.items()}
         for one in self._built:
             if isinstance(one, Wrapper):
-                one.expect(num_rounds)
+                one.expect(num_rounds, timeout)
         resumed = self._resume(layout)
         arrays = initial_arrays if resumed is None else resumed
         if resumed is not None:
@@ -162,7 +165,10 @@ class Checkpointed(Strategy):
         self, server_round: int, *args: Any, **kwargs: Any
     ) -> Iterable[Message]:
         """Let the strategy configure the round."""
-        return self.strategy.configure_train(self._done + server_round, *args, **kwargs)
+        current = self._done + server_round
+        messages = list(self.strategy.configure_train(current, *args, **kwargs))
+        self._asked = bool(messages)
+        return messages
 
     def configure_evaluate(
         self, server_round: int, *args: Any, **kwargs: Any
@@ -176,6 +182,13 @@ class Checkpointed(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Let the strategy aggregate."""
         current = self._done + server_round
+        replies = list(replies)
+        lost = self._asked and not any(reply.has_content() for reply in replies)
+        if lost and not isinstance(self.strategy, Wrapper):  # which begins again
+            raise ReplyError(
+                f"round {current} lost all replies; start the run again, and it goes "
+                "on after the round before"
+            )
         arrays, metrics = self.strategy.aggregate_train(current, replies)
         self._note("train_metrics_clientapp", current, metrics)
         return arrays, metrics

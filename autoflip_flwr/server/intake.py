@@ -10,10 +10,11 @@ from flwr.app import ArrayRecord
 
 from autoflip_flwr.errors import WireError, by_reason
 from autoflip_flwr.method.mean import WeightedMean
-from autoflip_flwr.method.outliers import far_off
+from autoflip_flwr.method.outliers import capped, far_off, root_mean_square
 from autoflip_flwr.pruners import Ask, Pruner
 from autoflip_flwr.pruners.store import Answer, Answers, Measured
 from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.types import Measure, Params
 from autoflip_flwr.wire.records import Exploration, Plan
 
@@ -36,13 +37,13 @@ class Intake:
     Parameters
     ----------
     rounds : Rounds
-    outlier : float or None
-        Answers of more than this multiple of their median are left out.
+    settings : WireSettings
+        Which answers are left out, and how much one counts.
     """
 
-    def __init__(self, rounds: Rounds, *, outlier: float | None = None) -> None:
+    def __init__(self, rounds: Rounds, settings: WireSettings) -> None:
         self._rounds = rounds
-        self._outlier = outlier
+        self._settings = settings
         self._kept: Answers | None = None
         self._warmth = WeightedMean()
         self._warm = False  # whether the weights have been moved
@@ -161,6 +162,9 @@ class Intake:
         start = rounds.weights(self._start_of(ask))
         odd = self._odd(ask, answers)
         reasons: dict[int, str] = {}
+        fit = {n: m for n in ask.nodes if n not in odd and (m := answers.get(n))}
+        told = capped([m.examples for m in fit.values()], self._settings.weight_cap)
+        weights = dict(zip(fit, told, strict=True))
         for node_id in ask.nodes:
             measured = answers.get(node_id)
             try:
@@ -171,7 +175,7 @@ class Intake:
                 warm = _movement(measured) if self._warms(ask) else None
                 pruner.add(node_id, measured, start)
                 if warm is not None:
-                    self._warmth.add(warm, measured.examples)
+                    self._warmth.add(warm, weights[node_id])
             except ValueError as error:
                 reasons[node_id] = str(error)
         for reason, nodes in by_reason(reasons).items():
@@ -193,11 +197,14 @@ class Intake:
                 mean = measured.statistics.mean
                 moved[node_id] = math.sqrt(mean) if squared else mean
                 examples[node_id] = measured.examples
-        limit, others = self._outlier, []
+        limit, others, idle = self._settings.outlier, [], math.inf
         if ask.measure == "deviation":
+            # Where most explorers do not move: as far as the weights are large.
+            start = self._rounds.weights(self._start_of(ask))
+            idle = root_mean_square(start.values())
             others = [math.sqrt(mean) for mean in self._rounds.pruner.explored()]
         return {
-            **far_off("moved", moved, limit=limit, others=others),
+            **far_off("moved", moved, limit=limit, others=others, idle=idle),
             **far_off("has examples", examples, limit=limit),
         }
 

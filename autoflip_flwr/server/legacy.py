@@ -14,7 +14,8 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -30,11 +31,12 @@ from flwr.common import (
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.server import fit_clients
 from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, QFedAvg, Strategy
 
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
-from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics
+from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics, check_size
 from autoflip_flwr.server.savings import Direction, log_savings, savings_of
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
@@ -63,6 +65,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         # Without a model arrays have numbers, and buffers look like weights.
         self._names = None if self.model is None else list(self.model.state_dict())
         self._returned: list[bytes] | None = None
+        self._asked: tuple[Parameters, ClientManager] | None = None
         self._values = b""  # the frame of kept values that was sent
         # This API does not tell a strategy that the run is over.
         known = self.rounds, self.traffic, self.model, self._example_inputs
@@ -89,6 +92,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         instructions = self.strategy.configure_fit(
             server_round, current, client_manager
         )
+        self._asked = (parameters, client_manager) if instructions else None
         if not instructions:
             return []
         sampled = [_id(client) for client, _ in instructions]
@@ -105,12 +109,16 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         results: list[_Fit],
         failures: list[_Fit | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Unpack the valid results and let the inner strategy aggregate them."""
-        self._count_all("train", "up", [result for _, result in results])
-        received = _by_id(results)
-        valid = self._replies.trained(
-            server_round, received, _read, sent=self._values, failures=failures
-        )
+        """Unpack the valid results and let the inner strategy aggregate them.
+
+        Without any, or with too few, the round begins again.
+        """
+        valid = self._trained(server_round, results, failures)
+        while not valid and self._asked:
+            self._try_again(server_round)
+            again = self.configure_fit(server_round, *self._asked)
+            results, failures = fit_clients(again, None, self.timeout, server_round)
+            valid = self._trained(server_round, results, failures)
         if not valid:
             self._update_inner()
             if server_round == self.rounds.total:
@@ -119,7 +127,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         dense = [
             (client, replace(result, parameters=_parameters_of(reply.arrays)))
             for reply in valid
-            for client, result in [reply.origin]
+            for client, result in [_weighed(reply)]
         ]
         taken = {reply.node_id for reply in valid}
         dropped = [pair for pair in results if _id(pair[0]) not in taken]
@@ -158,8 +166,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy aggregate the valid results."""
         self._count_all("evaluate", "up", [result for _, result in results])
-        valid = self._replies.readable(server_round, _by_id(results), _read)
-        pairs = [reply.origin for reply in valid]
+        valid = self._replies.readable(server_round, _by_id(results), self._read)
+        pairs = [_weighed(reply) for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
 
     def _explore(
@@ -190,7 +198,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                     node_id, result = task.result()
                     if isinstance(result, FitRes):
                         self._count_all("explore", "up", [result])
-                        yield node_id, _answer_of(result)
+                        yield node_id, self._answer_of(result)
                     else:
                         yield node_id, result
 
@@ -224,6 +232,60 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         for part in parts:
             self._count(phase, direction, _content(part))
 
+    def _trained(
+        self,
+        server_round: int,
+        results: list[_Fit],
+        failures: Sequence[_Fit | BaseException],
+    ) -> list[Reply[_Fit]]:
+        self._count_all("train", "up", [result for _, result in results])
+        return self._replies.trained(
+            server_round,
+            _by_id(results),
+            self._read,
+            sent=self._values,
+            failures=failures,
+        )
+
+    def _read(self, node_id: int, pair: _Pair) -> Reply[_Pair]:
+        result = pair[1]
+        self._check_size(result)
+        sizes = check_metrics(_metrics_of(result))
+        metrics = result.metrics = result.metrics or {}
+        tensors = result.parameters.tensors if isinstance(result, FitRes) else []
+        return Reply(
+            node_id,
+            pair,
+            _record_of(tensors),
+            result.num_examples,
+            numbers=sizes,
+            extras={
+                f"{name} ({_kind_of(value)})": partial(metrics.pop, name)
+                for name, value in metrics.items()
+            },
+        )
+
+    def _answer_of(self, result: FitRes) -> Answer | str:
+        """Return an explorer's guidance frame and signs, or why there are none."""
+        tensors = result.parameters.tensors
+        if len(tensors) not in (1, 2):
+            return NO_MOD
+        try:
+            self._check_size(result)
+            check_metrics(_metrics_of(result))
+        except WireError as error:
+            return str(error)
+        frame, *signs = tensors
+        return Answer(frame, signs[0] if signs else None, result.num_examples)
+
+    def _check_size(self, result: FitRes | EvaluateRes) -> None:
+        texts = [
+            v for v in (result.metrics or {}).values() if isinstance(v, str | bytes)
+        ]
+        tensors = result.parameters.tensors if isinstance(result, FitRes) else []
+        size = sum(map(len, (*texts, *tensors)))
+        check_size(size, self.rounds.manifest.largest_message)
+
     def _update_inner(self) -> None:
         """Set the global model inside strategies that have a server optimizer."""
         arrays = list(self.rounds.arrays.values())
@@ -248,11 +310,21 @@ def _as_parameters(record: ArrayRecord) -> Parameters:
     return Parameters([array.data for array in record.values()], _TENSOR_TYPE)
 
 
-def _read(node_id: int, pair: _Pair) -> Reply[_Pair]:
-    result = pair[1]
-    tensors = result.parameters.tensors if isinstance(result, FitRes) else []
-    check_metrics({EXAMPLES: result.num_examples})
-    return Reply(node_id, pair, _record_of(tensors), result.num_examples)
+def _weighed(reply: Reply[_Pair]) -> _Pair:
+    """Return a client and its result, with what its examples count for."""
+    client, result = reply.origin
+    weighed: Any = client, replace(result, num_examples=int(reply.examples))
+    return cast(_Pair, weighed)
+
+
+def _metrics_of(result: FitRes | EvaluateRes) -> dict[str, Any]:
+    """Return all that a result tells beside its arrays."""
+    told: dict[str, Any] = {**(result.metrics or {}), EXAMPLES: result.num_examples}
+    return told if isinstance(result, FitRes) else {**told, "loss": result.loss}
+
+
+def _kind_of(value: Scalar) -> str:
+    return "number" if isinstance(value, int | float) else type(value).__name__
 
 
 def _record_of(tensors: Sequence[bytes]) -> ArrayRecord:
@@ -271,19 +343,6 @@ def _content(part: FitIns | FitRes | EvaluateIns | EvaluateRes) -> RecordDict:
     if not isinstance(part, EvaluateRes):
         content["arrays"] = _record_of(part.parameters.tensors)
     return content
-
-
-def _answer_of(result: FitRes) -> Answer | str:
-    """Return an explorer's guidance frame and signs, or the reason of its failure."""
-    tensors = result.parameters.tensors
-    if len(tensors) not in (1, 2):
-        return NO_MOD
-    try:
-        check_metrics({EXAMPLES: result.num_examples})
-    except WireError as error:
-        return str(error)
-    frame, *signs = tensors
-    return Answer(frame, signs[0] if signs else None, result.num_examples)
 
 
 def _by_id(results: list[_Pair]) -> list[tuple[int, _Pair]]:

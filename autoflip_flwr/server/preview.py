@@ -24,6 +24,7 @@ from autoflip_flwr.pruners.store import Answer, Answers
 from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.savings import amount
+from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import ExampleInputs, compact_if_it_pays, tensors_of, trace
 from autoflip_flwr.units.measure import backward_bytes, operations
@@ -323,7 +324,7 @@ class _Rehearsal:
     def sent(self) -> _Sent:
         """Count the bytes of all messages."""
         rounds, of = self.rounds, self._federation
-        pruner, intake = rounds.pruner, Intake(rounds)
+        pruner, intake = rounds.pruner, Intake(rounds, WireSettings())
         shapes = rounds.manifest.shapes
         empty = {name: np.zeros(shape, np.bool_) for name, shape in shapes.items()}
         plan, known = records.Plan(rounds.manifest, empty, rounds.values), _Known()

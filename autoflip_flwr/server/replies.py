@@ -2,6 +2,7 @@
 
 import logging
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,12 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from autoflip_flwr.errors import AutoFlipError, ReplyError, WireError
-from autoflip_flwr.method.outliers import far_off, update_sizes
+from autoflip_flwr.method.outliers import (
+    capped,
+    far_off,
+    root_mean_square,
+    update_sizes,
+)
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.types import Params
@@ -27,6 +33,9 @@ _MISFITS = ("autoflip.raw", "AutoFlipMod", "errors.MaskError", "expected the arr
 
 #: A metric of the client mod that goes with Flower's adaptive clipping.
 _NORM_BIT = "norm_bit"
+
+#: The largest metric; as many of them as there can be clients have a finite sum.
+_LARGEST = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -48,6 +57,10 @@ class Reply(Generic[T]):
     form : str
         Names of its records and metrics. Flower's strategies refuse the whole round
         if one reply has another form.
+    numbers : dict of name -> float
+        The largest size of each metric.
+    extras : dict of name -> callable
+        What else is in the reply, and how to remove it from `origin`.
     arrays : mapping of name -> array
         The dense arrays of `record`; pruned entries have the server's values.
     """
@@ -57,6 +70,8 @@ class Reply(Generic[T]):
     record: ArrayRecord
     examples: float
     form: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, Callable[[], object]] = field(default_factory=dict)
     arrays: Params = field(default_factory=dict)
 
 
@@ -80,7 +95,10 @@ class Replies:
         received: Iterable[tuple[int, T]],
         read: Callable[[int, T], Reply[T]],
     ) -> list[Reply[T]]:
-        """Read replies in order, without those that are broken or differ in form.
+        """Read replies in order, without those that are broken or far from the others.
+
+        A reply that lacks what most have, or has another form, is dropped. What most do
+        not have is removed from a reply. Examples are capped.
 
         Parameters
         ----------
@@ -97,16 +115,47 @@ class Replies:
                 self._rounds.held.answered(node_id)
             except (AutoFlipError, ValueError, TypeError, KeyError) as error:
                 self._rounds.drop(server_round, node_id, str(error))
+        reasons = self._unlike(server_round, replies)
+        replies = self._without(server_round, replies, reasons)
+        replies = self._without(server_round, replies, self._odd_numbers(replies))
+        told = capped([reply.examples for reply in replies], self._settings.weight_cap)
+        for reply, examples in zip(replies, told, strict=True):
+            reply.examples = examples
+        return replies
+
+    def _unlike(self, server_round: int, replies: Sequence[Reply[T]]) -> dict[int, str]:
+        """Return index -> reason of replies that lack what most have; remove extras."""
         forms = Counter(reply.form for reply in replies)
         usual = forms.most_common(1)[0][0] if forms else ""
-        for reply in replies:
+        extras = Counter(name for reply in replies for name in reply.extras)
+        asked = {name for name, count in extras.items() if 2 * count > len(replies)}
+        reasons: dict[int, str] = {}
+        for index, reply in enumerate(replies):
             if reply.form != usual:
-                self._rounds.drop(
+                reasons[index] = (
+                    f"expected the form of most replies, {usual}, got {reply.form}"
+                )
+            elif missing := sorted(asked.difference(reply.extras)):
+                reasons[index] = f"expected {missing}, as most replies have, got none"
+            elif unasked := sorted(set(reply.extras) - asked):
+                for name in unasked:
+                    reply.extras[name]()
+                _log.warning(
+                    "round %d: from the reply of node %d is removed what most do not "
+                    "send: %s",
                     server_round,
                     reply.node_id,
-                    f"expected the form of most replies, {usual}, got {reply.form}",
+                    unasked,
                 )
-        return [reply for reply in replies if reply.form == usual]
+        return reasons
+
+    def _without(
+        self, server_round: int, replies: list[Reply[T]], reasons: Mapping[int, str]
+    ) -> list[Reply[T]]:
+        """Drop the replies that there is a reason for, by their index."""
+        for index, reason in sorted(reasons.items()):
+            self._rounds.drop(server_round, replies[index].node_id, reason)
+        return [reply for i, reply in enumerate(replies) if i not in reasons]
 
     def trained(
         self,
@@ -139,10 +188,7 @@ class Replies:
         if not replies:
             reasons = [rounds.dropped[node_id] for node_id, _ in received]
             self._check_apps([*reasons, *map(str, failures)])
-        odd = self._outliers(replies)
-        for index, reason in odd.items():
-            rounds.drop(server_round, replies[index].node_id, reason)
-        replies = [reply for i, reply in enumerate(replies) if i not in odd]
+        replies = self._without(server_round, replies, self._outliers(replies))
         for reply in replies:
             assert plan is not None
             update = plan.update(sent, reply.record[records.VALUES].data)
@@ -153,6 +199,7 @@ class Replies:
         elif not any(reply.examples for reply in replies):
             reason = "no valid reply trained on any example"
         else:
+            rounds.lost = 0
             return replies
         rounds.abandon(server_round, reason)
         return []
@@ -219,23 +266,54 @@ class Replies:
         The prunable weights are compared together. Every other array is compared on
         its own: among the many weights a huge value in a small array would not show.
         """
-        limit = self._settings.outlier
+        limit, before = self._settings.outlier, self._rounds.arrays
         entries = {e.name: e for e in self._rounds.manifest.entries}
-        floating = [name for name, entry in entries.items() if entry.dtype[1] == "f"]
+        numbers = [name for name, entry in entries.items() if entry.dtype[1] != "b"]
+
+        def group_of(name: str) -> str:
+            return "" if entries[name].masked else f" {name}"
+
         sizes: dict[str, dict[int, float]] = {}
         for index, reply in enumerate(replies):
-            own = update_sizes(
-                reply.arrays,
-                self._rounds.arrays,
-                lambda name: "" if entries[name].masked else f" {name}",
-                floating,
-            )
+            own = update_sizes(reply.arrays, before, group_of, numbers)
             for group, size in own.items():
                 sizes.setdefault(group, {})[index] = size
         reasons: dict[int, str] = {}
         for group, of_replies in sizes.items():
-            reasons |= far_off(f"moved{group}", of_replies, limit=limit)
-        examples = {index: reply.examples for index, reply in enumerate(replies)}
+            idle = math.inf
+            if any(of_replies.values()) and not statistics.median(of_replies.values()):
+                idle = self._size_of([n for n in numbers if group_of(n) == group])
+            reasons |= far_off(f"moved{group}", of_replies, limit=limit, idle=idle)
+        return reasons
+
+    def _size_of(self, names: list[str]) -> float:
+        """Return the norm of arrays whose entries are as large as the weights.
+
+        Or as large as their own, if those are larger; integers: or as large as one.
+        Where most clients leave arrays as they are, nobody may move them farther.
+        """
+        rounds = self._rounds
+        own = [rounds.arrays[name] for name in names]
+        entry = max(
+            root_mean_square(rounds.weights(rounds.arrays).values()),
+            root_mean_square(array.astype(np.float64) for array in own),
+            *(1.0 for array in own if array.dtype.kind in "iu"),
+        )
+        return entry * math.sqrt(sum(array.size for array in own))
+
+    def _odd_numbers(self, replies: list[Reply[T]]) -> dict[int, str]:
+        """Return index -> reason of replies whose metrics or examples are far off.
+
+        Metrics differ more than weights do: the limit is squared, and sizes below one
+        count as one.
+        """
+        limit = self._settings.outlier
+        reasons: dict[int, str] = {}
+        for name in replies[0].numbers if replies else ():
+            sizes = {i: max(1.0, r.numbers.get(name, 0)) for i, r in enumerate(replies)}
+            square = None if limit is None else limit**2
+            reasons |= far_off(f"reports {name}", sizes, limit=square)
+        examples = {i: r.examples for i, r in enumerate(replies) if r.examples > 0}
         return reasons | far_off("has examples", examples, limit=limit)
 
 
@@ -253,26 +331,43 @@ def setting(strategy: object, name: str) -> str | None:
     return next((value for value in found if isinstance(value, str)), None)
 
 
+def check_size(size: int, largest: int) -> None:
+    """Refuse a whole reply of more bytes than the model can need."""
+    if size > largest:
+        raise WireError(f"expected a whole reply of at most {largest} B, got {size} B")
+
+
 def check_metrics(
     metrics: Mapping[str, Any], strategy: object = None, weight: str = EXAMPLES
-) -> None:
-    """Refuse metrics that would ruin the model.
+) -> dict[str, float]:
+    """Refuse metrics that would ruin the model or hide in an average.
 
-    Others, such as a loss that is not finite, are passed on as Flower does.
+    Others, such as a loss that is NaN, are passed on as Flower does: they show.
+
+    Returns
+    -------
+    dict of name -> float
+        The size of each finite metric but `weight`.
 
     Raises
     ------
     WireError
-        If the metric `weight` is not a number >= 0, or one that the strategy aggregates
-        with, whose name it therefore holds, is not finite.
+        If the metric `weight` is not a number >= 0; if one that the strategy aggregates
+        with, whose name it therefore holds, is not finite; or if one is finite, but not
+        in float32, whose sums are finite in float64.
     """
     used = {weight, _NORM_BIT}
     for one in chain(strategy):
         used.update(value for value in vars(one).values() if isinstance(value, str))
+    sizes: dict[str, float] = {}
     for name, value in metrics.items():
         numbers = value if isinstance(value, list) else [value]
-        finite = all(math.isfinite(n) for n in numbers if isinstance(n, int | float))
-        if name in used and not finite:
+        told = [abs(number) for number in numbers if isinstance(number, int | float)]
+        size, finite = max(told, default=0), all(map(math.isfinite, told))
+        if (name in used and not finite) or (finite and size > _LARGEST):
             raise WireError(f"expected a finite metric {name!r}, got {value}")
+        if name != weight and finite:
+            sizes[name] = size
         if name == weight and (not isinstance(value, int | float) or value < 0):
             raise WireError(f"expected a number {name!r} >= 0, got {value}")
+    return sizes

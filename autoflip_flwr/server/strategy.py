@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,16 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from autoflip_flwr.errors import SettingsError, WireError
 from autoflip_flwr.pruners.store import Answer
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
-from autoflip_flwr.server.replies import EXAMPLES, Reply, chain, check_metrics, setting
+from autoflip_flwr.server.replies import (
+    EXAMPLES,
+    Reply,
+    chain,
+    check_metrics,
+    check_size,
+    setting,
+)
 from autoflip_flwr.server.savings import Direction
-from autoflip_flwr.server.wrapper import Wrapper
+from autoflip_flwr.server.wrapper import TIMEOUT, Wrapper
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
 
@@ -47,6 +55,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._current: ArrayRecord | None = None  # the inner strategy's global model
         self._returned: ArrayRecord | None = None  # what `start` knows of it
         self._sent: list[Message] = []
+        # What the round was configured with; the config as it was before.
+        self._asked: tuple[ArrayRecord, ConfigRecord, dict[str, Any], Grid]
         self._values = b""  # the frame of kept values that was sent
         self._key = setting(self.strategy, "arrayrecord_key")
         self._weight = setting(self.strategy, "weighted_by_key") or EXAMPLES
@@ -64,7 +74,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         If the inner strategy has a `start` of its own, it runs, with AutoFLIP's methods
         in place of those that `Strategy.start` calls.
         """
-        self.expect(num_rounds)
+        timeout = named.get("timeout", rest[0] if rest else TIMEOUT)
+        self.expect(num_rounds, timeout)
         inner, kind = self.strategy, type(self.strategy)
         if kind.start is Strategy.start:
             result = super().start(grid, initial_arrays, num_rounds, *rest, **named)
@@ -87,6 +98,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> Iterable[Message]:
         """Let new nodes explore, make the mask, pack the inner strategy's messages."""
         current, before = self._adopt(arrays), dict(config)
+        self._asked = arrays, config, before, grid
 
         def inner_messages() -> tuple[list[Message], list[int]]:
             config.clear()  # a strategy that changes it does so once a round
@@ -99,6 +111,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
 
         messages, sampled = inner_messages()
         if not messages:
+            self._sent = []
             return []
         if self._explore(server_round, sampled, messages[0], grid):
             # A warm start. FedAvgM keeps the record it got and FedAdam a copy of it,
@@ -112,14 +125,23 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Unpack the valid replies and let the inner strategy aggregate them."""
-        received = self._received("train", replies)
-        valid = self._replies.trained(
-            server_round, received, self._read, sent=self._values
-        )
+        """Unpack the valid replies and let the inner strategy aggregate them.
+
+        Without any, or with too few, the round begins again.
+        """
+        valid = self._trained(server_round, replies)
+        while not valid and self._sent:
+            self._try_again(server_round)
+            arrays, config, before, grid = self._asked
+            config.clear()
+            config.update(before)
+            again = self.configure_train(server_round, arrays, config, grid)
+            replies = grid.send_and_receive(again, timeout=self.timeout)
+            valid = self._trained(server_round, replies)
         if not valid:
             self._hold(self.rounds.arrays)
             return None, None
+        self._weigh(valid)
         for reply in valid:
             key, _ = records.model_record(reply.origin.content, self._key)
             reply.origin.content[key] = records.record_of(reply.arrays)
@@ -150,10 +172,11 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Let the inner strategy aggregate the valid replies."""
-        received = self._received("evaluate", replies)
+        received = self._received("evaluate", server_round, replies)
         valid = self._replies.readable(server_round, received, self._read_evaluation)
         if not valid:
             return None
+        self._weigh(valid)
         messages = [reply.origin for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, messages)
 
@@ -295,16 +318,36 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             if message.has_content():
                 self._count(phase, direction, message.content)
 
+    def _trained(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> list[Reply[Message]]:
+        received = self._received("train", server_round, replies)
+        return self._replies.trained(
+            server_round, received, self._read, sent=self._values
+        )
+
     def _received(
-        self, phase: records.Phase, replies: Iterable[Message]
+        self, phase: records.Phase, server_round: int, replies: Iterable[Message]
     ) -> list[tuple[int, Message]]:
-        """Count replies; return them with their nodes, in the order of the requests."""
+        """Count replies; return one to each message that has one, in their order.
+
+        A grid may return replies twice, or of an earlier round.
+        """
         replies = list(replies)
         self._count_all(phase, "up", replies)
         nodes = nodes_by_message(self._sent)
         order = {m.metadata.dst_node_id: i for i, m in enumerate(self._sent)}
-        pairs = [(node_of(reply, nodes), reply) for reply in replies]
-        return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
+        found: dict[int, Message] = {}
+        for reply in replies:
+            node_id, answers = node_of(reply, nodes), reply.metadata.reply_to_message_id
+            # A grid that sends copies does not tell which messages were sent.
+            told = nodes or not self._sent
+            if node_id in found or (told and answers not in nodes):
+                reason = "it answers no message of the round, or one again"
+                self.rounds.drop(server_round, node_id, reason)
+            else:
+                found[node_id] = reply
+        return sorted(found.items(), key=lambda pair: order.get(pair[0], len(order)))
 
     def _read(self, node_id: int, message: Message) -> Reply[Message]:
         reply = self._read_metrics(node_id, message, "aggregate_train")
@@ -330,8 +373,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         Flower's own strategies end the run if a reply has not one MetricRecord and, of
         a training, one ArrayRecord. A user's may take what it likes.
         """
-        if message.has_error():
-            raise WireError(f"it carries the error: {message.error.reason}")
+        self._check(message)
         found = {"MetricRecord": len(message.content.metric_records)}
         if purpose == "aggregate_train":
             found["ArrayRecord"] = len(message.content.array_records)
@@ -340,27 +382,50 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         for kind, count in found.items():
             if flowers and count != 1:
                 raise WireError(f"expected exactly one {kind}, got {count}")
-        examples = self._examples_of(message)
-        return Reply(node_id, message, ArrayRecord(), examples, _form_of(message))
+        examples, numbers = self._examples_of(message)
+        content = message.content
+        return Reply(
+            node_id,
+            message,
+            ArrayRecord(),
+            examples,
+            form=_form_of(message),
+            numbers=numbers,
+            extras={n: partial(content.pop, n) for n in content.config_records},
+        )
+
+    def _check(self, reply: Message) -> None:
+        """Refuse an error, and what is too large to read."""
+        if reply.has_error():
+            raise WireError(f"it carries the error: {reply.error.reason}")
+        largest = self.rounds.manifest.largest_message
+        check_size(records.count_bytes(reply.content), largest)
 
     def _answer_of(self, reply: Message) -> Answer | str:
         """Return the answer of an explorer, or the reason of its failure."""
         try:
-            if reply.has_error():
-                return f"it carries the error: {reply.error.reason}"
+            self._check(reply)
             _, record = records.model_record(reply.content, self._key)
             frame, signs = records.guidance_frames(record)
-            return Answer(frame, signs, self._examples_of(reply))
+            examples, _ = self._examples_of(reply)
+            return Answer(frame, signs, examples)
         except WireError as error:
             return str(error)
 
-    def _examples_of(self, reply: Message) -> float:
-        """Return the number of examples behind a reply; 1 if the app does not say."""
+    def _examples_of(self, reply: Message) -> tuple[float, dict[str, float]]:
+        """Return the weight of a reply, 1 if it tells none, and its metrics' sizes."""
         metrics: dict[str, Any] = {}
         for record in reply.content.metric_records.values():
             metrics |= record
-        check_metrics(metrics, self.strategy, self._weight)
-        return float(metrics.get(self._weight, 1))
+        sizes = check_metrics(metrics, self.strategy, self._weight)
+        return float(metrics.get(self._weight, 1)), sizes
+
+    def _weigh(self, replies: list[Reply[Message]]) -> None:
+        """Write what examples count for into replies, where they say them."""
+        for reply in replies:
+            for metrics in reply.origin.content.metric_records.values():
+                if self._weight in metrics:
+                    metrics[self._weight] = reply.examples
 
 
 def _settle(record: ArrayRecord, arrays: Params) -> None:

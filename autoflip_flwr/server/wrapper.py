@@ -39,6 +39,11 @@ _ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
 #: How the names of strategies with differential privacy at the server begin.
 _PRIVATE = ("DifferentialPrivacy", "DPFedAvg")
 
+#: How often a round that loses its replies is tried, before the run ends.
+TRIES = 3
+
+#: Seconds to wait for a round's replies; Flower's default.
+TIMEOUT = 3600.0
 
 S = TypeVar("S")
 
@@ -162,20 +167,22 @@ class Wrapper(Generic[S]):
             units=_units_of(self.pruner, pruning, model, example_inputs),
             seed=seed,
         )
-        self._intake = Intake(self.rounds, outlier=wire.outlier)
+        self._intake = Intake(self.rounds, wire)
         self._replies = Replies(self.rounds, wire)
+        self.timeout: float | None = TIMEOUT  # of a round that begins again
         self._begin()
 
     def _begin(self) -> None:
         """Prepare what only one API needs."""
 
-    def expect(self, num_rounds: int) -> None:
-        """Tell how many rounds the run has, before it starts.
+    def expect(self, num_rounds: int, timeout: float | None = TIMEOUT) -> None:
+        """Tell how many rounds the run has, before it starts, and how long one waits.
 
         On the Message API `start` does. On the older API you may, so that the density
         falls over the first half of the rounds instead of at once.
         """
         self.rounds.total = num_rounds
+        self.timeout = timeout
 
     def preview(
         self,
@@ -267,6 +274,20 @@ class Wrapper(Generic[S]):
                 f"the last one: {rounds.reason or 'no reply came in time'}; reasons of "
                 f"dropped replies, with their nodes: {by_reason(rounds.dropped)}"
             )
+
+    def _try_again(self, server_round: int) -> None:
+        """Let a round begin again that lost its replies, unless it has too often."""
+        rounds = self.rounds
+        rounds.lost += 1
+        if rounds.lost < TRIES:
+            _log.warning("round %d begins again", server_round)
+            return
+        self.check_trained()
+        raise ReplyError(
+            f"round {server_round} was lost {TRIES} times; the last time: "
+            f"{rounds.reason}; dropped replies by node: {rounds.dropped}; a run with "
+            "checkpoints goes on after the round before"
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Return the inner strategy's own attributes and methods."""

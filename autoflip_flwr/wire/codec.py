@@ -339,9 +339,10 @@ class QuantizedGuidance:
     tables: Mapping[str, Float32]  # shape (256,): the value of each code
     shapes: Shapes
 
-    def scaled(self, name: str, factor: float) -> Values:
+    def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
         """See `guidance.LocalMatrix`."""
-        table, codes = self.tables[name] * np.float32(factor), self.codes[name]
+        table = np.minimum(self.tables[name] * np.float32(factor), np.float32(most))
+        codes = self.codes[name]
         return lambda part, out: np.take(table, codes[part], out=out, mode="clip")
 
     def dense(self) -> dict[str, Float32]:

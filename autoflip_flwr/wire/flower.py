@@ -11,9 +11,10 @@ from flwr.clientapp.typing import ClientAppCallable as ClientAppCallable
 from autoflip_flwr.errors import FlowerVersionError
 
 if TYPE_CHECKING:
+    from flwr.proto.node_pb2 import NodeInfo as NodeInfo
     from flwr.supercore.run import Run as Run
 else:
-    Run = Any  # its module depends on the version
+    NodeInfo = Run = Any  # their modules depend on the version
 
 #: The range of versions with which the tests run the plug-in examples.
 OLDEST, NEWEST = "1.22", "1.42"

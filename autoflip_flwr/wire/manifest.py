@@ -122,6 +122,20 @@ class Manifest:
         """Name -> shape of the prunable arrays, in order."""
         return {entry.name: entry.shape for entry in self.entries if entry.masked}
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all arrays, dense."""
+        return sum(e.size * np.dtype(e.dtype).itemsize for e in self.entries)
+
+    @property
+    def largest_message(self) -> int:
+        """Bytes that the records of a message have at most.
+
+        Twice the dense arrays, which leaves room for arrays of an app's own, and 1 MiB
+        for headers, config and metrics.
+        """
+        return 2 * self.dense_bytes + (1 << 20)
+
     def to_bytes(self) -> bytes:
         """Return the manifest as JSON, compressed by zlib."""
         rows = [

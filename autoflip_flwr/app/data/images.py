@@ -3,7 +3,6 @@
 What is missing or broken is a `DataError` that names the file.
 """
 
-import gzip
 import math
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.app.data import archive
 from autoflip_flwr.app.data.base import Spec, Split, checked_split
 from autoflip_flwr.errors import DataError, needs_extra
 
@@ -80,21 +80,7 @@ def read_npz(spec: Spec, path: Path, split: SplitName) -> Split:
     or floating in [0, 1]. Labels are integers, (N,).
     """
     keys = (f"x_{split}", f"y_{split}")
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: expected an npz archive, got a single array")
-            if missing := [key for key in keys if key not in archive]:
-                raise DataError(
-                    f"{path}: expected the keys {list(keys)}, "
-                    f"missing {missing}, got {sorted(archive)}"
-                )
-            x, y = (np.asarray(archive[key]) for key in keys)
-    except Exception as error:  # zipfile and numpy raise a dozen types between them
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not a readable npz archive: {error}") from error
+    x, y = archive.read_npz(path, keys).values()
     where = f"{path}, {keys[0]} and {keys[1]}"
     return checked_split(_channels_first(x, spec), y, spec=spec, where=where)
 
@@ -112,9 +98,8 @@ def _channels_first(x: NDArray[Any], spec: Spec) -> NDArray[Any]:
 def read_idx(path: Path, *, ndim: int) -> NDArray[np.uint8]:
     """Read an idx file of unsigned bytes, plain or gzipped (by its ``.gz``)."""
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
+        zipped = path.suffix == ".gz"
+        data = archive.read_gzip(path) if zipped else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a readable file: {error}") from error
     header = 4 + 4 * ndim

@@ -2,14 +2,12 @@
 
 import io
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 from typing import Any
-from zipfile import BadZipFile
 
 import matplotlib.style
 import numpy as np
@@ -18,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from autoflip_flwr.app.data.archive import read_npz
 from autoflip_flwr.compare.report import formats
 from autoflip_flwr.compare.results import Arm, Experiment, Run, Series
 from autoflip_flwr.errors import DataError
@@ -212,11 +211,10 @@ def _by_layer(path: Path) -> dict[str, float]:
     """Return the kept share of every layer, of all its parameters together."""
     layers: dict[str, list[Any]] = {}
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as masks:
-            for name, mask in masks.items():
-                layer = name.rpartition(".")[0] or name
-                layers.setdefault(layer, []).append(mask.astype(bool).ravel())
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        for name, mask in read_npz(path).items():
+            layer = name.rpartition(".")[0] or name
+            layers.setdefault(layer, []).append(mask.astype(bool).ravel())
+    except ValueError as error:
         raise DataError(
             f"{path}: expected the masks of a run, got {error}; run it again, or "
             "delete the file"
