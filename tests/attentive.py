@@ -51,12 +51,12 @@ class Cross(nn.Module):
 
 def layer(**settings) -> nn.Module:
     return nn.TransformerEncoderLayer(
-        12, 3, 16, **{"dropout": 0.0, "batch_first": True} | settings
+        12, 4, 16, **{"dropout": 0.0, "batch_first": True} | settings
     )
 
 
-def stack(**settings) -> nn.Module:
-    return Encoder(nn.TransformerEncoder(layer(**settings), 2))
+def stack(nested: bool = False, **settings) -> nn.Module:
+    return Encoder(nn.TransformerEncoder(layer(**settings), 2, None, nested))
 
 
 def transformers(kind: str, **settings) -> nn.Module:
@@ -81,7 +81,7 @@ _TEXT = {"vocab_size": 20, "max_position_embeddings": 8, "pad_token_id": 19}
 def _vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(16, 4, 2, 3, 12, 16, num_classes=5)
+    return VisionTransformer(16, 4, 2, 4, 12, 16, num_classes=5)
 
 
 def _swin() -> nn.Module:

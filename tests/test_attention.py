@@ -6,13 +6,16 @@ import attentive
 import numpy as np
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAvg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_array_equal
+from inprocess import LocalGrid, run, seeded, toy_app
+from numpy.testing import assert_allclose, assert_array_equal
+from test_hybrid import NODES, ONE
 from test_units import random_scores
 from torch import nn
 
-from autoflip_flwr import units
+from autoflip_flwr import AutoFLIP, PruningSettings, units
 from autoflip_flwr.app import costs
 from autoflip_flwr.method.structured import Limits
 from autoflip_flwr.units.enforce import enforce
@@ -78,9 +81,9 @@ def test_a_head_of_swin_takes_its_column_of_the_position_table():
 
 
 HEADS = {
-    "encoder": (("encoder.layers.{}.self_attn", 3, 4), ("encoder.layers.{}.linear1",)),
+    "encoder": (("encoder.layers.{}.self_attn", 4, 3), ("encoder.layers.{}.linear1",)),
     "vision-transformer": (
-        ("encoder.layers.encoder_layer_{}.self_attention", 3, 4),
+        ("encoder.layers.encoder_layer_{}.self_attention", 4, 3),
         ("encoder.layers.encoder_layer_{}.mlp.0",),
     ),
     "bert": (
@@ -132,7 +135,7 @@ def test_a_model_of_transformers_is_traced_once(monkeypatch):
 # --- exact ----------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 0.6), multiple=st.integers(1, 5))
 def test_a_random_mask_of_heads_and_neurons_is_exact(seed, share, multiple):
     model, x = attentive.build("encoder")
@@ -221,7 +224,7 @@ class Padded(nn.Module):
 
     def __init__(self, careful: bool) -> None:
         super().__init__()
-        self.inner = attentive.stack()
+        self.inner = attentive.stack(nested=True)
         self.careful = careful
 
     def forward(self, x):
@@ -246,6 +249,46 @@ def test_padding_that_torch_leaves_out_in_evaluation_is_followed():
         f"inner.encoder.layers.{i}.linear1" for i in range(2)
     }
     assert "its output differs" in traced.whole["inner.encoder.layers.0.self_attn"]
+
+
+class Rows(nn.Module):
+    """Reads six numbers as three places of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Linear(2, 12), attentive.layer()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(self.embed(x.view(-1, 3, 2))).mean(1))
+
+
+def test_clients_that_train_fewer_heads_and_neurons_end_with_the_same_weights():
+    ends, heads = {}, {}
+    for example in (None, ONE):
+        seen: list[int] = []
+        app = toy_app(
+            lambda: seeded(Rows),
+            example_inputs=example,
+            after_step=lambda net, seen=seen: seen.append(
+                net.inner.self_attn.num_heads
+            ),
+        )
+        strategy = AutoFLIP(
+            FedAvg(fraction_evaluate=0.0),
+            threshold=0.7,
+            model=seeded(Rows),
+            example_inputs=ONE,
+            pruning=PruningSettings(operations=0.5, gradual_rounds=1),
+        )
+        models, _ = run(strategy, LocalGrid(app, NODES), seeded(Rows), rounds=3)
+        ends[example is None], heads[example is None] = models[-1], min(seen)
+    assert heads[True] == 4 > heads[False]
+    every = strategy.rounds.units
+    used = every.used(strategy.rounds.plan.masks)
+    assert every.operations(used) <= 0.5 * every.operations()
+    for name, value in ends[True].items():
+        assert_allclose(ends[False][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 # --- what stays whole -----------------------------------------------------------------
