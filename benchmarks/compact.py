@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import paired, report
+from networks import Transformer
 from torch import nn
 from torch.nn import functional
 
@@ -34,11 +35,13 @@ CASES: dict[str, tuple[tuple[int, int, int], int]] = {
     "cnn6": ((3, 32, 32), 32),
     "resnet50": ((3, 64, 64), 32),
     "efficientnet_b3": ((3, 128, 128), 16),
+    "transformer": ((1, 28, 28), 32),
 }
 ON_GPU: dict[str, tuple[tuple[int, int, int], int]] = {
     "cnn6": ((3, 32, 32), 512),
     "resnet50": ((3, 224, 224), 128),
     "efficientnet_b3": ((3, 224, 224), 128),
+    "transformer": ((1, 28, 28), 512),
 }
 SHARES = (0.5, 0.25, 0.8)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +72,10 @@ class Trainer:
         _wait()
 
 
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def _wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -77,6 +84,8 @@ def _wait() -> None:
 def build(name: str) -> tuple[nn.Module, tuple[int, ...], int]:
     shape, batch = (ON_GPU if DEVICE.type == "cuda" else CASES)[name]
     torch.manual_seed(0)
+    if name == "transformer":  # 4 heads of 32 channels read the rows of an image
+        return Transformer(shape, 10, width=128), shape, batch
     return models.build(name, num_classes=10, input_shape=shape, seed=0), shape, batch
 
 
@@ -128,6 +137,7 @@ def measure(name: str, share: float, multiple: int, pairs: int) -> dict[str, Any
         "batch": [batch, *shape],
         "flops": flops,
         "parameters": size,
+        "bytes": [_bytes(model), _bytes(small)],
         "step": step["ratio"],
         "step_spread": [step["ratio_least"], step["ratio_largest"]],
         "step_ms": [step["ms"], step["baseline_ms"]],

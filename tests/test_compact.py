@@ -2,6 +2,7 @@
 
 import copy
 
+import attentive
 import numpy as np
 import pytest
 import torch
@@ -35,6 +36,8 @@ LARGE = {"efficientnet_b3", "resnet50", "vgg11_bn", "densenet121", "convnext_tin
 
 def build(name: str, source: str) -> tuple[nn.Module, torch.Tensor, int]:
     """Return a model in float64 without dropout's draws, a batch, and its classes."""
+    if source == "attention":
+        return *attentive.build(name), 5
     torch.manual_seed(0)
     if source == "ours":
         settings = OURS[name]
@@ -149,7 +152,11 @@ def check(name: str, source: str, optimizer: str, device: str = "cpu") -> None:
 
 CASES = [
     pytest.param(name, source, id=f"{source}-{name}", marks=marks)
-    for source, names in (("ours", OURS), ("torchvision", TORCHVISION))
+    for source, names in (
+        ("ours", OURS),
+        ("torchvision", TORCHVISION),
+        ("attention", attentive.NETWORKS),
+    )
     for name in names
     for marks in ([pytest.mark.slow] if name in LARGE else [],)
 ]
@@ -161,7 +168,13 @@ def test_compact_training_is_masked_training(name, source):
 
 
 @pytest.mark.parametrize(
-    ("name", "source"), [("cnn", "ours"), ("char_lstm", "ours"), ("resnet18", "tv")]
+    ("name", "source"),
+    [
+        ("cnn", "ours"),
+        ("char_lstm", "ours"),
+        ("resnet18", "tv"),
+        *((name, "attention") for name in attentive.NETWORKS),
+    ],
 )
 def test_compact_training_is_masked_training_with_adam(name, source):
     check(name, source, "adamw")

@@ -273,8 +273,8 @@ def test_tied_weights_stay_whole():
 
 
 def test_a_module_without_a_rule_is_named():
-    model = nn.Sequential(nn.Linear(4, 6), nn.MultiheadAttention(6, 2))
-    with pytest.raises(ModelError, match=r"units of 1 .*MultiheadAttention.*units=0"):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Bilinear(6, 6, 2))
+    with pytest.raises(ModelError, match=r"units of 1 .*Bilinear.*units=0"):
         units.trace(model, torch.zeros(1, 4))
 
 

@@ -1,7 +1,8 @@
 """What a model costs: parameters, operations, and measured time and memory.
 
 thop counts multiply-accumulates (one multiplication and one addition are one
-operation). Layers it has no rule for, embeddings among them, count zero.
+operation). Where it has no rule, as for attention, matrix products and convolutions
+count alone, so that embeddings count zero.
 """
 
 import copy
@@ -26,11 +27,13 @@ from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
 from autoflip_flwr.units.measure import kept_for_backward
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
+from autoflip_flwr.units.products import Products
 
 with needs_extra("app", "counting operations"), warnings.catch_warnings():
     # thop compares versions with distutils, which is deprecated.
     warnings.filterwarnings("ignore", message="(?s).*distutils")
     import thop
+    from thop.profile import register_hooks
 
 #: thop's description of a module: operations, parameters, children by name.
 _Info: TypeAlias = tuple[float, float, Mapping[str, Any]]
@@ -58,7 +61,8 @@ def flops(model: nn.Module, example: torch.Tensor) -> int:
     example : torch.Tensor
         A batch, with the batch dimension first; only its first sample is used.
     """
-    return int(_profile(model, example)[0])
+    (operations, _, _), elsewhere = _profile(model, example)
+    return int(operations) + sum(elsewhere.values())
 
 
 def theoretical_flops(model: nn.Module, example: torch.Tensor, masks: Masks) -> int:
@@ -67,7 +71,8 @@ def theoretical_flops(model: nn.Module, example: torch.Tensor, masks: Masks) -> 
     This is theory: dense kernels multiply zeros too. What a smaller model really saves
     is `flops` of it. Each layer's count is multiplied with the density of its weights
     (of all matrices of an LSTM together) and rounded; masks of biases change nothing,
-    as thop does not count the additions of a bias apart.
+    as thop does not count the additions of a bias apart. Attention's products of
+    activations stay.
 
     Parameters
     ----------
@@ -87,13 +92,16 @@ def theoretical_flops(model: nn.Module, example: torch.Tensor, masks: Masks) -> 
         id(model.get_parameter(name)): int(np.count_nonzero(keep))
         for name, keep in enforce.resolve(model, masks).items()
     }
+    info, elsewhere = _profile(model, example)
+    counts = [
+        (operations, [model.get_parameter(name)] if name else [])
+        for name, operations in elsewhere.items()
+    ]
+    for path, operations in _layers(info):
+        own = model.get_submodule(path).named_parameters("", False)
+        counts.append((operations, [p for name, p in own if name.startswith("weight")]))
     total = 0
-    for path, operations in _layers(_profile(model, example)):
-        weights = [
-            parameter
-            for name, parameter in model.get_submodule(path).named_parameters("", False)
-            if name.startswith("weight")
-        ]
+    for operations, weights in counts:
         size = sum(weight.numel() for weight in weights)
         left = sum(kept.get(id(weight), weight.numel()) for weight in weights)
         total += round(operations * left / size) if size else operations
@@ -137,7 +145,10 @@ class Operations:
         return round(3 * (explore * self.dense + train * self.of(masks)))
 
 
-def _profile(model: nn.Module, example: torch.Tensor) -> _Info:
+def _profile(
+    model: nn.Module, example: torch.Tensor
+) -> tuple[_Info, dict[str | None, int]]:
+    """Return thop's count, and that of products elsewhere by their parameter."""
     if example.ndim == 0 or len(example) == 0:
         raise ModelError(
             "counting needs a batch of one sample or more, "
@@ -148,6 +159,9 @@ def _profile(model: nn.Module, example: torch.Tensor) -> _Info:
     for module in copied.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # a copy's weights lie scattered on a GPU
+    ruled = {m: "" for m in copied.modules() if type(m) in {*register_hooks, *_RULES}}
+    with torch.no_grad(), Products(copied, ruled) as products:
+        copied.eval()(example[:1])
     info: _Info = thop.profile(
         copied,
         inputs=(example[:1],),
@@ -155,7 +169,8 @@ def _profile(model: nn.Module, example: torch.Tensor) -> _Info:
         verbose=False,
         ret_layer_info=True,
     )
-    return info
+    made = products.made.items()
+    return info, {name: count for (place, name), count in made if place is None}
 
 
 def _layers(info: _Info, path: str = "") -> Iterator[tuple[str, int]]:

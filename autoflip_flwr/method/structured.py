@@ -2,8 +2,9 @@
 
 A unit is the smallest part of a network that can be taken out whole: a filter with its
 BatchNorm and the next layer's input channel, a neuron with its outgoing weights, a
-hidden unit of an LSTM with all its gates. Units that compete for one layer's width
-form a group. NumPy alone; `autoflip_flwr.units` finds the units of a PyTorch model.
+hidden unit of an LSTM with all its gates, a head of attention with its queries, keys
+and values. Units that compete for one layer's width form a group. NumPy alone;
+`autoflip_flwr.units` finds the units of a PyTorch model.
 """
 
 import math
@@ -39,6 +40,7 @@ class Group:
     name: str  # of the module that makes the channels
     start: int  # number of its first unit
     size: int  # units
+    width: int = 1  # channels that each of them has: those of a head, else one
 
     @property
     def stop(self) -> int:
@@ -66,7 +68,7 @@ class Limits:
 
     floor: float = 0.0  # least share of its units, in [0, 1]
     min_units: int = 1  # least number of them, >= 1
-    multiple: int = 1  # it is left whole or at a multiple of this; 8 suits hardware
+    multiple: int = 1  # channels: it is left whole or at a multiple; 8 suits hardware
 
     def __post_init__(self) -> None:
         if not (0 <= self.floor <= 1 and self.min_units >= 1 and self.multiple >= 1):
@@ -109,7 +111,7 @@ class Units:
     parameters: Owners
     buffers: Owners
     shapes: Mapping[str, tuple[int, ...]]
-    uses: Mapping[str, int] = field(default_factory=dict)
+    uses: Mapping[str, float] = field(default_factory=dict)
     level: tuple[tuple[Numbers, ...], ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     columns: frozenset[str] = frozenset()
@@ -215,7 +217,7 @@ class Units:
         )
         return np.asarray(means / np.maximum(cost / 2, 1e-30))
 
-    def _totals(self, per_entry: Mapping[str, int]) -> NDArray[np.float64]:
+    def _totals(self, per_entry: Mapping[str, float]) -> NDArray[np.float64]:
         """Sum a value per entry of a parameter over the entries that go with a unit."""
         total = np.zeros(self.count + 1)  # the first stands for no unit
         for name, value in per_entry.items():
@@ -244,11 +246,13 @@ class Units:
     def operations(self, keep: Keep | None = None) -> int:
         """Count multiply-accumulates of the example inputs; None: of the whole model.
 
-        Of the weights in `uses` alone: convolutions, linear and recurrent layers.
+        Of the weights in `uses` alone: convolutions, linear and recurrent layers, and
+        attention.
         """
         if keep is None:
             keep = np.ones(self.count, np.bool_)
-        return sum(self._left(name, keep) * uses for name, uses in self.uses.items())
+        left = (self._left(name, keep) * uses for name, uses in self.uses.items())
+        return round(sum(left))
 
     def choose(
         self,
@@ -329,11 +333,12 @@ class Units:
         rows that stay equally long; among all they go by their mean. Ties go by group.
         """
         orders, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for _, rows in self.clusters():
+        for groups, rows in self.clusters():
             size = len(rows[0]) if rows else 0
             least = max(limits.min_units, math.ceil(limits.floor * size))
-            first = size % limits.multiple or limits.multiple
-            ends = np.arange(first, size - least + 1, limits.multiple)
+            multiple = limits.multiple // math.gcd(limits.multiple, groups[0].width)
+            first = size % multiple or multiple
+            ends = np.arange(first, size - least + 1, multiple)
             if ends.size:
                 lowest = [row[np.argsort(means[row], kind="stable")] for row in rows]
                 orders.append(np.stack(lowest, axis=1)[: ends[-1]].reshape(-1))

@@ -7,7 +7,6 @@ which modules are coupled; `layers` tells what a channel is in a module's tensor
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,24 @@ from torch import nn
 
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.method.structured import Group, Numbers, Units
-from autoflip_flwr.units import layers, recurrent
+from autoflip_flwr.units import attention, layers, recurrent
+from autoflip_flwr.units.paths import join, put
+from autoflip_flwr.units.products import Products
 from autoflip_flwr.units.proof import prove
 from autoflip_flwr.units.signature import signature
-from autoflip_flwr.units.surgery import ExampleInputs, arguments, join, tensors_of, twin
+from autoflip_flwr.units.surgery import (
+    ExampleInputs,
+    arguments,
+    mapped,
+    tensors_of,
+    twin,
+)
 
 _Owners = dict[str, dict[int, Numbers]]
 
 _REMEDY = "use pruning.units=0, which prunes single weights and needs no graph"
+
+_STREAM = ".stream"  # stands for all channels that go into an attention module
 
 _CACHED = 8  # models whose units a process remembers
 _cache: dict[Hashable, Units | ModelError] = {}  # the latest used last
@@ -92,23 +101,28 @@ class _Tracer:
         self._count = 0
         self._whole: dict[str, str] = {}
         self._owners: _Owners = {}
-        self._uses: dict[str, int] = {}
         # A copy that shares the weights, all of them visible to autograd.
         self._model = twin(model, _visible)
         self._recurrent = recurrent.replace(self._model)
+        for path, module in self._model.named_modules():
+            if layers.is_conv1d(module):
+                put(self._model, path, layers.Transposed(module))
         self._paths: dict[nn.Module, str] = {
             module: path for path, module in self._model.named_modules()
         }
+        self._heads = attention.find(model)
+        self._projections = set().union(*(h.projections for h in self._heads.values()))
+        self._products = Products(
+            self._model, {self._model.get_submodule(path): path for path in self._heads}
+        )
+        for path in self._heads:
+            _cut(self._model.get_submodule(path))
         self._graph = self._build(example_inputs)
 
     def _build(self, example_inputs: ExampleInputs) -> Any:
         inputs = arguments(example_inputs, like=self._model)
         try:
-            with ExitStack() as hooks:
-                for module in self._model.modules():
-                    if isinstance(module, layers.WEIGHTED):
-                        hook = module.register_forward_hook(self._count_uses)
-                        hooks.enter_context(hook)
+            with self._products:
                 self._model.eval()(*inputs)  # so that its own errors are not hidden
         except Exception as error:
             raise ModelError(
@@ -125,23 +139,31 @@ class _Tracer:
                 verbose=False,
             )
 
-    def _count_uses(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        del inputs
-        uses = layers.uses(module, output)
-        path = self._paths[module]
-        names = [join(path, "weight")]
-        if isinstance(module, recurrent.Steps):  # for all matrices of its original
-            path = path.rpartition(".")[0]
-            own = self._recurrent[path].named_parameters()
-            names = [join(path, name) for name, matrix in own if matrix.ndim == 2]
-        for name in names:
-            self._uses[name] = self._uses.get(name, 0) + uses
+    def _uses(self) -> dict[str, float]:
+        """Return the multiply-accumulates per entry of each weight."""
+        uses: dict[str, float] = {}
+        for (place, name), made in self._products.made.items():
+            if name is None and place is not None:  # queries and keys, and with values
+                name = self._heads[place].output
+            if name is None:
+                continue
+            each = made / self._model.get_parameter(name).numel()
+            names, path = [name], name.removesuffix(".steps.weight")
+            if path in self._recurrent:  # one step stands for all its matrices
+                own = self._recurrent[path].named_parameters()
+                names = [join(path, n) for n, matrix in own if matrix.ndim == 2]
+            for name in names:
+                uses[name] = uses.get(name, 0) + each
+        return uses
 
     def units(self) -> Units:
         """Walk over all modules that make channels."""
         for module, path in self._paths.items():
-            if isinstance(module, layers.ROOTS) and not layers.is_depthwise(module):
+            makes = layers.is_root(module) and not layers.is_depthwise(module)
+            if makes and path not in self._projections:
                 self._add_groups(path, module)
+        for path, heads in self._heads.items():
+            self._add_heads(path, heads)
         level = [self._add_hidden(*each) for each in self._recurrent.items()]
         buffers = {name for name, _ in self._model.named_buffers()}
         owners: _Owners = {}
@@ -154,13 +176,13 @@ class _Tracer:
             parameters={n: v for n, v in owners.items() if n not in buffers},
             buffers={n: v for n, v in owners.items() if n in buffers},
             shapes=self._shapes,
-            uses=self._uses,
+            uses=self._uses(),
             level=tuple(rows for rows in level if rows),
             whole=self._whole,
             columns=frozenset(
                 join(path, "weight")
                 for module, path in self._paths.items()
-                if isinstance(module, layers.COLUMNS)
+                if layers.has_columns(module)
             ),
         )
 
@@ -187,6 +209,9 @@ class _Tracer:
             out = self._graph.is_out_channel_pruning_fn(item.dep.handler)
             where = self._where(node.module)
             reason = layers.reason_to_stay_whole(node.module, out)
+            if where.removesuffix(_STREAM) in self._heads:
+                where = where.removesuffix(_STREAM)
+                reason = "is attention, whose inputs and outputs stay whole"
             if reason is not None:
                 self._whole[path] = f"{where} {reason}"
                 return
@@ -206,8 +231,18 @@ class _Tracer:
             self._owner(name, dim)[rows] = number[roots]
         self._add_group(path, len(free))
 
-    def _add_group(self, name: str, size: int) -> None:
-        self._groups.append(Group(name, self._count, size))
+    def _add_heads(self, path: str, heads: attention.Heads) -> None:
+        """Add the heads of an attention module."""
+        shared = [name for name, _, _ in heads.owners if name in self._shared]
+        if shared:
+            self._whole[path] = f"{shared[0]} is shared between modules"
+            return
+        for name, dim, owner in heads.owners:
+            self._owner(name, dim)[:] = owner + self._count
+        self._add_group(path, heads.count, heads.width)
+
+    def _add_group(self, name: str, size: int, width: int = 1) -> None:
+        self._groups.append(Group(name, self._count, size, width))
         self._count += size
 
     def _free(self, path: str, module: nn.Module, size: int) -> Numbers:
@@ -266,6 +301,24 @@ def _visible(_: str, tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
         return nn.Parameter(tensor.detach())
     return tensor.detach().clone()
+
+
+def _cut(module: nn.Module) -> None:
+    """Hide what an attention module does with its inputs from the graph.
+
+    All of them go through one parameter, where `_add_groups` finds them.
+    """
+    stream = nn.Parameter(torch.ones(2, 2))
+    module.register_parameter(_STREAM[1:], stream)
+
+    def cut(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        inputs = tensors_of([*args, *kwargs.values()])
+        link = stream.sum() * sum(x.sum() for x in inputs if x.requires_grad)
+        return mapped(
+            lambda x: x.detach() + link if x.is_floating_point() else x, output
+        )
+
+    module.register_forward_hook(cut, with_kwargs=True)
 
 
 def _shared(model: nn.Module) -> set[str]:

@@ -1,6 +1,5 @@
 """What a channel is in the tensors of each kind of module."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,16 +11,17 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.units.recurrent import Steps
 
-#: Modules whose weights are multiplied with activations.
-WEIGHTED = (_ConvNd, nn.Linear)
-
-#: Modules that make channels of their own.
-ROOTS = (*WEIGHTED, nn.Embedding)
-
-#: Modules whose weight has its output channels along dimension 1.
-COLUMNS = (nn.Embedding, _ConvTransposeNd)
-
-_KNOWN = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.RNNBase)
+_KNOWN = (
+    _ConvNd,
+    nn.Linear,
+    nn.Embedding,
+    _NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.PReLU,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+)
 
 
 def check(path: str, module: nn.Module) -> None:
@@ -30,18 +30,56 @@ def check(path: str, module: nn.Module) -> None:
     ours = not type(module).__module__.startswith("torch.nn")
     if (
         not own
+        or isinstance(module, nn.MultiheadAttention)
         or (isinstance(module, nn.RNNBase) and "weight_ih_l0" in own)
         or (isinstance(module, _KNOWN) and set(own) <= {"weight", "bias"})
-        # A scale or shift of the app's own, which the graph follows.
-        or (ours and all(p.numel() == max(p.shape, default=1) for p in own.values()))
+        # Parameters of the app's own, which the graph follows if they are vectors.
+        or ours
+        or all(map(is_vector, own.values()))
     ):
         return
     raise ModelError(
         f"the units of {path or 'the model'} are not known: there is no rule for the "
         f"parameters {sorted(own)} of {type(module).__name__}; known are "
-        f"{sorted(kind.__name__.lstrip('_') for kind in _KNOWN)} and vectors; use "
-        "pruning.units=0, which prunes single weights of any model"
+        f"{sorted(kind.__name__.lstrip('_') for kind in _KNOWN)} and modules of the "
+        "app's own; use pruning.units=0, which prunes single weights of any model"
     )
+
+
+def is_vector(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has one dimension, besides those of size 1."""
+    return tensor.numel() == max(tensor.shape, default=1)
+
+
+class Transposed(nn.Linear):
+    """What transformers' Conv1D, a transposed linear layer, is to the graph."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module.nx, module.nf, device="meta")  # draws nothing there
+        self.weight = nn.Parameter(module.weight.detach().T)
+        self.bias = module.bias
+
+
+def is_conv1d(module: Any) -> bool:
+    """Tell whether this is transformers' Conv1D, or stands for it."""
+    kind = type(module)
+    known = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return known or isinstance(module, Transposed)
+
+
+def is_linear(module: Any) -> bool:
+    """Tell whether a module is a matrix, and a bias."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_root(module: Any) -> bool:
+    """Tell whether a module makes channels of its own, and is not recurrent."""
+    return isinstance(module, _ConvNd | nn.Embedding) or is_linear(module)
+
+
+def has_columns(module: Any) -> bool:
+    """Tell whether a module's weight has its output channels along dimension 1."""
+    return isinstance(module, nn.Embedding | _ConvTransposeNd) or is_conv1d(module)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -61,6 +99,10 @@ def reason_to_stay_whole(module: Any, out: bool) -> str | None:
         return f"normalizes over the shape {tuple(module.normalized_shape)}"
     if isinstance(module, Steps) and module.projected and out:
         return "projects its hidden state"
+    if isinstance(module, nn.MultiheadAttention):
+        return "adds keys of its own"
+    if isinstance(module, nn.Parameter) and not is_vector(module):
+        return f"is a parameter of the shape {tuple(module.shape)}, not a vector"
     return None
 
 
@@ -74,24 +116,13 @@ def tensors(module: nn.Module, out: bool) -> Iterator[tuple[str, int]]:
     out : bool
         Output channels, else input channels.
     """
-    if isinstance(module, _ConvNd | nn.Linear) and not is_depthwise(module):
-        transposed = isinstance(module, _ConvTransposeNd)
-        yield "weight", int(out == transposed)
+    if isinstance(module, nn.Embedding):
+        yield "weight", 1
+    elif is_root(module) and not is_depthwise(module):
+        yield "weight", int(out == has_columns(module))
         if out and module.bias is not None:
             yield "bias", 0
-    elif isinstance(module, nn.Embedding):
-        yield "weight", 1
     elif not (isinstance(module, nn.PReLU) and module.num_parameters == 1):
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name, None) is not None:
                 yield name, 0
-
-
-def uses(module: Any, output: torch.Tensor) -> int:
-    """Return how often a `WEIGHTED` module's weight was used to make an output."""
-    if isinstance(module, _ConvTransposeNd):  # each input pixel uses all of it
-        stride = math.prod(int(step) for step in module.stride)
-        return max(1, output.numel() // (module.out_channels * stride))
-    convolves = isinstance(module, _ConvNd)
-    channels = module.out_channels if convolves else module.out_features
-    return output.numel() // int(channels)

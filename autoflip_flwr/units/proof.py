@@ -177,8 +177,9 @@ def _randomized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in trial.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0  # its draws depend on the width
-        elif isinstance(module, nn.RNNBase):
-            module.dropout = 0.0
+        for name, rate in vars(module).copy().items():
+            if "drop" in name and isinstance(rate, float):
+                setattr(module, name, 0.0)  # of attention, and recurrent layers
     return trial
 
 

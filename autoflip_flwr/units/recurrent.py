@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from autoflip_flwr.units.surgery import put
+from autoflip_flwr.units.paths import put
 
 Rows: TypeAlias = NDArray[np.int64]
 

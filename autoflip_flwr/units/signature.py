@@ -81,4 +81,8 @@ def _frozen(value: Any) -> Hashable:
         return tuple((_frozen(key), _frozen(item)) for key, item in value.items())
     if isinstance(value, list | tuple | torch.Size):
         return tuple(_frozen(item) for item in value)
+    if isinstance(value, set | frozenset):
+        return frozenset(_frozen(item) for item in value)
+    if type(value).__module__.startswith("transformers."):  # a model's configuration
+        return type(value), _frozen(vars(value))
     raise _UnknownError

@@ -14,7 +14,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from autoflip_flwr.errors import MaskError
 from autoflip_flwr.method.structured import Indices, Keep, Units
 from autoflip_flwr.types import Masks
+from autoflip_flwr.units import attention, layers
 from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
+from autoflip_flwr.units.paths import join, put
 
 #: One tensor, or the positional arguments of the model.
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...]
@@ -91,6 +93,9 @@ def shrink(model: nn.Module, units: Units, keep: Keep) -> nn.Module:
     small = twin(model, smaller)
     for path, module in list(small.named_modules()):
         _resize(small, path, module, kept)
+    for path, heads in attention.find(model).items():
+        if heads.output in kept:
+            attention.resize(small, path, heads)
     setattr(small, KEPT, kept)
     return small
 
@@ -227,6 +232,8 @@ def _resize(
             module.out_channels, module.in_channels = rows, columns
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif layers.is_conv1d(module):
+        vars(module).update(zip(("nx", "nf"), own["weight"].shape, strict=True))
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
     elif isinstance(module, nn.PReLU):
@@ -244,14 +251,3 @@ def _resize(
         module.input_size = own["weight_ih_l0"].shape[1]
         module.hidden_size = own["weight_hh_l0"].shape[1]
         module.flatten_parameters()
-
-
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at a path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-def join(path: str, name: str) -> str:
-    """Return the full name of a tensor or module below a path."""
-    return f"{path}.{name}" if path else name
