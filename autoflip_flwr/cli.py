@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_compare, "compare strategies over seeds, in simulation")
     add("preset", help="see `autoflip presets`")
     add("--strategies", default="fedavg,autoflip", help="values of strategy.name: a,b")
-    add("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    add("--seeds", default="3", help="how many, or which: 3 (default) or 11,12,13")
     add(
         "--vary",
         action="append",
@@ -104,7 +104,7 @@ def _compare(chosen: argparse.Namespace) -> str:
         chosen.preset,
         output=chosen.output,
         strategies=chosen.strategies.split(","),
-        seeds=chosen.seeds,
+        seeds=plan.parse_seeds(chosen.seeds),
         vary=plan.parse_vary(chosen.vary),
         overrides=chosen.overrides,
     )

@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autoflip_flwr.compare.report import formats
+from autoflip_flwr.compare.report.verdict import verdicts
 from autoflip_flwr.compare.results import Experiment, cost_row
 
 _WIDTH = 132
@@ -43,7 +44,7 @@ def compared(experiment: Experiment) -> str:
             formats.ratio(row.flops, row.flops_dense),
             formats.number(row.flops_trained and row.flops_trained.mean),
         )
-    console = Console(width=_WIDTH)
+    console = Console(width=_WIDTH, markup=False, highlight=False)
     with console.capture() as captured:
         console.print(f"{experiment.preset}: mean and standard error over seeds")
         console.print(table)
@@ -53,7 +54,8 @@ def compared(experiment: Experiment) -> str:
             "trained include exploration. Of dense: bytes as a share of what FedAvg",
             "sends in as many rounds, FLOPs of the network that clients train as a",
             "share of the whole one's.",
-            highlight=False,
         )
+        for verdict in verdicts(experiment):
+            console.print(f"\n{verdict}")
     lines = captured.get().rstrip().splitlines()
     return "\n".join(line.rstrip() for line in lines)
