@@ -82,11 +82,22 @@ def _presets(chosen: argparse.Namespace) -> str:
     return settings.load(chosen.name, shlex.join(chosen.overrides)).as_yaml().rstrip()
 
 
+def _folder(path: Path) -> Path:
+    """Return a folder that is there; of others say which ones are beside it."""
+    if path.is_dir():
+        return path
+    there = [each.name for each in path.absolute().parent.glob("*/")]
+    raise SettingsError(
+        f"there is no folder {path}; beside it: {', '.join(sorted(there)) or 'none'}"
+        + settings.meant(path.name, there)
+    )
+
+
 def _export(chosen: argparse.Namespace) -> str:
     with needs_extra("app", "autoflip export"):
         from autoflip_flwr.app.export import export_run  # seconds to import
 
-    made = export_run(chosen.folder, chosen.output)
+    made = export_run(_folder(chosen.folder), chosen.output)
     onnx = made.onnx or "no ONNX: pip install 'autoflip-flwr[onnx]', then export again"
     return (
         f"{made.parameters} of {made.dense_parameters} parameters\n"
@@ -125,5 +136,7 @@ def _report(chosen: argparse.Namespace) -> str:
         from autoflip_flwr.compare.report import write_report
 
     _check_target(chosen.target)
+    for folder in chosen.folders:
+        _folder(folder)
     output = chosen.output or chosen.folders[0] / "report"
     return str(write_report(chosen.folders, output, chosen.target))

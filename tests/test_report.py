@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from test_results import write_run
 
+from autoflip_flwr.cli import main
 from autoflip_flwr.compare.report import write_report
 from autoflip_flwr.errors import DataError, SettingsError
 
@@ -249,6 +250,19 @@ def test_no_run_a_torn_mask_or_an_impossible_target_are_helpful_errors(tmp_path)
         write_report([folder], tmp_path / "out")
 
 
+def test_a_folder_that_is_not_there_is_one_line_with_what_may_be_meant(
+    tmp_path, capsys
+):
+    (tmp_path / "runs").mkdir()
+    assert main(["report", str(tmp_path / "rums")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "there is no folder" in said
+    assert "did you mean 'runs'?" in said
+    assert main(["report", str(tmp_path / "runs")]) == 2
+    assert "expected the folders of finished runs" in capsys.readouterr().err
+
+
 def test_a_target_that_is_asked_for_is_used(tmp_path):
     write_run(tmp_path / "run")
     text = write_report([tmp_path / "run"], tmp_path / "out", 0.5).read_text()
@@ -297,7 +311,30 @@ def opened(chromium, page, width, **options):
     view.on("console", lambda message: noise.append(message.text))
     view.on("pageerror", lambda error: noise.append(str(error)))
     view.goto(page.as_uri(), wait_until="load")
+    if options.get("java_script_enabled", True):
+        count = 2 * len(CHARTS)
+        view.wait_for_function(
+            f"document.querySelectorAll('figure svg').length == {count}"
+        )
+        view.wait_for_function("document.querySelectorAll('.boxes input').length == 16")
     return view, noise
+
+
+#: The lowest contrast of a text with the page, as WCAG has it.
+CONTRAST = """() => {
+  const light = (color) => color.match(/[0-9.]+/g).slice(0, 3)
+    .map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const page = light(getComputedStyle(document.body).backgroundColor);
+  const texts = [...document.querySelectorAll("body :not(script, style)")].filter((e) =>
+    [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()));
+  return Math.min(...texts.map((e) => {
+    const style = getComputedStyle(e);
+    const ink = light(e.closest("svg") ? style.fill : style.color);
+    return (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05);
+  }));
+}"""
 
 
 @pytest.mark.slow
@@ -308,10 +345,9 @@ def test_a_browser_shows_all_without_network_or_sideways_scroll(
 ):
     view, noise = opened(chromium, report[0], width, color_scheme=scheme)
     assert view.evaluate("document.documentElement.scrollWidth") <= width
-    boxes = [chart.bounding_box() for chart in view.locator("figure img").all()]
-    assert len(boxes) == 2 * len(CHARTS)
+    boxes = [chart.bounding_box() for chart in view.locator("figure svg").all()]
     for box in boxes:
-        assert min(300, width - 60) < box["width"] <= width
+        assert min(290, width - 70) < box["width"] <= width
         assert box["height"] > 80
         assert box["x"] >= 0
     wide = view.locator(".scroll").all()
@@ -320,12 +356,55 @@ def test_a_browser_shows_all_without_network_or_sideways_scroll(
         assert table.bounding_box()["width"] <= width
     ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-    loaded = "[...document.images].every(i => i.complete && i.naturalWidth > 0)"
-    assert view.evaluate(loaded)
-    image = Image.open(io.BytesIO(view.locator("figure img").first.screenshot()))
+    assert view.evaluate(CONTRAST) >= 4.5
+    image = Image.open(io.BytesIO(view.locator("figure svg").first.screenshot()))
     colors = image.convert("RGB").getcolors(1 << 24)
     assert len(colors) > 20, "something is drawn"
-    assert max(colors)[1] == (255, 255, 255), "on white, in a dark page too"
+    white = max(colors)[1] == (255, 255, 255)
+    assert white == (scheme == "light"), "on the page's own ground"
+    assert noise == []
+    view.context.close()
+
+
+@pytest.mark.slow
+def test_values_are_told_arms_are_hidden_lines_smoothed_and_tables_sorted(
+    report, chromium
+):
+    view, noise = opened(chromium, report[0], 1200)
+    chart = view.locator("figure svg").first
+    lines = chart.locator(".mark-line path[stroke-width='2']")
+    assert lines.count() == 2
+    chart.locator(".mark-symbol path").nth(5).hover(force=True)
+    told = view.locator("#vg-tooltip-element").inner_text()
+    assert "autoflip" in told or "fedavg" in told
+    assert "top-1 accuracy" in told
+    before = lines.first.get_attribute("d")
+    view.get_by_label("smooth").first.check()
+    assert lines.first.get_attribute("d") != before
+    view.get_by_label("fedavg", exact=True).uncheck()
+    view.wait_for_function(
+        "document.querySelector('figure').querySelectorAll"
+        "(\".mark-line path[stroke-width='2']\").length == 1"
+    )
+    table = view.locator("#quickstart table").first
+    column = "rows => rows.map(r => r.cells[3].textContent)"
+    assert table.locator("tbody tr").evaluate_all(column) == ["1", "0.2"]
+    density = table.locator("th", has_text="Density")
+    density.locator("button").click()
+    assert density.get_attribute("aria-sort") == "descending"
+    density.locator("button").press("Enter")
+    assert density.get_attribute("aria-sort") == "ascending"
+    assert table.locator("tbody tr").evaluate_all(column) == ["0.2", "1"]
+    assert noise == []
+    view.context.close()
+
+
+@pytest.mark.slow
+def test_without_a_script_the_pictures_show_all(report, chromium):
+    view, noise = opened(chromium, report[0], 1200, java_script_enabled=False)
+    pictures = view.locator("figure img").all()
+    assert len(pictures) == 2 * len(CHARTS)
+    assert all(picture.is_visible() for picture in pictures)
     assert noise == []
     view.context.close()
 
@@ -337,6 +416,8 @@ def test_on_paper_details_are_open_and_nothing_is_cut_off(report, chromium):
     assert not details.is_visible()
     view.emulate_media(media="print")
     assert details.is_visible()
+    assert view.locator("figure img").first.is_visible()
+    assert not view.locator("figure svg").first.is_visible()
     assert view.evaluate("document.documentElement.scrollWidth") <= 794
     assert view.pdf().startswith(b"%PDF")
     assert noise == []

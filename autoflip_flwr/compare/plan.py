@@ -104,6 +104,7 @@ def plan(
     if unknown or not strategies:
         raise SettingsError(
             f"unknown strategies {unknown}; known: {list(STRATEGY_NAMES)}"
+            + presets.meant("".join(unknown[:1]), STRATEGY_NAMES)
         )
     varied = vary or {}
     for key in {"seed", "strategy.name"} & set(varied):
@@ -113,7 +114,7 @@ def plan(
     if unread:
         raise SettingsError(
             f"none of {names} reads {unread}; check the spelling, or add a strategy "
-            "that reads it"
+            f"that reads it{presets.meant(unread[0], presets.load(preset).flat())}"
         )
     runs: dict[tuple[Settings, int], Planned] = {}
     taken: dict[Path, Settings] = {}

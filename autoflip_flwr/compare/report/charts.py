@@ -4,12 +4,10 @@ A browser draws them with Vega, whose script stands in the page. vl-convert draw
 same as pictures, for paper and where no script runs.
 """
 
-import itertools
 import math
 import statistics
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple, TypeAlias
 from zipfile import BadZipFile
@@ -26,12 +24,9 @@ from autoflip_flwr.errors import DataError
 _COLORS = ("currentColor", "#0077bb", "#d55e00", "#00916a", "#b95e93", "#a67c00")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 
-#: From so many seeds on, a band of the standard error replaces lines of single seeds.
-_MANY_SEEDS = 5
-#: A chart shows no more rounds of a run than this.
-_MOST_ROUNDS = 120
-#: A smooth line is the mean with so many shown rounds before and after.
-_SMOOTH = 5
+_MANY_SEEDS = 5  # have a band of the standard error; fewer, a line for each
+_MOST_ROUNDS = 120  # of a run that a chart shows
+_SMOOTH = 5  # shown rounds before and after that a smooth line is the mean of
 
 _AXES = {
     "round": "round",
@@ -42,17 +37,15 @@ _AXES = {
     "guidance_cosine": "cosine",
     "update_variance": "variance of client updates",
 }
-#: What a run without a mask has of these.
-_DENSE = ("round", "megabytes", "operations", "accuracy")
-#: Label and colour of what is sent: two shades for each phase.
+_OF_MASKS = ("mask_change", "guidance_cosine", "update_variance")
 _SENT = {
-    "explore_down": ("exploration, to clients", "#0077bb"),
-    "explore_up": ("exploration, from clients", "#66b2dd"),
-    "train_down": ("training, to clients", "#d55e00"),
-    "train_up": ("training, from clients", "#eea677"),
-    "evaluate_down": ("evaluation, to clients", "#00916a"),
-    "evaluate_up": ("evaluation, from clients", "#77ccb0"),
-    "dense_equivalent": ("dense FedAvg", "currentColor"),
+    f"{phase}_{way}": f"{label}, {ends} clients"
+    for phase, label in (
+        ("explore", "exploration"),
+        ("train", "training"),
+        ("evaluate", "evaluation"),
+    )
+    for way, ends in (("up", "from"), ("down", "to"))
 }
 
 _INK = {f"{part}Color": "currentColor" for part in ("label", "title", "tick", "domain")}
@@ -63,11 +56,10 @@ _CONFIG = {
     "axis": {**_INK, "gridColor": "currentColor", "gridOpacity": 0.15},
     "legend": {"labelColor": "currentColor", "labelLimit": 0, "symbolOpacity": 1}
     | {"orient": "bottom", "columns": 1, "offset": 8, "title": None},
+    **{mark: {"color": "currentColor"} for mark in ("rule", "text", "tick")},
     "title": {"color": "currentColor", "anchor": "start"},
-    "rule": {"color": "currentColor"},
-    "text": {"color": "currentColor"},
 }
-#: What the page's boxes set: arms that are not shown, and whether lines are smooth.
+#: What the page's boxes set: arms that are not shown, and whether lines are smoothed.
 _PARAMS = [{"name": "hidden", "value": []}, {"name": "smooth", "value": False}]
 _SHOWN = "indexof(hidden, datum.arm) < 0"
 
@@ -89,30 +81,29 @@ class Chart(NamedTuple):
 
 def tables(arms: Sequence[Arm]) -> dict[str, Rows]:
     """Return the rows that the charts show: rounds, bytes sent, kept shares."""
-    return {
-        "rounds": [row for arm in arms for row in _rounds(arm)],
-        "sent": [
-            {"arm": _name(arm), "kind": label, "megabytes": _sent(arm, key) / 1e6}
-            for arm in arms
-            for key, (label, _) in _SENT.items()
-        ],
-        "kept": [row for arm in arms for row in _kept(arm)],
-    }
+    sent = [
+        {"arm": _name(arm), "kind": label, "megabytes": _mean(arm, key) / 1e6}
+        | {"dense": _mean(arm, "dense_equivalent") / 1e6}
+        for arm in arms
+        for key, label in _SENT.items()
+    ]
+    rounds = [row for arm in arms for row in _rounds(arm)]
+    return {"rounds": rounds, "sent": sent, "kept": [r for a in arms for r in _kept(a)]}
 
 
 def charts(experiment: Experiment, rows: dict[str, Rows]) -> list[Chart]:
     """Draw every chart that there are values for."""
-    arms, target = experiment.arms, experiment.target
-    lines = [
-        ("Accuracy over megabytes", "accuracy", "megabytes"),
-        ("Accuracy over operations", "accuracy", "operations"),
-        ("Accuracy by round", "accuracy", "round"),
-        ("Mask change", "mask_change", "round"),
-        ("Guidance cosine", "guidance_cosine", "round"),
-        ("Update variance", "update_variance", "round"),
+    arms = experiment.arms
+    drawn = [
+        _lines("Accuracy over megabytes", experiment, rows["rounds"], x="megabytes"),
+        _lines("Accuracy over operations", experiment, rows["rounds"], x="operations"),
+        _lines("Accuracy by round", experiment, rows["rounds"]),
+        _bytes(arms),
+        _densities(arms, rows["kept"]),
+        _lines("Mask change", experiment, rows["rounds"], "mask_change"),
+        _lines("Guidance cosine", experiment, rows["rounds"], "guidance_cosine"),
+        _lines("Update variance", experiment, rows["rounds"], "update_variance"),
     ]
-    drawn = [_lines(*each, arms, rows["rounds"], target) for each in lines]
-    drawn[3:3] = [_bytes(arms), _densities(arms, rows["kept"])]
     return [chart for chart in drawn if chart is not None]
 
 
@@ -138,15 +129,16 @@ def _name(arm: Arm) -> str:
 
 def _look(arms: Sequence[Arm], symbol: str) -> dict[str, Any]:
     """Return the encodings that give an arm the same look in all charts."""
-    looks = itertools.cycle(itertools.product(_DASHES, _COLORS))
-    dashes, colors = zip(*itertools.islice(looks, len(arms)), strict=True)
-    scale: Any = {"domain": [_name(arm) for arm in arms]}
+    looks = [(color, dash) for dash in _DASHES for color in _COLORS]
+    every = [looks[index % len(looks)] for index in range(len(arms))]
+    scales = [
+        {"domain": [_name(a) for a in arms], "range": r}
+        for r in zip(*every, strict=True)
+    ]
     legend = alt.Legend(symbolType=symbol)
     return {
-        "color": alt.Color("arm:N", legend=legend).scale(range=colors, **scale),
-        "strokeDash": alt.StrokeDash("arm:N", legend=legend).scale(
-            range=dashes, **scale
-        ),
+        "color": alt.Color("arm:N", scale=scales[0], legend=legend),
+        "strokeDash": alt.StrokeDash("arm:N", scale=scales[1], legend=legend),
     }
 
 
@@ -162,9 +154,10 @@ def _rounds(arm: Arm) -> Rows:
     for key, values in known.items():
         if key in ("megabytes", "operations"):
             values[:] = values.mean(axis=0)
-        if key not in _DENSE and arm.settings.strategy.name == "fedavg":
-            values[:] = np.nan  # it has no mask
-        values[:, ~np.isfinite(values).all(axis=0)] = np.nan
+        unknown = ~np.isfinite(values).all(axis=0)
+        values[
+            :, unknown | (key in _OF_MASKS and arm.settings.strategy.name == "fedavg")
+        ] = np.nan
     shown = {*range(0, count, math.ceil(count / _MOST_ROUNDS)), count - 1}
     return [
         {"arm": _name(arm), "seed": run.settings.seed}
@@ -179,28 +172,27 @@ def _short(value: float) -> float | None:
 
 
 def _lines(
-    title: str, key: str, x: str, arms: Sequence[Arm], rows: Rows, target: float | None
+    title: str, of: Experiment, rows: Rows, key: str = "accuracy", x: str = "round"
 ) -> Chart | None:
     """Draw a metric, a line an arm; None if it is zero or unknown in all rounds."""
-    known = [row for row in rows if row[key] is not None and row[x] is not None]
+    known = [row for row in rows if None not in (row[key], row[x])]
     if not any(row[key] for row in known):
         return None
     ends = []
-    for arm in arms:
+    for arm in of.arms:
         values = [row[key] for row in known if row["arm"] == _name(arm)]
-        if values:
-            ends.append(f"{arm.name}: {statistics.fmean(values[-len(arm.runs) :]):.4g}")
+        if last := values[-len(arm.runs) :]:
+            ends.append(f"{arm.name}: {statistics.fmean(last):.4g}")
+    known_here = f"isValid(datum.{key}) && datum.{x} > 0"
     place = alt.X(f"{x}:Q", title=_AXES[x], axis=alt.Axis(format="~s", tickCount=5))
-    value = alt.Y("mean(value):Q", title=_AXES[key]).scale(zero=False)
-    # A logarithm needs positive values; a comparison with null is false.
-    valid = f"{_SHOWN} && isValid(datum.{key}) && datum.{x} > 0"
+    value = alt.Y("mean(value):Q", title=_AXES[key], scale=alt.Scale(zero=False))
     if x != "round":
         place = place.scale(type="log", nice=False)
     if key == "update_variance":
-        value, valid = value.scale(type="log"), f"{valid} && datum.{key} > 0"
+        value, known_here = value.scale(type="log"), f"{known_here} && datum.{key} > 0"
     base = (
         alt.Chart(alt.NamedData("rounds"), width=400, height=250)
-        .transform_filter(valid)
+        .transform_filter(f"{_SHOWN} && {known_here}")
         .transform_window(
             smoothed=f"mean({key})",
             frame=[-_SMOOTH, _SMOOTH],
@@ -208,52 +200,47 @@ def _lines(
             sort=[alt.SortField("round")],
         )
         .transform_calculate(value=f"smooth ? datum.smoothed : datum.{key}")
-        .encode(x=place, y=value, **_look(arms, "stroke"))
+        .encode(x=place, y=value, **_look(of.arms, "stroke"))
     )
     spread: Any = base.mark_line(strokeWidth=0.7, opacity=0.5).encode(detail="seed:N")
-    if max(len(arm.runs) for arm in arms) >= _MANY_SEEDS:
+    if max(len(arm.runs) for arm in of.arms) >= _MANY_SEEDS:
         spread = base.mark_errorband().encode(y=alt.Y("value:Q", title=_AXES[key]))
     told = (f"{x}:Q", "mean(value):Q", "stderr(value):Q")
     tooltip = ["arm:N", *(alt.Tooltip(what, format=".4~g") for what in told)]
     layers = [spread, base.mark_line(point="transparent").encode(tooltip=tooltip)]
-    if key == "accuracy" and target is not None:
+    if key == "accuracy" and of.target is not None:
         one = alt.Chart(alt.NamedData("rounds")).transform_aggregate(n="count()")
-        one = one.encode(y=alt.datum(target))
-        text = one.mark_text(align="left", x=3, dy=8, text=f"target {target:.3f}")
-        layers += [one.mark_rule(strokeDash=[3, 3]), text]
+        one, text = one.encode(y=alt.datum(of.target)), f"target {of.target:.3f}"
+        layers.append(one.mark_rule(strokeDash=[3, 3]))
+        layers.append(one.mark_text(align="left", x=3, dy=8, text=text))
     return _chart(title, f"At the end, {'; '.join(ends)}.", alt.layer(*layers))
 
 
 def _bytes(arms: Sequence[Arm]) -> Chart:
     """Draw what was sent, a bar an arm, by phase and direction."""
-    labels, colors = zip(*_SENT.values(), strict=True)
-    base = (
-        alt.Chart(alt.NamedData("sent"), width=400, height=32 * len(arms))
-        .transform_filter(_SHOWN)
-        .encode(y=alt.Y("arm:N", sort=None, title=None), x="megabytes:Q")
-        .encode(color=alt.Color("kind:N").scale(domain=labels, range=colors))
-        .encode(tooltip=["arm:N", "kind:N", "megabytes:Q"])
+    color = alt.Color(
+        "kind:N", scale=alt.Scale(domain=[*_SENT.values()], scheme="paired")
     )
-    dense = f"datum.kind === '{labels[-1]}'"
-    bars = base.transform_filter(f"!({dense})").mark_bar()
-    dense_bars = base.transform_filter(dense).mark_tick(thickness=3)
-    sent = [f"{arm.name}: {formats.number(_sent(arm, 'total'), 'B')}" for arm in arms]
-    return _chart("Bytes", f"Sent in all, {'; '.join(sent)}.", bars + dense_bars)
+    base = alt.Chart(alt.NamedData("sent"), width=400, height=32 * len(arms))
+    base = base.transform_filter(_SHOWN).encode(y=alt.Y("arm:N", sort=None, title=None))
+    x = alt.X("megabytes:Q", title="megabytes; a tick: what FedAvg sends")
+    bars = base.mark_bar().encode(x=x, color=color, tooltip=["kind:N", "megabytes:Q"])
+    ticks = base.mark_tick(thickness=3).encode(x="max(dense):Q")
+    sent = [f"{arm.name}: {formats.number(_mean(arm, 'total'), 'B')}" for arm in arms]
+    return _chart("Bytes", f"Sent in all, {'; '.join(sent)}.", bars + ticks)
 
 
-def _sent(arm: Arm, key: str) -> float:
+def _mean(arm: Arm, key: str) -> float:
     return statistics.fmean(getattr(run.summary.bytes, key) for run in arm.runs)
 
 
 def _densities(arms: Sequence[Arm], rows: Rows) -> Chart | None:
     """Draw the kept share, bars a layer, one an arm; None if no run has a mask."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        texts.setdefault(row["arm"], []).append(f"{row['layer']} {row['kept']:.3f}")
     if not rows:
         return None
-    texts: dict[str, list[str]] = {
-        name: [] for name in dict.fromkeys(row["arm"] for row in rows)
-    }
-    for row in rows:
-        texts[row["arm"]].append(f"{row['layer']} {row['kept']:.3f}")
     layers = len({row["layer"] for row in rows})
     chart = (
         alt.Chart(alt.NamedData("kept"), width=400)
@@ -271,28 +258,21 @@ def _densities(arms: Sequence[Arm], rows: Rows) -> Chart | None:
 
 def _kept(arm: Arm) -> Rows:
     """Return a row a layer: the kept share of all its parameters together."""
-    shares: dict[str, list[float]] = {}
+    kept: dict[str, list[Any]] = {}
     for path in (run.directory / "mask.npz" for run in arm.runs):
-        for layer, masks in _by_layer(path).items():
-            shares.setdefault(layer, []).append(float(np.concatenate(masks).mean()))
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as masks:
+                for name, mask in masks.items():
+                    layer = name.rpartition(".")[0] or name
+                    kept.setdefault(layer, []).append(mask.astype(bool).ravel())
+        except FileNotFoundError:  # a dense run
+            continue
+        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+            raise DataError(
+                f"{path}: expected the masks of a run, got {error}; run it again, or "
+                "delete the file"
+            ) from error
     return [
-        {"arm": _name(arm), "layer": layer, "kept": statistics.fmean(each)}
-        for layer, each in shares.items()
+        {"arm": _name(arm), "layer": layer, "kept": float(np.concatenate(all_).mean())}
+        for layer, all_ in kept.items()
     ]
-
-
-def _by_layer(path: Path) -> dict[str, list[Any]]:
-    layers: dict[str, list[Any]] = {}
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as masks:
-            for name, mask in masks.items():
-                layer = name.rpartition(".")[0] or name
-                layers.setdefault(layer, []).append(mask.astype(bool).ravel())
-    except FileNotFoundError:  # a dense run
-        return {}
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: expected the masks of a run, got {error}; run it again, or "
-            "delete the file"
-        ) from error
-    return layers

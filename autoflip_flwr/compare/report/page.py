@@ -12,11 +12,10 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoflip_flwr import settings
-from autoflip_flwr.compare.report import formats
 from autoflip_flwr.compare.report.charts import Chart, Rows, charts, figure, tables
+from autoflip_flwr.compare.report.table import AS_PAPERS_COUNT, COSTS, TIME
 from autoflip_flwr.compare.report.verdict import verdicts
 from autoflip_flwr.compare.results import (
-    Arm,
     Experiment,
     as_override,
     cost_row,
@@ -24,13 +23,12 @@ from autoflip_flwr.compare.results import (
     experiments,
     find_runs,
     flat,
-    telling,
 )
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.settings import Settings
 
 _HERE = Path(__file__).parent
-_UNSHOWN = ("seed", "data.dir")
+_FACTS = ("model.name", "data.name", "data.partition", "rounds", "strategy.min-nodes")
 
 
 def write_report(
@@ -70,12 +68,7 @@ def write_report(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {
-        "number": formats.number,
-        "ratio": formats.ratio,
-        "accuracy": formats.accuracy,
-        "value": as_override,
-    }
+    environment.filters["command"] = _command
     page = environment.get_template("page.html.j2").render(
         sections=[_section(experiment, output) for experiment in result],
         target=target,
@@ -103,35 +96,27 @@ def _section(experiment: Experiment, output: Path) -> dict[str, Any]:
         path.write_bytes(vl_convert.svg_to_png(svg, scale=2))
     both = figure([chart for chart, _ in drawn], experiment.preset, told)
     (output / f"{name}.svg").write_text(_svg(both, rows), encoding="utf-8")
-    values = [flat(arm.settings) for arm in experiment.arms]
-    differ = [key for key in differing(values) if key not in _UNSHOWN]
-    common = {k: v for k, v in values[0].items() if k not in (*differ, *_UNSHOWN)}
+    apart = differing(flat(arm.settings) for arm in experiment.arms)
+    facts = flat(experiment.arms[0].settings)
+    timed = not any(run.shared for arm in experiment.arms for run in arm.runs)
     return {
         "id": name,
         "preset": experiment.preset,
         "target": experiment.target,
+        "facts": {k: as_override(facts[k]) for k in _FACTS if k not in apart},
         "verdicts": told,
-        "timed": not any(run.shared for arm in experiment.arms for run in arm.runs),
-        "arms": [_arm(arm, experiment.target, differ) for arm in experiment.arms],
+        "tables": {
+            "Accuracy and costs": COSTS,
+            "As papers count": AS_PAPERS_COUNT + (TIME if timed else []),
+        },
+        "arms": [(arm, cost_row(arm, experiment.target)) for arm in experiment.arms],
         "charts": [(c, base64.b64encode(svg.encode()).decode()) for c, svg in drawn],
         "data": {"rows": rows, "specs": {chart.slug: chart.spec for chart, _ in drawn}},
-        "common": common,
     }
 
 
 def _svg(chart: Chart, rows: dict[str, Rows]) -> str:
     return str(vl_convert.vegalite_to_svg(chart.spec | {"datasets": rows}))
-
-
-def _arm(arm: Arm, target: float | None, differ: Iterable[str]) -> dict[str, Any]:
-    own = telling(arm.settings)
-    return {
-        "costs": cost_row(arm, target),
-        "settings": {key: own[key] for key in differ if key in own},
-        "seeds": ", ".join(str(run.settings.seed) for run in arm.runs),
-        "command": _command(arm.settings),
-        "folders": [str(run.directory) for run in arm.runs],
-    }
 
 
 def _command(chosen: Settings) -> str | None:

@@ -1,4 +1,6 @@
-"""The arms of an experiment as a table for the terminal."""
+"""The arms of an experiment as tables, for the terminal and the page."""
+
+from collections.abc import Callable
 
 from rich import box
 from rich.console import Console
@@ -6,20 +8,39 @@ from rich.table import Table
 
 from autoflip_flwr.compare.report import formats
 from autoflip_flwr.compare.report.verdict import verdicts
-from autoflip_flwr.compare.results import Experiment, cost_row
+from autoflip_flwr.compare.results import CostRow, Experiment, cost_row
 
 _WIDTH = 132
-_HEADINGS = (
-    "seeds",
-    "accuracy",
-    "density",
-    "bytes",
-    "of dense",
-    "rounds to\ntarget",
-    "bytes to\ntarget",
-    "FLOPs\nof dense",
-    "FLOPs\ntrained",
-)
+
+#: Heading and text of a column.
+Columns = list[tuple[str, Callable[[CostRow], str]]]
+
+COSTS: Columns = [
+    ("seeds", lambda row: str(row.seeds)),
+    ("accuracy", lambda row: formats.accuracy(row.accuracy)),
+    ("density", lambda row: formats.ratio(row.density)),
+    ("bytes", lambda row: formats.number(row.bytes_total.mean, "B")),
+    ("of dense", lambda row: formats.ratio(row.bytes_total.mean, row.bytes_dense)),
+    ("rounds to\ntarget", lambda row: _reached(row)),
+    ("bytes to\ntarget", lambda row: formats.number(row.bytes_to_target, "B")),
+    ("FLOPs\nof dense", lambda row: formats.ratio(row.flops, row.flops_dense)),
+    ("FLOPs\ntrained", lambda row: formats.number(row.flops_trained)),
+]
+AS_PAPERS_COUNT: Columns = [
+    ("compression", lambda row: formats.ratio(row.compression)),
+    ("parameters to target", lambda row: formats.number(row.communication)),
+    ("parameters a round", lambda row: formats.number(row.computation)),
+    ("FLOPs of a sample", lambda row: formats.number(row.flops)),
+    ("exploration (measured)", lambda row: formats.number(row.bytes_explore, "B")),
+    ("samples trained (measured)", lambda row: formats.number(row.samples)),
+]
+TIME: Columns = [("time (measured)", lambda row: formats.number(row.seconds, "s"))]
+
+
+def _reached(row: CostRow) -> str:
+    partly = 0 < row.reached < row.seeds
+    text = f"{row.reached} of {row.seeds} seeds"
+    return text if partly else formats.number(row.rounds_to_target)
 
 
 def compared(experiment: Experiment) -> str:
@@ -28,22 +49,10 @@ def compared(experiment: Experiment) -> str:
     goal = "no accuracy" if target is None else f"{target:.4f}"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("strategy", overflow="fold", min_width=20)
-    for heading in _HEADINGS:
+    for heading, _ in COSTS:
         table.add_column(heading, justify="right", no_wrap=heading == "accuracy")
     for row in (cost_row(arm, target) for arm in experiment.arms):
-        rounds, sent = row.rounds_to_target, row.bytes_to_target
-        table.add_row(
-            row.name,
-            str(row.seeds),
-            formats.accuracy(row.accuracy),
-            formats.ratio(row.density),
-            formats.number(row.bytes_total.mean, "B"),
-            formats.ratio(row.bytes_total.mean, row.bytes_dense),
-            formats.number(rounds and rounds.mean),
-            formats.number(sent and sent.mean, "B"),
-            formats.ratio(row.flops, row.flops_dense),
-            formats.number(row.flops_trained and row.flops_trained.mean),
-        )
+        table.add_row(row.name, *(text(row) for _, text in COSTS))
     console = Console(width=_WIDTH, markup=False, highlight=False)
     with console.capture() as captured:
         console.print(f"{experiment.preset}: mean and standard error over seeds")
