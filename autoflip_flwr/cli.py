@@ -108,7 +108,7 @@ def _export(chosen: argparse.Namespace) -> str:
 def _compare(chosen: argparse.Namespace) -> str:
     with needs_extra("compare", "autoflip compare"):
         from autoflip_flwr.compare import plan, results
-        from autoflip_flwr.compare.report.table import compared
+        from autoflip_flwr.compare.table import compared
 
     _check_target(chosen.target)
     planned = plan.plan(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_results import run
 
-from autoflip_flwr.compare.report import formats
-from autoflip_flwr.compare.report.table import compared
-from autoflip_flwr.compare.report.verdict import verdicts
+from autoflip_flwr.compare import formats
 from autoflip_flwr.compare.results import experiments
+from autoflip_flwr.compare.table import compared
+from autoflip_flwr.compare.verdict import verdicts
 
 
 def test_every_number_of_an_arm_stands_under_its_heading(tmp_path):

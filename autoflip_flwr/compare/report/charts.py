@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import altair as alt
 import numpy as np
 
-from autoflip_flwr.compare.report import formats
+from autoflip_flwr.compare import formats
 from autoflip_flwr.compare.results import Arm, Experiment
 from autoflip_flwr.errors import DataError
 
@@ -131,11 +131,8 @@ def _look(arms: Sequence[Arm], symbol: str) -> dict[str, Any]:
     """Return the encodings that give an arm the same look in all charts."""
     looks = [(color, dash) for dash in _DASHES for color in _COLORS]
     every = [looks[index % len(looks)] for index in range(len(arms))]
-    scales = [
-        {"domain": [_name(a) for a in arms], "range": r}
-        for r in zip(*every, strict=True)
-    ]
-    legend = alt.Legend(symbolType=symbol)
+    names, legend = [_name(arm) for arm in arms], {"symbolType": symbol}
+    scales = [{"domain": names, "range": own} for own in zip(*every, strict=True)]
     return {
         "color": alt.Color("arm:N", scale=scales[0], legend=legend),
         "strokeDash": alt.StrokeDash("arm:N", scale=scales[1], legend=legend),
@@ -154,10 +151,8 @@ def _rounds(arm: Arm) -> Rows:
     for key, values in known.items():
         if key in ("megabytes", "operations"):
             values[:] = values.mean(axis=0)
-        unknown = ~np.isfinite(values).all(axis=0)
-        values[
-            :, unknown | (key in _OF_MASKS and arm.settings.strategy.name == "fedavg")
-        ] = np.nan
+        dense = key in _OF_MASKS and arm.settings.strategy.name == "fedavg"
+        values[:, dense | ~np.isfinite(values).all(axis=0)] = np.nan
     shown = {*range(0, count, math.ceil(count / _MOST_ROUNDS)), count - 1}
     return [
         {"arm": _name(arm), "seed": run.settings.seed}
@@ -183,16 +178,17 @@ def _lines(
         values = [row[key] for row in known if row["arm"] == _name(arm)]
         if last := values[-len(arm.runs) :]:
             ends.append(f"{arm.name}: {statistics.fmean(last):.4g}")
-    known_here = f"isValid(datum.{key}) && datum.{x} > 0"
+    valid = f"isValid(datum.{key}) && datum.{x} > 0"
     place = alt.X(f"{x}:Q", title=_AXES[x], axis=alt.Axis(format="~s", tickCount=5))
     value = alt.Y("mean(value):Q", title=_AXES[key], scale=alt.Scale(zero=False))
     if x != "round":
         place = place.scale(type="log", nice=False)
     if key == "update_variance":
-        value, known_here = value.scale(type="log"), f"{known_here} && datum.{key} > 0"
+        value, valid = value.scale(type="log"), f"{valid} && datum.{key} > 0"
+    look = _look(of.arms, "stroke")
     base = (
         alt.Chart(alt.NamedData("rounds"), width=400, height=250)
-        .transform_filter(f"{_SHOWN} && {known_here}")
+        .transform_filter(f"{_SHOWN} && {valid}")
         .transform_window(
             smoothed=f"mean({key})",
             frame=[-_SMOOTH, _SMOOTH],
@@ -200,14 +196,19 @@ def _lines(
             sort=[alt.SortField("round")],
         )
         .transform_calculate(value=f"smooth ? datum.smoothed : datum.{key}")
-        .encode(x=place, y=value, **_look(of.arms, "stroke"))
+        .encode(x=place, y=value, color=look["color"])
     )
+    seeds = max(len(arm.runs) for arm in of.arms)
     spread: Any = base.mark_line(strokeWidth=0.7, opacity=0.5).encode(detail="seed:N")
-    if max(len(arm.runs) for arm in of.arms) >= _MANY_SEEDS:
+    if seeds >= _MANY_SEEDS:
         spread = base.mark_errorband().encode(y=alt.Y("value:Q", title=_AXES[key]))
-    told = (f"{x}:Q", "mean(value):Q", "stderr(value):Q")
-    tooltip = ["arm:N", *(alt.Tooltip(what, format=".4~g") for what in told)]
-    layers = [spread, base.mark_line(point="transparent").encode(tooltip=tooltip)]
+    told = {x: x, "mean(value)": _AXES[key], "stderr(value)": "standard error"}
+    tooltip = [
+        alt.Tooltip(what, type="quantitative", title=title, format=".4~g")
+        for what, title in list(told.items())[: 3 if seeds > 1 else 2]
+    ]
+    means = base.mark_line(point="transparent").encode(strokeDash=look["strokeDash"])
+    layers = [spread, means.encode(tooltip=["arm:N", *tooltip])]
     if key == "accuracy" and of.target is not None:
         one = alt.Chart(alt.NamedData("rounds")).transform_aggregate(n="count()")
         one, text = one.encode(y=alt.datum(of.target)), f"target {of.target:.3f}"

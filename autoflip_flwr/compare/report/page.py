@@ -13,8 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoflip_flwr import settings
 from autoflip_flwr.compare.report.charts import Chart, Rows, charts, figure, tables
-from autoflip_flwr.compare.report.table import AS_PAPERS_COUNT, COSTS, TIME
-from autoflip_flwr.compare.report.verdict import verdicts
 from autoflip_flwr.compare.results import (
     Experiment,
     as_override,
@@ -24,6 +22,8 @@ from autoflip_flwr.compare.results import (
     find_runs,
     flat,
 )
+from autoflip_flwr.compare.table import AS_PAPERS_COUNT, COSTS, TIME
+from autoflip_flwr.compare.verdict import verdicts
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.settings import Settings
 

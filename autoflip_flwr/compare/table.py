@@ -6,9 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from autoflip_flwr.compare.report import formats
-from autoflip_flwr.compare.report.verdict import verdicts
+from autoflip_flwr.compare import formats
 from autoflip_flwr.compare.results import CostRow, Experiment, cost_row
+from autoflip_flwr.compare.verdict import verdicts
 
 _WIDTH = 132
 
