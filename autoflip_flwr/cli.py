@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_compare, "compare strategies over seeds, in simulation")
     add("preset", help="see `autoflip presets`")
     add("--strategies", default="fedavg,autoflip", help="values of strategy.name: a,b")
-    add("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    add("--seeds", default="3", help="how many, or which: 3 (default) or 11,12,13")
     add(
         "--vary",
         action="append",
@@ -120,11 +120,22 @@ def _inspect(chosen: argparse.Namespace) -> str:
     )
 
 
+def _folder(path: Path) -> Path:
+    """Return a folder that is there; of others say which ones are beside it."""
+    if path.is_dir():
+        return path
+    there = [each.name for each in path.absolute().parent.glob("*/")]
+    raise SettingsError(
+        f"there is no folder {path}; beside it: {', '.join(sorted(there)) or 'none'}"
+        + settings.meant(path.name, there)
+    )
+
+
 def _export(chosen: argparse.Namespace) -> str:
     with needs_extra("app", "autoflip export"):
         from autoflip_flwr.app.export import export_run  # seconds to import
 
-    made = export_run(chosen.folder, chosen.output)
+    made = export_run(_folder(chosen.folder), chosen.output)
     onnx = made.onnx or "no ONNX: pip install 'autoflip-flwr[onnx]', then export again"
     return (
         f"{made.parameters} of {made.dense_parameters} parameters\n"
@@ -135,14 +146,14 @@ def _export(chosen: argparse.Namespace) -> str:
 def _compare(chosen: argparse.Namespace) -> str:
     with needs_extra("compare", "autoflip compare"):
         from autoflip_flwr.compare import plan, results
-        from autoflip_flwr.compare.report.table import compared
+        from autoflip_flwr.compare.table import compared
 
     _check_target(chosen.target)
     planned = plan.plan(
         chosen.preset,
         output=chosen.output,
         strategies=chosen.strategies.split(","),
-        seeds=chosen.seeds,
+        seeds=plan.parse_seeds(chosen.seeds),
         vary=plan.parse_vary(chosen.vary),
         overrides=chosen.overrides,
     )
@@ -177,5 +188,7 @@ def _report(chosen: argparse.Namespace) -> str:
         from autoflip_flwr.compare.report import write_report
 
     _check_target(chosen.target)
+    for folder in chosen.folders:
+        _folder(folder)
     output = chosen.output or chosen.folders[0] / "report"
     return str(write_report(chosen.folders, output, chosen.target))

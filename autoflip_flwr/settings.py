@@ -405,7 +405,7 @@ def load(preset: str, overrides: str = "") -> Settings:
     if preset not in presets():
         raise SettingsError(
             f"unknown preset {preset!r}; known: {list(presets())}"
-            + _meant(preset, presets())
+            + meant(preset, presets())
         )
     path = _conf() / f"{preset}.yaml"
     try:
@@ -560,7 +560,7 @@ def _explained(
         elif each["type"] == "extra_forbidden":
             known = sorted({written("", key) for key in schema["properties"]} - _OWN)
             key = str(each["loc"][-1])
-            told = f"; known: {known}{_meant(key, known)}"
+            told = f"; known: {known}{meant(key, known)}"
             place = "" if code else f"{prefix.rstrip('.') or 'top-level'} "
             unknown.setdefault(f"unknown {place}keys {{}}{told}", []).append(key)
         else:
@@ -568,7 +568,7 @@ def _explained(
             kind = f" ({type(got).__name__})" if isinstance(got, str | list) else ""
             texts.append(
                 f"{written(prefix, path[0])}: expected {_expected(asked)}, "
-                f"got {got!r}{kind}{_meant(got, asked.get('enum', ()))}"
+                f"got {got!r}{kind}{meant(got, asked.get('enum', ()))}"
             )
     texts += [text.format(keys) for text, keys in unknown.items()]
     return SettingsError((f"{group.__name__}: " if code else "") + "; ".join(texts))
@@ -608,7 +608,7 @@ def _expected(schema: dict[str, Any]) -> str:
     return text
 
 
-def _meant(word: Any, known: Iterable[str]) -> str:
-    """Return a hint at the most similar of the known words."""
+def meant(word: Any, known: Iterable[str]) -> str:
+    """Return a hint at the most similar of the known words; empty: none is similar."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

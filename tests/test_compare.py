@@ -53,6 +53,47 @@ def test_an_ablation_is_one_plan_and_dense_runs_are_made_once(tmp_path):
     assert (last.pruning.threshold, last.pruning.units, last.rounds) == (0.3, 0.0, 3)
 
 
+def test_seeds_are_so_many_or_these(tmp_path):
+    assert compare.parse_seeds("3") == 3
+    assert compare.parse_seeds("11,12, 13") == [11, 12, 13]
+    planned = compare.plan(
+        "smoke", output=tmp_path, strategies=["l1"], seeds=[12, 11, 12]
+    )
+    assert names(planned) == ["l1-12", "l1-11"], "each once"
+    assert [run.settings.seed for run in planned] == [12, 11]
+
+
+@pytest.mark.parametrize("text", ["", "two", "1;2", "-1", "1,,2", "1.5"])
+def test_other_seeds_are_refused(text):
+    with pytest.raises(SettingsError, match=r"--seeds: .*such as 11,12,13, got"):
+        compare.parse_seeds(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (["quikstart"], ["unknown preset 'quikstart'", "did you mean 'quickstart'?"]),
+        (["smoke", "--strategies", "fedavg,autoflp"], ["did you mean 'autoflip'?"]),
+        (["smoke", "--vary", "pruning.treshold=1,2"], ["did you mean 'threshold'?"]),
+        (
+            ["smoke", "--strategies", "l1,l2", "--vary", "pruning.treshold=1,2"],
+            ["did you mean 'pruning.threshold'?"],
+        ),
+        (["smoke", "--vary", "rounds:2"], ["key=value", "'rounds:2'"]),
+        (["smoke", "--overrides", "prunning.units=1"], ["did you mean 'pruning'?"]),
+        (["smoke", "--seeds", "three"], ["--seeds", "'three'"]),
+    ],
+)
+def test_a_typo_is_one_line_with_what_may_be_meant(words, hints, tmp_path, capsys):
+    assert cli.main(["compare", *words, "--output", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    for hint in hints:
+        assert hint in captured.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_list_may_be_varied():
     found = compare.parse_vary(["model.channels=[4,8],[8,16]", "seedless=1"])
     assert found == {"model.channels": ["[4,8]", "[8,16]"], "seedless": ["1"]}
@@ -70,6 +111,7 @@ def test_a_mistaken_variation_is_refused(word):
         ({"strategies": ["fedavg", "l3"]}, r"unknown strategies \['l3'\]; known: .*l1"),
         ({"strategies": []}, "unknown strategies"),
         ({"seeds": 0}, "one seed or more, got 0"),
+        ({"seeds": []}, r"one seed or more, got \[\]"),
         ({"vary": {"seed": ["1"]}}, "--seeds"),
         ({"vary": {"pruning.treshold": ["1"]}}, "unknown pruning keys"),
         (
@@ -215,6 +257,8 @@ def test_the_command_runs_all_and_ends_with_a_table(compared):
     assert "top-1" in done.stdout
     summary = json.loads((folder / "autoflip-0" / "summary.json").read_text())
     assert f"{summary['accuracy']:.4f}" in done.stdout
+    assert "than fedavg, " in done.stdout
+    assert "(1 seed, so no interval)" in done.stdout
     assert "AutoFLIP run finished" in (folder / "autoflip-0" / "log.txt").read_text()
 
 

@@ -167,6 +167,16 @@ def test_a_model_that_cannot_be_exported_says_so_and_leaves_its_weights(tmp_path
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_a_folder_that_is_not_there_is_one_line_with_what_may_be_meant(
+    tmp_path, capsys
+):
+    (tmp_path / "quickstart-0").mkdir()
+    assert cli.main(["export", str(tmp_path / "quikstart-0")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "did you mean 'quickstart-0'?" in said
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path)]) == 2
     assert "expected a run's folder with settings.yaml" in capsys.readouterr().err

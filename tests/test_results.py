@@ -33,6 +33,7 @@ def write_run(
     density=1.0,
     dense=100,
     masks=None,
+    trained=None,
     **more,
 ):
     """Write what a run leaves: `sent` bytes down, up and to evaluate in every round."""
@@ -53,6 +54,7 @@ def write_run(
             "mask_change": 0.0 if n == 1 else 0.1 / n,
             "update_variance": 1e-3 / n,
             "guidance_cosine": 1 / n,
+            "flops": trained,
             "dropped": 0,
             "seconds": 0.5,
         }
@@ -78,7 +80,12 @@ def write_run(
             "total": sum(explore) + sum(sent) * rounds,
             "dense_equivalent": dense * rounds,
         },
-        "flops": {"dense": 8000, "pruned": 6000, "unstructured_in_theory": 2000},
+        "flops": {
+            "dense": 8000,
+            "pruned": 6000,
+            "unstructured_in_theory": 2000,
+            "trained": trained and trained * rounds,
+        },
         "seconds": {"explore": 1.0, "train": 2.0, "total": 4.0},
         **more,
     }

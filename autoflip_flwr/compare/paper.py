@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from autoflip_flwr import settings as presets
 from autoflip_flwr.app import build
-from autoflip_flwr.compare.report import formats
+from autoflip_flwr.compare import formats
 from autoflip_flwr.compare.results import (
     Arm,
     CostRow,

@@ -70,7 +70,7 @@ def plan(
     *,
     output: Path,
     strategies: Sequence[str] = STRATEGIES,
-    seeds: int = 3,
+    seeds: int | Sequence[int] = 3,
     vary: Mapping[str, Sequence[str]] | None = None,
     overrides: str = "",
 ) -> list[Planned]:
@@ -84,8 +84,8 @@ def plan(
         A run's folder is ``output/<preset>/<strategy>[,<key>=<value>...]-<seed>``.
     strategies : sequence of str
         Values of `strategy.name`.
-    seeds : int
-        Every arm gets the seeds 0 to `seeds` - 1; at least 1.
+    seeds : int or sequence of int
+        The seeds of every arm; a number stands for 0 to `seeds` - 1. At least one.
     vary : mapping of dotted key -> values, optional
         All combinations are run. A strategy skips the keys that it does not read.
     overrides : str
@@ -97,12 +97,14 @@ def plan(
         If a strategy or value is unknown or out of range, or a folder holds a finished
         run of other settings.
     """
-    if seeds < 1:
+    every_seed = range(seeds) if isinstance(seeds, int) else dict.fromkeys(seeds)
+    if not every_seed:
         raise SettingsError(f"expected one seed or more, got {seeds}")
     unknown = [name for name in strategies if name not in STRATEGY_NAMES]
     if unknown or not strategies:
         raise SettingsError(
             f"unknown strategies {unknown}; known: {list(STRATEGY_NAMES)}"
+            + presets.meant("".join(unknown[:1]), STRATEGY_NAMES)
         )
     varied = vary or {}
     for key in {"seed", "strategy.name"} & set(varied):
@@ -112,12 +114,12 @@ def plan(
     if unread:
         raise SettingsError(
             f"none of {names} reads {unread}; check the spelling, or add a strategy "
-            "that reads it"
+            f"that reads it{presets.meant(unread[0], presets.load(preset).flat())}"
         )
     runs: dict[tuple[Settings, int], Planned] = {}
     taken: dict[Path, Settings] = {}
     for name, values, seed in itertools.product(
-        names, itertools.product(*varied.values()), range(seeds)
+        names, itertools.product(*varied.values()), every_seed
     ):
         words = [
             f"{key}={value}"
@@ -338,6 +340,24 @@ def bar() -> Iterator[Progress]:
             shown.update(task, completed=done, total=total, description=running)
 
         yield update
+
+
+def parse_seeds(text: str) -> int | list[int]:
+    """Read how many seeds, ``3``, or which, ``11,12,13``.
+
+    Raises
+    ------
+    SettingsError
+        If the text has another form.
+    """
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise SettingsError(
+            "--seeds: expected how many, such as 3, or which, such as 11,12,13, "
+            f"got {text!r}"
+        )
+    seeds = [int(word) for word in words]
+    return seeds if len(seeds) > 1 else seeds[0]
 
 
 def parse_vary(words: Iterable[str]) -> dict[str, list[str]]:

@@ -48,6 +48,7 @@ class Round(_Record):
     mask_change: float | None = None
     update_variance: float | None = None
     guidance_cosine: float | None = None
+    flops: float | None = None
 
 
 class Bytes(_Record):
@@ -85,8 +86,21 @@ class Run:
     rounds: tuple[Round, ...]
     summary: Summary
 
+    @property
+    def shared(self) -> bool:
+        """Whether other runs were on the machine: `compare` leaves Flower's log."""
+        return (self.directory / "log.txt").exists()
+
     def series(self, key: str) -> Series:
-        """Return a metric by round, NaN where a round has none."""
+        """Return a metric by round, NaN where a round has none.
+
+        Besides the keys of a line: ``megabytes`` sent and ``operations`` trained until
+        the round's end, exploration included.
+        """
+        if key == "megabytes":
+            return self.bytes_sent() / 1e6
+        if key == "operations":
+            return np.cumsum(self.series("flops"))
         return np.array([getattr(row, key) for row in self.rounds], np.float64)
 
     def bytes_sent(self) -> Series:

@@ -1,4 +1,4 @@
-"""A report on finished runs: one HTML page, and its charts as PNG files."""
+"""A report on finished runs: one HTML page, and its charts as files."""
 
 from autoflip_flwr.compare.report.page import write_report
 

@@ -1,242 +1,277 @@
-"""The charts of an experiment, all means over seeds with their standard errors."""
+"""The charts of an experiment, in Vega-Lite.
 
-import io
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import cycle
-from pathlib import Path
+A browser draws them with Vega, whose script stands in the page. vl-convert draws the
+same as pictures, for paper and where no script runs.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-import matplotlib.style
+import altair as alt
 import numpy as np
-from cycler import cycler
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from autoflip_flwr.app.data.archive import read_npz
-from autoflip_flwr.compare.report import formats
-from autoflip_flwr.compare.results import Arm, Experiment, Run, Series
+from autoflip_flwr.compare import formats
+from autoflip_flwr.compare.results import Arm, Experiment
 from autoflip_flwr.errors import DataError
 
-#: Colours that any colour vision tells apart (Okabe and Ito), darkened for white.
-_COLORS = ("#1a1b1e", "#0072b2", "#d55e00", "#009e73", "#b95e93", "#a67c00")
-_LINES = cycler(linestyle=("-", "--", ":", "-.")) * (
-    cycler(color=_COLORS) + cycler(marker=("o", "s", "^", "D", "v", "P"))
-)
-_STYLE: dict[str, Any] = {
-    "svg.hashsalt": "autoflip",  # the same chart has the same ids
-    "text.parse_math": False,
-    "font.size": 9.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.4,
-    "hatch.color": "white",
-}
+#: The page's ink, then colours that any colour vision tells apart (after Okabe and
+#: Ito), 3:1 or more on white and on the dark page. Further arms are dashed.
+_COLORS = ("currentColor", "#0077bb", "#d55e00", "#00916a", "#b95e93", "#a67c00")
+_DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 
-_UNITS = {
+_MANY_SEEDS = 5  # have a band of the standard error; fewer, a line for each
+_MOST_ROUNDS = 120  # of a run that a chart shows
+_SMOOTH = 5  # shown rounds before and after that a smooth line is the mean of
+
+_AXES = {
+    "round": "round",
+    "megabytes": "megabytes sent, exploration included",
+    "operations": "multiply-accumulates trained, exploration included",
     "accuracy": "top-1 accuracy",
     "mask_change": "changed share of the mask",
     "guidance_cosine": "cosine",
     "update_variance": "variance of client updates",
 }
+_OF_MASKS = ("mask_change", "guidance_cosine", "update_variance")
+_SENT = {
+    f"{phase}_{way}": f"{label}, {ends} clients"
+    for phase, label in (
+        ("explore", "exploration"),
+        ("train", "training"),
+        ("evaluate", "evaluation"),
+    )
+    for way, ends in (("up", "from"), ("down", "to"))
+}
 
-#: Key, label, colour and hatch of what is sent.
-_SENT = (
-    ("explore_down", "exploration, to clients", _COLORS[1], ""),
-    ("explore_up", "exploration, from clients", _COLORS[1], "////"),
-    ("train_down", "training, to clients", _COLORS[2], ""),
-    ("train_up", "training, from clients", _COLORS[2], "////"),
-    ("evaluate_down", "evaluation, to clients", _COLORS[3], ""),
-    ("evaluate_up", "evaluation, from clients", _COLORS[3], "////"),
-)
+_INK = {f"{part}Color": "currentColor" for part in ("label", "title", "tick", "domain")}
+_CONFIG = {
+    "font": "sans-serif",
+    "lineBreak": "\n",
+    "view": {"stroke": None},
+    "axis": {**_INK, "gridColor": "currentColor", "gridOpacity": 0.15},
+    "legend": {"labelColor": "currentColor", "labelLimit": 0, "symbolOpacity": 1}
+    | {"orient": "bottom", "columns": 1, "offset": 8, "title": None},
+    **{mark: {"color": "currentColor"} for mark in ("rule", "text", "tick")},
+    "title": {"color": "currentColor", "anchor": "start"},
+}
+#: What the page's boxes set: arms that are not shown, and whether lines are smoothed.
+_PARAMS = [{"name": "hidden", "value": []}, {"name": "smooth", "value": False}]
+_SHOWN = "indexof(hidden, datum.arm) < 0"
+
+Rows: TypeAlias = list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A finished chart."""
+class Chart(NamedTuple):
+    """A chart to draw."""
 
-    slug: str  # the title, as a part of a file's name
     title: str
     description: str  # its values as text, for readers who do not see the chart
-    svg: bytes
-    png: bytes
+    spec: dict[str, Any]  # in Vega-Lite, of the rows that `tables` returns
+
+    @property
+    def slug(self) -> str:
+        """The title, as a part of a file's name."""
+        return self.title.lower().replace(" ", "-")
 
 
-def charts(experiment: Experiment) -> list[Chart]:
-    """Draw every chart that the experiment's runs have values for."""
-    styled = list(zip(experiment.arms, cycle(_LINES), strict=False))
-    pruned = [each for each in styled if each[0].settings.strategy.name != "fedavg"]
-    target = experiment.target
-    with matplotlib.style.context(_STYLE, after_reset=True), warnings.catch_warnings():
-        # Of letters that the font lacks, and of log axes without a positive value.
-        warnings.simplefilter("ignore", UserWarning)
-        drawn = [
-            _lines("accuracy", "Accuracy by round", styled, target),
-            _lines(
-                "accuracy",
-                "Accuracy by megabytes",
-                styled,
-                target,
-                x=lambda run: run.bytes_sent() / 1e6,
-                xlabel="megabytes sent, exploration included",
-                xscale="log",
-            ),
-            _bytes(experiment.arms),
-            _densities(experiment.arms),
-            _lines("mask_change", "Mask change", pruned),
-            _lines("guidance_cosine", "Guidance cosine", pruned),
-            _lines("update_variance", "Update variance", pruned, yscale="log"),
-        ]
+def tables(arms: Sequence[Arm]) -> dict[str, Rows]:
+    """Return the rows that the charts show: rounds, bytes sent, kept shares."""
+    sent = [
+        {"arm": _name(arm), "kind": label, "megabytes": _mean(arm, key) / 1e6}
+        | {"dense": _mean(arm, "dense_equivalent") / 1e6}
+        for arm in arms
+        for key, label in _SENT.items()
+    ]
+    rounds = [row for arm in arms for row in _rounds(arm)]
+    return {"rounds": rounds, "sent": sent, "kept": [r for a in arms for r in _kept(a)]}
+
+
+def charts(experiment: Experiment, rows: dict[str, Rows]) -> list[Chart]:
+    """Draw every chart that there are values for."""
+    arms = experiment.arms
+    drawn = [
+        _lines("Accuracy over megabytes", experiment, rows["rounds"], x="megabytes"),
+        _lines("Accuracy over operations", experiment, rows["rounds"], x="operations"),
+        _lines("Accuracy by round", experiment, rows["rounds"]),
+        _bytes(arms),
+        _densities(arms, rows["kept"]),
+        _lines("Mask change", experiment, rows["rounds"], "mask_change"),
+        _lines("Guidance cosine", experiment, rows["rounds"], "guidance_cosine"),
+        _lines("Update variance", experiment, rows["rounds"], "update_variance"),
+    ]
     return [chart for chart in drawn if chart is not None]
 
 
+def figure(charts: Sequence[Chart], title: str, verdicts: Sequence[str]) -> Chart:
+    """Draw accuracy over megabytes and over operations as one picture."""
+    own = {"$schema", "autosize", "config", "description", "params"}
+    pair = [chart.spec for chart in charts if " over " in chart.title]
+    parts = [{k: v for k, v in spec.items() if k not in own} for spec in pair]
+    spec = {"title": {"text": title, "subtitle": verdicts}, "hconcat": parts}
+    return Chart(title, "", {"config": _CONFIG, "params": _PARAMS, **spec})
+
+
+def _chart(title: str, values: str, vega: Any) -> Chart:
+    text = f"{title}. {values}"
+    common = {"description": text, "config": _CONFIG, "params": _PARAMS}
+    fit = {"autosize": {"type": "fit-x", "contains": "padding"}}
+    return Chart(title, text, {**vega.to_dict(), **common, **fit})
+
+
+def _name(arm: Arm) -> str:
+    return fill(arm.name, 40)
+
+
+def _look(arms: Sequence[Arm], symbol: str) -> dict[str, Any]:
+    """Return the encodings that give an arm the same look in all charts."""
+    looks = [(color, dash) for dash in _DASHES for color in _COLORS]
+    every = [looks[index % len(looks)] for index in range(len(arms))]
+    names, legend = [_name(arm) for arm in arms], {"symbolType": symbol}
+    scales = [{"domain": names, "range": own} for own in zip(*every, strict=True)]
+    return {
+        "color": alt.Color("arm:N", scale=scales[0], legend=legend),
+        "strokeDash": alt.StrokeDash("arm:N", scale=scales[1], legend=legend),
+    }
+
+
+def _rounds(arm: Arm) -> Rows:
+    """Return a row for each seed and round.
+
+    What not all seeds know in a round is unknown: the mean of the others would not go
+    with the means before and after it. All seeds stand at their mean megabytes and
+    operations, so that there is a mean accuracy.
+    """
+    count = min(len(run.rounds) for run in arm.runs)
+    known = {k: np.array([r.series(k)[:count] for r in arm.runs]) for k in _AXES}
+    for key, values in known.items():
+        if key in ("megabytes", "operations"):
+            values[:] = values.mean(axis=0)
+        dense = key in _OF_MASKS and arm.settings.strategy.name == "fedavg"
+        values[:, dense | ~np.isfinite(values).all(axis=0)] = np.nan
+    shown = {*range(0, count, math.ceil(count / _MOST_ROUNDS)), count - 1}
+    return [
+        {"arm": _name(arm), "seed": run.settings.seed}
+        | {key: _short(values[seed, at]) for key, values in known.items()}
+        for at in sorted(shown)
+        for seed, run in enumerate(arm.runs)
+    ]
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
 def _lines(
-    key: str,
-    title: str,
-    styled: Sequence[tuple[Arm, dict[str, Any]]],
-    target: float | None = None,
-    x: Callable[[Run], Series] = lambda run: run.series("round"),
-    **options: str,
+    title: str, of: Experiment, rows: Rows, key: str = "accuracy", x: str = "round"
 ) -> Chart | None:
     """Draw a metric, a line an arm; None if it is zero or unknown in all rounds."""
-    figure, axes = _figure(3.0)
-    ends = []
-    for arm, look in styled:
-        places = _over_seeds(arm, x).mean(axis=0)
-        values = _over_seeds(arm, lambda run: run.series(key))
-        known = np.isfinite(values).all(axis=0)
-        if not known.any():
-            continue
-        places, values = places[known], values[:, known]
-        mean = values.mean(axis=0)
-        every = max(1, len(mean) // 6)
-        axes.plot(places, mean, label=fill(arm.name, 44), markevery=every, **look)
-        if len(values) > 1:
-            error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
-            band = mean - error, mean + error
-            axes.fill_between(places, *band, color=look["color"], alpha=0.15, lw=0)
-        ends.append(f"{arm.name}: {mean[-1]:.4g}")
-    if not any(np.any(line.get_ydata()) for line in axes.lines):
+    known = [row for row in rows if None not in (row[key], row[x])]
+    if not any(row[key] for row in known):
         return None
-    if target is not None:
-        axes.axhline(target, color="gray", ls=(0, (3, 3)), label=f"target {target:.3f}")
-    axes.set(**{"xlabel": "round", "ylabel": _UNITS[key], **options})
-    for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log":  # by default powers of ten in TeX
-            axis.set_major_formatter(LogFormatter())
-            axis.set_minor_formatter(LogFormatter())
-    return _finished(figure, axes, title, f"At the end, {'; '.join(ends)}.")
-
-
-def _over_seeds(arm: Arm, values: Callable[[Run], Series]) -> Series:
-    """Return values, seeds x rounds."""
-    shortest = min(len(run.rounds) for run in arm.runs)
-    return np.array([values(run)[:shortest] for run in arm.runs])
+    ends = []
+    for arm in of.arms:
+        values = [row[key] for row in known if row["arm"] == _name(arm)]
+        if last := values[-len(arm.runs) :]:
+            ends.append(f"{arm.name}: {statistics.fmean(last):.4g}")
+    valid = f"isValid(datum.{key}) && datum.{x} > 0"
+    place = alt.X(f"{x}:Q", title=_AXES[x], axis=alt.Axis(format="~s", tickCount=5))
+    value = alt.Y("mean(value):Q", title=_AXES[key], scale=alt.Scale(zero=False))
+    if x != "round":
+        place = place.scale(type="log", nice=False)
+    if key == "update_variance":
+        value, valid = value.scale(type="log"), f"{valid} && datum.{key} > 0"
+    look = _look(of.arms, "stroke")
+    base = (
+        alt.Chart(alt.NamedData("rounds"), width=400, height=250)
+        .transform_filter(f"{_SHOWN} && {valid}")
+        .transform_window(
+            smoothed=f"mean({key})",
+            frame=[-_SMOOTH, _SMOOTH],
+            groupby=["arm", "seed"],
+            sort=[alt.SortField("round")],
+        )
+        .transform_calculate(value=f"smooth ? datum.smoothed : datum.{key}")
+        .encode(x=place, y=value, color=look["color"])
+    )
+    seeds = max(len(arm.runs) for arm in of.arms)
+    spread: Any = base.mark_line(strokeWidth=0.7, opacity=0.5).encode(detail="seed:N")
+    if seeds >= _MANY_SEEDS:
+        spread = base.mark_errorband().encode(y=alt.Y("value:Q", title=_AXES[key]))
+    told = {x: x, "mean(value)": _AXES[key], "stderr(value)": "standard error"}
+    tooltip = [
+        alt.Tooltip(what, type="quantitative", title=title, format=".4~g")
+        for what, title in list(told.items())[: 3 if seeds > 1 else 2]
+    ]
+    means = base.mark_line(point="transparent").encode(strokeDash=look["strokeDash"])
+    layers = [spread, means.encode(tooltip=["arm:N", *tooltip])]
+    if key == "accuracy" and of.target is not None:
+        one = alt.Chart(alt.NamedData("rounds")).transform_aggregate(n="count()")
+        one, text = one.encode(y=alt.datum(of.target)), f"target {of.target:.3f}"
+        layers.append(one.mark_rule(strokeDash=[3, 3]))
+        layers.append(one.mark_text(align="left", x=3, dy=8, text=text))
+    return _chart(title, f"At the end, {'; '.join(ends)}.", alt.layer(*layers))
 
 
 def _bytes(arms: Sequence[Arm]) -> Chart:
     """Draw what was sent, a bar an arm, by phase and direction."""
-    names = [fill(arm.name, 26) for arm in arms]
-    most = max(name.count("\n") for name in names)
-    figure, axes = _figure(0.6 + (0.3 + 0.12 * most) * len(arms))
-    rows, left = np.arange(len(arms)), np.zeros(len(arms))
-    for key, label, color, hatch in _SENT:
-        width = np.array([_mean_bytes(arm, key) for arm in arms]) / 1e6
-        axes.barh(rows, width, 0.6, left, color=color, hatch=hatch, label=label)
-        left += width
-    dense = [_mean_bytes(arm, "dense_equivalent") / 1e6 for arm in arms]
-    axes.plot(dense, rows, "k|", markersize=16, mew=2, label="dense FedAvg")
-    axes.set_yticks(rows, names, fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("megabytes")
-    totals = [
-        f"{arm.name}: {formats.number(_mean_bytes(arm, 'total'), 'B')}" for arm in arms
-    ]
-    return _finished(figure, axes, "Bytes", f"Sent in all, {'; '.join(totals)}.")
-
-
-def _mean_bytes(arm: Arm, key: str) -> float:
-    return float(np.mean([getattr(run.summary.bytes, key) for run in arm.runs]))
-
-
-def _densities(arms: Sequence[Arm]) -> Chart | None:
-    """Draw a heat map, a row a layer, a column an arm; None if no run has a mask."""
-    masked: dict[str, list[dict[str, float]]] = {}
-    for arm in arms:
-        paths = [run.directory / "mask.npz" for run in arm.runs]
-        if runs := [_by_layer(path) for path in paths if path.exists()]:
-            masked[arm.name] = runs
-    layers = list(dict.fromkeys(n for own in masked.values() for r in own for n in r))
-    if not layers:
-        return None
-    density = np.array(
-        [
-            [np.mean([run.get(layer, np.nan) for run in runs]) for layer in layers]
-            for runs in masked.values()
-        ]
+    color = alt.Color(
+        "kind:N", scale=alt.Scale(domain=[*_SENT.values()], scheme="paired")
     )
-    names = [fill(name, 26) for name in masked]
-    longest = max(len(line) for name in names for line in name.split("\n"))
-    figure, axes = _figure(0.4 + 0.2 * len(layers) + 0.08 * longest)
-    edges = [np.arange(count + 1) - 0.5 for count in density.shape]
-    axes.pcolormesh(*edges, density.T, cmap="Blues", vmin=0, vmax=1)
-    for (column, row), value in np.ndenumerate(density):
-        text = "<1" if 0 < value < 0.01 else f"{100 * value:.0f}".replace("nan", "")
-        ink = "white" if value > 0.65 else "black"
-        axes.text(column, row, text, ha="center", va="center", color=ink)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(layers)), [layer[-16:] for layer in layers])
-    axes.invert_yaxis()
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    texts = [
-        f"{name}: {', '.join(map('{} {:.3f}'.format, layers, values))}"
-        for name, values in zip(masked, density, strict=True)
+    base = alt.Chart(alt.NamedData("sent"), width=400, height=32 * len(arms))
+    base = base.transform_filter(_SHOWN).encode(y=alt.Y("arm:N", sort=None, title=None))
+    x = alt.X("megabytes:Q", title="megabytes; a tick: what FedAvg sends")
+    bars = base.mark_bar().encode(x=x, color=color, tooltip=["kind:N", "megabytes:Q"])
+    ticks = base.mark_tick(thickness=3).encode(x="max(dense):Q")
+    sent = [f"{arm.name}: {formats.number(_mean(arm, 'total'), 'B')}" for arm in arms]
+    return _chart("Bytes", f"Sent in all, {'; '.join(sent)}.", bars + ticks)
+
+
+def _mean(arm: Arm, key: str) -> float:
+    return statistics.fmean(getattr(run.summary.bytes, key) for run in arm.runs)
+
+
+def _densities(arms: Sequence[Arm], rows: Rows) -> Chart | None:
+    """Draw the kept share, bars a layer, one an arm; None if no run has a mask."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        texts.setdefault(row["arm"], []).append(f"{row['layer']} {row['kept']:.3f}")
+    if not rows:
+        return None
+    layers = len({row["layer"] for row in rows})
+    chart = (
+        alt.Chart(alt.NamedData("kept"), width=400)
+        .properties(height=layers * (10 + 6 * len(texts)))
+        .transform_filter(_SHOWN)
+        .mark_bar()
+        .encode(y=alt.Y("layer:N", sort=None, title=None))
+        .encode(yOffset=alt.YOffset("arm:N", sort=list(texts)))
+        .encode(x=alt.X("kept:Q", title="kept share of the layer").scale(domain=[0, 1]))
+        .encode(tooltip=["arm:N", "layer:N", "kept:Q"], **_look(arms, "square"))
+    )
+    values = [f"{name}: {', '.join(each)}" for name, each in texts.items()]
+    return _chart("Density by layer", f"{'; '.join(values)}.", chart)
+
+
+def _kept(arm: Arm) -> Rows:
+    """Return a row a layer: the kept share of all its parameters together."""
+    kept: dict[str, list[Any]] = {}
+    for path in (run.directory / "mask.npz" for run in arm.runs):
+        if not path.exists():  # a dense run
+            continue
+        try:
+            for name, mask in read_npz(path).items():
+                layer = name.rpartition(".")[0] or name
+                kept.setdefault(layer, []).append(mask.astype(bool).ravel())
+        except ValueError as error:
+            raise DataError(
+                f"{path}: expected the masks of a run, got {error}; run it again, or "
+                "delete the file"
+            ) from error
+    return [
+        {"arm": _name(arm), "layer": layer, "kept": float(np.concatenate(all_).mean())}
+        for layer, all_ in kept.items()
     ]
-    return _finished(figure, axes, "Density by layer", f"{'; '.join(texts)}.")
-
-
-def _by_layer(path: Path) -> dict[str, float]:
-    """Return the kept share of every layer, of all its parameters together."""
-    layers: dict[str, list[Any]] = {}
-    try:
-        for name, mask in read_npz(path).items():
-            layer = name.rpartition(".")[0] or name
-            layers.setdefault(layer, []).append(mask.astype(bool).ravel())
-    except ValueError as error:
-        raise DataError(
-            f"{path}: expected the masks of a run, got {error}; run it again, or "
-            "delete the file"
-        ) from error
-    return {name: float(np.concatenate(own).mean()) for name, own in layers.items()}
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    # 4.4 inches: on a phone a point of text is still about a pixel.
-    figure = Figure(figsize=(4.4, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _finished(figure: Figure, axes: Axes, title: str, values: str) -> Chart:
-    """Add a legend below the axes, if there is one, and render the figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        lines = sum(1 + label.count("\n") for label in labels)
-        figure.set_figheight(figure.get_figheight() + 0.18 * lines)
-        figure.legend(handles, labels, loc="outside lower left", handlelength=3)
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=160)
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    slug, text = title.lower().replace(" ", "-"), f"{title}. {values}"
-    return Chart(slug, title, text, svg.getvalue(), png.getvalue())

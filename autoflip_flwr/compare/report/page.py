@@ -1,19 +1,19 @@
 """The HTML page."""
 
 import base64
+import functools
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoflip_flwr import settings
-from autoflip_flwr.compare.report import formats
-from autoflip_flwr.compare.report.charts import charts
+from autoflip_flwr.compare.report.charts import Chart, Rows, charts, figure, tables
 from autoflip_flwr.compare.results import (
-    Arm,
     Experiment,
     as_override,
     cost_row,
@@ -21,12 +21,14 @@ from autoflip_flwr.compare.results import (
     experiments,
     find_runs,
     flat,
-    telling,
 )
+from autoflip_flwr.compare.table import AS_PAPERS_COUNT, COSTS, TIME
+from autoflip_flwr.compare.verdict import verdicts
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.settings import Settings
 
-_UNSHOWN = ("seed", "data.dir")
+_HERE = Path(__file__).parent
+_FACTS = ("model.name", "data.name", "data.partition", "rounds", "strategy.min-nodes")
 
 
 def write_report(
@@ -39,8 +41,9 @@ def write_report(
     directories : iterable of Path
         Run folders, or folders of them.
     output : Path
-        A folder, made if need be: the page ``report.html`` with everything in it, and
-        its charts once more as PNG files.
+        A folder, made if need be: the page ``report.html`` with everything in it, its
+        charts once more as PNG files, and for each preset one SVG file with the
+        verdict and accuracy over megabytes and over operations.
     target : float, optional
         Accuracy at which costs are compared, in [0, 1]; None: the default target of
         each preset, see `results.default_target`.
@@ -60,75 +63,71 @@ def write_report(
     result = experiments(find_runs(directories), target)
     output.mkdir(parents=True, exist_ok=True)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {
-        "number": formats.number,
-        "ratio": formats.ratio,
-        "accuracy": formats.accuracy,
-        "value": as_override,
-    }
+    environment.filters["command"] = _command
     page = environment.get_template("page.html.j2").render(
         sections=[_section(experiment, output) for experiment in result],
         target=target,
+        script=_script(),
     )
     path = output / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
+@functools.cache
+def _script() -> str:
+    """Return the page's script with Vega in it: about 0.9 MB."""
+    own = (_HERE / "page.js").read_text(encoding="utf-8")
+    return str(vl_convert.javascript_bundle(own))
+
+
 def _section(experiment: Experiment, output: Path) -> dict[str, Any]:
     """Write the charts of an experiment; return what the template reads."""
     name = quote(experiment.preset, safe="")  # one file name or id for each preset
-    drawn = charts(experiment)
-    for chart in drawn:
-        (output / f"{name}-{chart.slug}.png").write_bytes(chart.png)
-    values = [flat(arm.settings) for arm in experiment.arms]
-    differ = [key for key in differing(values) if key not in _UNSHOWN]
-    common = {k: v for k, v in values[0].items() if k not in (*differ, *_UNSHOWN)}
+    rows, told = tables(experiment.arms), verdicts(experiment)
+    drawn = [(chart, _svg(chart, rows)) for chart in charts(experiment, rows)]
+    for chart, svg in drawn:
+        path = output / f"{name}-{chart.slug}.png"
+        path.write_bytes(vl_convert.svg_to_png(svg, scale=2))
+    both = figure([chart for chart, _ in drawn], experiment.preset, told)
+    (output / f"{name}.svg").write_text(_svg(both, rows), encoding="utf-8")
+    apart = differing(flat(arm.settings) for arm in experiment.arms)
+    facts = flat(experiment.arms[0].settings)
+    timed = not any(run.shared for arm in experiment.arms for run in arm.runs)
     return {
         "id": name,
         "preset": experiment.preset,
         "target": experiment.target,
-        "arms": [_arm(arm, experiment.target, differ) for arm in experiment.arms],
-        "charts": [(c, base64.b64encode(c.svg).decode()) for c in drawn],
-        "common": common,
+        "facts": {k: as_override(facts[k]) for k in _FACTS if k not in apart},
+        "verdicts": told,
+        "tables": {
+            "Accuracy and costs": COSTS,
+            "As papers count": AS_PAPERS_COUNT + (TIME if timed else []),
+        },
+        "arms": [(arm, cost_row(arm, experiment.target)) for arm in experiment.arms],
+        "charts": [(c, base64.b64encode(svg.encode()).decode()) for c, svg in drawn],
+        "data": {"rows": rows, "specs": {chart.slug: chart.spec for chart, _ in drawn}},
     }
 
 
-def _arm(arm: Arm, target: float | None, differ: Iterable[str]) -> dict[str, Any]:
-    own = telling(arm.settings)
-    return {
-        "costs": cost_row(arm, target),
-        "settings": {key: own[key] for key in differ if key in own},
-        "seeds": ", ".join(str(run.settings.seed) for run in arm.runs),
-        "command": _command(arm.settings),
-        "folders": [str(run.directory) for run in arm.runs],
-    }
+def _svg(chart: Chart, rows: dict[str, Rows]) -> str:
+    return str(vl_convert.vegalite_to_svg(chart.spec | {"datasets": rows}))
 
 
 def _command(chosen: Settings) -> str | None:
-    """Return a command that repeats a run; None if a shell line cannot say it."""
+    """Return a command that repeats a run; None if its preset is not known here."""
     try:
         usual = flat(settings.load(chosen.preset))
     except SettingsError:
         return None
-    overrides = " ".join(
-        f"{key}={shlex.quote(as_override(value))}"
+    own = [
+        f"{key}={as_override(value)}"
         for key, value in flat(chosen).items()
         if value != usual[key]
-    )
-    # Flower reads the text between two double quotes, as TOML.
-    if not overrides.isprintable() or '"' in overrides or "\\" in overrides:
-        return None
-    config = f'preset="{chosen.preset}"'
-    if overrides:
-        config += f' overrides="{overrides}"'
-    nodes = f"num-supernodes={chosen.strategy.min_nodes} client-resources-num-cpus=1"
-    return (
-        f'flwr run . --stream --federation-config "{nodes}" '
-        f"--run-config {shlex.quote(config)}"
-    )
+    ]
+    return shlex.join(["autoflip", "run", chosen.preset, *own])
