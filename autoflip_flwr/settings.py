@@ -90,6 +90,7 @@ class StrategySettings(Group):
     fraction_train: PositiveShare = 1.0  # of the connected nodes that train
     fraction_evaluate: Share = 0.0  # share that evaluates on its own held-out data
     min_nodes: AtLeastOne = 2  # connected nodes to wait for before each sampling
+    wait: Positive = 60.0  # seconds to wait for `min-nodes` before the first round
     timeout: Positive = 3600.0  # seconds to wait for the replies of a round
     server_learning_rate: Positive | None = None  # fedavgm, fedadam; None: Flower's own
     server_momentum: Share | None = None  # fedavgm
@@ -215,6 +216,7 @@ class LogSettings(Group):
     """What a run writes beside its own files."""
 
     tensorboard: bool = False  # metrics of every round, for TensorBoard
+    verbose: bool = False  # Flower's own log lines, too, and the history at the end
 
 
 class TrainingSettings(Group):
@@ -377,6 +379,15 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _conf().glob("*.yaml")))
 
 
+def about(preset: str) -> dict[str, str]:
+    """Return what a preset's first lines say: `data`, `minutes` and what it `shows`.
+
+    Minutes are those of a run on two cores.
+    """
+    text = (_conf() / f"{preset}.yaml").read_text(encoding="utf-8")
+    return dict(re.findall(r"^# (data|minutes|shows): (.*)$", text, re.MULTILINE))
+
+
 def load(preset: str, overrides: str = "") -> Settings:
     """Read a preset and apply overrides.
 
@@ -396,7 +407,7 @@ def load(preset: str, overrides: str = "") -> Settings:
     if preset not in presets():
         raise SettingsError(
             f"unknown preset {preset!r}; known: {list(presets())}"
-            + _meant(preset, presets())
+            + meant(preset, presets())
         )
     path = _conf() / f"{preset}.yaml"
     try:
@@ -534,7 +545,8 @@ def _explained(
         elif each["type"] == "extra_forbidden":
             known = sorted({written("", key) for key in schema["properties"]} - _OWN)
             key = str(each["loc"][-1])
-            told = f"; known: {known}{_meant(key, known)}"
+            similar = meant(key, known) or _in_groups(key, whole)
+            told = f"; known: {known}{similar}"
             place = "" if code else f"{prefix.rstrip('.') or 'top-level'} "
             unknown.setdefault(f"unknown {place}keys {{}}{told}", []).append(key)
         else:
@@ -542,7 +554,7 @@ def _explained(
             kind = f" ({type(got).__name__})" if isinstance(got, str | list) else ""
             texts.append(
                 f"{written(prefix, path[0])}: expected {_expected(asked)}, "
-                f"got {got!r}{kind}{_meant(got, asked.get('enum', ()))}"
+                f"got {got!r}{kind}{meant(got, asked.get('enum', ()))}"
             )
     texts += [text.format(keys) for text, keys in unknown.items()]
     return SettingsError((f"{group.__name__}: " if code else "") + "; ".join(texts))
@@ -582,7 +594,19 @@ def _expected(schema: dict[str, Any]) -> str:
     return text
 
 
-def _meant(word: Any, known: Iterable[str]) -> str:
-    """Return a hint at the most similar of the known words."""
+def _in_groups(key: str, schema: dict[str, Any]) -> str:
+    """Return a hint at the groups that have a key, where their name was left out."""
+    groups = {
+        group: schema["$defs"][inner["$ref"].rpartition("/")[2]]["properties"]
+        for group, inner in schema["properties"].items()
+        if "$ref" in inner
+    }
+    close = difflib.get_close_matches(key, {k for g in groups.values() for k in g}, n=1)
+    found = [f"{g}.{k}" for g, keys in groups.items() for k in keys if k in close]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def meant(word: Any, known: Iterable[str]) -> str:
+    """Return a hint at the most similar of the known words; empty: none is similar."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -9,8 +9,8 @@ import shutil
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from autoflip_flwr.app.costs import Operations
+from autoflip_flwr.app.folder import check_usable, is_finished
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.training import Evaluation
 from autoflip_flwr.errors import SettingsError, needs_extra
@@ -67,20 +68,11 @@ class RunLog:
         self.directory = directory
         self._metrics = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
-        if resume and (directory / "summary.json").exists():
+        if is_finished(directory):  # and was killed before it had cleared up
             shutil.rmtree(directory / "guidance", ignore_errors=True)
-            raise SettingsError(
-                f"the run in {directory} is finished; to run it again name a new folder"
-            )
-        try:
-            with (directory / "settings.yaml").open("a" if resume else "x"):
-                pass
-        except FileExistsError as error:
-            raise SettingsError(
-                f"output-dir {directory} holds another run; name a new folder, or go "
-                "on with it: resume=true"
-            ) from error
+        check_usable(directory, resume=resume)
         self._let_go = weakref.finalize(self, os.close, _held(directory))
+        (directory / "settings.yaml").touch()
         self._settings = settings
         self._grid = grid
         self._rounds = rounds
@@ -89,6 +81,8 @@ class RunLog:
         if settings.log.tensorboard:
             self._board = SummaryWriter(str(directory))
         self._started = self._last = time.monotonic()
+        # When this process began, with which seconds of exploration, after which round.
+        self._begun = (self._started, grid.seconds["explore"], 0)
         # After the last line: how many there are, it itself, and the sums until then.
         self._past: dict[str, Any] = {
             "lines": 0,
@@ -110,10 +104,12 @@ class RunLog:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after the round of `state`; later lines are dropped."""
         self._past = {key: state[key] for key in self._past}
-        self._started = time.monotonic() - state["seconds"]
-        if kept := self._past["lines"]:
-            lines = self._metrics.read_text().splitlines(keepends=True)
-            _replace(self._metrics, "".join(lines[:kept]))
+        now, lines = time.monotonic(), self._past["lines"]
+        self._begun = (now, self._grid.seconds["explore"], lines)
+        self._started = now - state["seconds"]
+        if lines:
+            written = self._metrics.read_text().splitlines(keepends=True)
+            _replace(self._metrics, "".join(written[:lines]))
         else:
             self._metrics.unlink(missing_ok=True)
 
@@ -147,6 +143,7 @@ class RunLog:
         }
         with self._metrics.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
+        _log.info("%s", self._line(row, now))
         self._last = now
         self._past = {
             "lines": past["lines"] + 1,
@@ -160,6 +157,21 @@ class RunLog:
                 if isinstance(value, int | float) and key != "round":
                     self._board.add_scalar(key, value, server_round)
             self._board.flush()
+
+    def _line(self, row: Mapping[str, Any], now: float) -> str:
+        """Return what a round tells on the terminal."""
+        done, total = row["round"], self._settings.rounds
+        sent = f"sent {sum(self._grid.sent.values()) / 1e6:.1f} MB"
+        if self._rounds:
+            dense = sum(self._grid.dense.values()) / 1e6
+            sent += f" (FedAvg {dense:.1f})  density {row['density']:.2f}"
+        begun, explored, before = self._begun
+        seconds = now - begun - (self._grid.seconds["explore"] - explored)
+        left = round(seconds / (done - before) * (total - done))
+        return (
+            f"{done:{len(str(total))}}/{total}  acc {row['accuracy']:.3f}  {sent}  "
+            f"{left // 60}:{left % 60:02} left"
+        )
 
     def _trained_samples(self) -> dict[str, float]:
         """Return samples times epochs so far, by phase."""
@@ -239,6 +251,28 @@ def _held(directory: Path) -> int:
     return lock
 
 
+@contextmanager
+def quiet(*, unless: bool) -> Iterator[None]:
+    """Keep Flower's own lines, and those of every mask, out of the log of a run.
+
+    Warnings stay. A round is a line of `RunLog`.
+    """
+    if unless:
+        yield
+        return
+    ours = Path(__file__).parents[1]
+
+    def tells(record: logging.LogRecord) -> bool:
+        told = ours in Path(record.pathname).parents and record.module != "rounds"
+        return told or record.levelno > logging.INFO
+
+    _log.addFilter(tells)
+    try:
+        yield
+    finally:
+        _log.removeFilter(tells)
+
+
 def log_summary(summary: dict[str, Any], directory: Path) -> None:
     """Log the last lines of a run."""
     sent, flops, seconds = summary["bytes"], summary["flops"], summary["seconds"]
@@ -270,14 +304,6 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
     _log.info("AutoFLIP run finished: %s", directory)
     for label, text in rows.items():
         _log.info("  %-15s %s", label, text)
-
-
-def run_directory(name: str, settings: Settings) -> Path:
-    """Return a run's folder; without a name `runs/<preset>-<strategy>-<time>`."""
-    if not name:
-        now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
-        name = f"runs/{settings.preset}-{settings.strategy.name}-{now}"
-    return Path(name).resolve()
 
 
 def _megabytes(count: int) -> str:
