@@ -35,7 +35,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put in what is written elsewhere: README, settings. Name files outside of docs."""
+    """Put in README and settings; show links to what is no page as names of files."""
     if page.file.src_path == "index.md":
         readme = Path(page.file.abs_src_path).parents[1] / "README.md"
         text = re.sub(r"^\[!\[.*\n", "", readme.read_text(encoding="utf-8"), flags=re.M)

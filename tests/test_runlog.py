@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from autoflip_flwr.app import build as experiment
 from autoflip_flwr.app import training
+from autoflip_flwr.app.runlog import log_summary
 from autoflip_flwr.compare import results
 from autoflip_flwr.errors import AutoFlipError, NodesError, SettingsError
 from autoflip_flwr.settings import load
@@ -395,6 +396,17 @@ def test_a_run_does_not_wait_for_ever_for_nodes(tmp_path, clock):
     assert 59 < clock.slept < 62
     assert "num-supernodes=4 client-resources-num-cpus=1" in str(told.value)
     assert "autoflip run quickstart" in str(told.value)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_the_end_says_once_where_a_step_is_not_faster(finished, caplog, faster):
+    folder, _ = finished
+    summary = summary_of(folder)
+    summary["networks"]["pruned"]["step_seconds"] = 0.9 if faster else 1.1
+    summary["networks"]["dense"]["step_seconds"] = 1.0
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        log_summary(summary, folder)
+    assert caplog.text.count("the step is not faster") == (0 if faster else 1)
 
 
 def test_dropped_replies_are_counted_and_the_run_goes_on(tmp_path):

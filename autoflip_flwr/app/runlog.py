@@ -28,6 +28,9 @@ from autoflip_flwr.types import Params
 
 _log = logging.getLogger("flwr")
 
+#: A step that takes a larger share of a dense one does not count as faster.
+_FASTER = 0.95
+
 
 class RunLog:
     """Writes a run's folder.
@@ -96,6 +99,13 @@ class RunLog:
         """Note the settings of a new run, over what a try without a round left."""
         (self.directory / "settings.yaml").write_text(self._settings.as_yaml())
         self._metrics.unlink(missing_ok=True)
+        _log.info(
+            "%s, preset %s, %d rounds; results go to %s",
+            self._settings.strategy.name,
+            self._settings.preset,
+            self._settings.rounds,
+            self.directory,
+        )
 
     def state(self) -> dict[str, Any]:
         """Return what a process that goes on has to know."""
@@ -253,7 +263,7 @@ def _held(directory: Path) -> int:
 
 @contextmanager
 def quiet(*, unless: bool) -> Iterator[None]:
-    """Keep Flower's own lines, and those of every mask, out of the log of a run.
+    """Keep Flower's own lines, and those of strategy and masks, out of a run's log.
 
     Warnings stay. A round is a line of `RunLog`.
     """
@@ -263,7 +273,8 @@ def quiet(*, unless: bool) -> Iterator[None]:
     ours = Path(__file__).parents[1]
 
     def tells(record: logging.LogRecord) -> bool:
-        told = ours in Path(record.pathname).parents and record.module != "rounds"
+        told = ours in Path(record.pathname).parents
+        told = told and record.module not in ("rounds", "strategy")
         return told or record.levelno > logging.INFO
 
     _log.addFilter(tells)
@@ -301,6 +312,11 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         "included",
         "seconds": f"{seconds['total']:.1f} (exploration {seconds['explore']:.1f})",
     }
+    if pruned["step_seconds"] > _FASTER * dense["step_seconds"]:
+        rows["measured here"] += (
+            ". At this size the step is not faster; from about a million "
+            "multiply-accumulates a sample it is (docs/savings.md)"
+        )
     _log.info("AutoFLIP run finished: %s", directory)
     for label, text in rows.items():
         _log.info("  %-15s %s", label, text)
