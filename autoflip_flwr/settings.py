@@ -112,7 +112,7 @@ class ExplorationSettings(Group):
     # Differential privacy on the client: L2 norm that guidance is clipped to, and the
     # noise's standard deviation as a multiple of it. 0: off.
     privacy_clip: NotNegative = 0.0
-    privacy_noise: NotNegative = 0.0
+    privacy_noise: NotNegative = 0.0  # see privacy-clip
 
     @model_validator(mode="after")
     def _check(self) -> "ExplorationSettings":
@@ -141,7 +141,7 @@ class PruningSettings(Group):
     # Whether biases and scales of normalization are pruned, too. If not, they are kept
     # where they are at most half of what is kept.
     vectors: bool = False
-    mode: Mode = "quantile"
+    mode: Mode = "quantile"  # what the threshold is; see mask.from_scores
     # guidance: the paper; saliency: weight x movement; staged: saliency in the first
     # mask, and in later ones the size of the weights as they are then.
     score: ScoreName = "staged"
@@ -223,21 +223,22 @@ class TrainingSettings(Group):
     """Local training of one round."""
 
     epochs: AtLeastOne = 2  # local epochs per round (E)
-    batch_size: AtLeastOne = 32
+    batch_size: AtLeastOne = 32  # samples of a step
     learning_rate: Positive = 0.02  # of the first round
     learning_rate_decay: PositiveShare = 1.0  # its factor from round to round
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"  # a new one in each round
     momentum: Share = 0.9  # sgd
-    weight_decay: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0  # of the optimizer
     device: str = "auto"  # auto: cuda where there is one
 
 
 class DataSettings(Group):
     """Which data, and which client holds what."""
 
-    name: str = "digits"
+    name: str = "digits"  # one of data.names()
     dir: str = ""  # folder or file; empty: bundled or downloaded
     hub: str = ""  # Flower Datasets id, in place of the known one
+    # pathological: a few classes each; natural: the dataset's own users.
     partition: Literal["iid", "pathological", "dirichlet", "natural"] = "iid"
     alpha: Positive = 0.5  # dirichlet
     classes_per_client: AtLeastOne = 2  # pathological
@@ -251,7 +252,7 @@ class DataSettings(Group):
 class ModelSettings(Group):
     """Which network; None leaves a size at the model's own default."""
 
-    name: str = "cnn"
+    name: str = "cnn"  # one of models.names()
     channels: Several[int] | None = None  # cnn
     hidden: int | None = None  # cnn, char_lstm
     embedding: int | None = None  # char_lstm
