@@ -86,6 +86,7 @@ class RunLog:
         self._started = self._last = time.monotonic()
         # When this process began, with which seconds of exploration, after which round.
         self._begun = (self._started, grid.seconds["explore"], 0)
+        self._starting = True
         # After the last line: how many there are, it itself, and the sums until then.
         self._past: dict[str, Any] = {
             "lines": 0,
@@ -178,6 +179,9 @@ class RunLog:
         begun, explored, before = self._begun
         seconds = now - begun - (self._grid.seconds["explore"] - explored)
         left = round(seconds / (done - before) * (total - done))
+        if self._starting:  # the first round may have started Ray: count from here
+            self._begun = (now, self._grid.seconds["explore"], done)
+            self._starting = False
         return (
             f"{done:{len(str(total))}}/{total}  acc {row['accuracy']:.3f}  {sent}  "
             f"{left // 60}:{left % 60:02} left"
