@@ -1,6 +1,8 @@
 """The console script."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +113,40 @@ def test_a_run_gets_its_nodes_its_folder_and_settings_that_mean_the_same_anywher
     chosen = settings.load(given["preset"], given["overrides"])
     assert chosen.rounds == 3
     assert chosen.data.dir == str(digits)
+
+
+#: Stands in for `flwr`: `run` prints rounds until `stop` has been called.
+FLWR = """#!/bin/sh
+cd "$(dirname "$0")"
+[ "$1" = stop ] && { echo "$2" > stopped; echo "stopping $2"; exit; }
+printf 'Successfully started run 77\\n\\033[92mINFO \\033[0m:      1/9  acc 0.5\\n'
+while [ ! -e stopped ]; do sleep 0.1; done
+"""
+
+
+def test_ctrl_c_stops_the_run_and_not_only_its_log(tmp_path):
+    """The terminal sends its signal to the whole foreground group."""
+    flwr = tmp_path / "flwr"
+    flwr.write_text(FLWR)
+    flwr.chmod(0o755)
+    code = (
+        "import sys; from autoflip_flwr.cli import main; "
+        f"sys.executable = {str(tmp_path / 'python')!r}; "
+        f"sys.exit(main(['run', 'quickstart', '--output', {str(tmp_path / 'run')!r}]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "Successfully started run 77\n"
+        assert running.stdout.readline() == "1/9  acc 0.5\n"  # without Flower's mark
+        os.killpg(running.pid, signal.SIGINT)
+        assert "stopping 77" in running.stdout.read()
+    assert running.returncode == 130
+    assert (tmp_path / "stopped").read_text() == "77\n"
 
 
 def test_a_run_that_ends_without_a_summary_has_failed(tmp_path, monkeypatch):
