@@ -2,8 +2,8 @@
 
     python benchmarks/size.py
 
-For the networks of our presets, a training step of 32 images: dense / with 0.3 and 0.6 of
-the FLOPs left, units removed by random scores. Median of 25 pairs.
+For the networks of our presets, a training step of 32 images: dense / with 0.3 and 0.6
+of the FLOPs left, units removed by random scores. Median of 25 pairs.
 """
 
 import statistics
