@@ -2,21 +2,40 @@
 
 import argparse
 import logging
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from autoflip_flwr import __version__, settings
 from autoflip_flwr.errors import AutoFlipError, SettingsError, needs_extra
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise an error of ours; `main` prints it."""
+        got, *known = re.findall(r"'([^']*)'", message) or [""]
+        raise SettingsError(f"{message}{settings.meant(got, known)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
-    chosen = _parser().parse_args(arguments)
     try:
-        print(chosen.run(chosen))
+        chosen, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            options = re.findall(r"--[\w-]+", chosen.parser.format_usage())
+            raise SettingsError(
+                f"unknown argument {unknown[0]!r}; {chosen.parser.prog} knows: "
+                f"{options}{settings.meant(unknown[0], options)}"
+            )
+        told = chosen.run(chosen)
+        if isinstance(told, int):
+            return told
+        print(told)
     except AutoFlipError as error:
         print(f"autoflip: {error}", file=sys.stderr)
         return 2
@@ -30,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="autoflip", description="AutoFLIP: federated pruning for Flower."
     )
     parser.add_argument(
@@ -38,14 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True)
 
-    def command(run: Callable[[argparse.Namespace], str], text: str) -> Any:
+    def command(run: Callable[[argparse.Namespace], str | int], text: str) -> Any:
         added = commands.add_parser(run.__name__.lstrip("_"), help=text)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added.add_argument
+
+    add = command(_run, "check a preset and run it with `flwr run`, on simulated nodes")
+    add("preset", help="see `autoflip presets`")
+    overrides = {"nargs": "*", "default": [], "metavar": "key=value"}
+    add("overrides", **overrides, help="settings by their dotted names, applied last")
+    add("--output", default="", help="folder of the run (default: a new one in runs/)")
+    add("--resume", action="store_true", help="go on with the run in --output")
 
     add = command(_presets, "list the presets, or show all values of one")
     add("name", nargs="?", help="show all values of this preset")
-    add("overrides", nargs="*", help="dotted key=value, applied as in a run")
+    add("overrides", **overrides, help="applied as in a run")
 
     add = command(_inspect, "tell what a run will take, without data")
     add("model", metavar="package.module:Net", help="a class, function or model")
@@ -101,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _presets(chosen: argparse.Namespace) -> str:
     if chosen.name is None:
-        return "\n".join(settings.presets())
+        return _table(settings.presets())
     return settings.load(chosen.name, shlex.join(chosen.overrides)).as_yaml().rstrip()
 
 
@@ -128,6 +154,25 @@ def _folder(path: Path) -> Path:
     raise SettingsError(
         f"there is no folder {path}; beside it: {', '.join(sorted(there)) or 'none'}"
         + settings.meant(path.name, there)
+    )
+
+
+def _table(names: Iterable[str]) -> str:
+    """Return a line for each preset, in the words of its file."""
+    rows = [["preset", "data", "minutes", "shows"]]
+    rows += [[name, *settings.about(name).values()] for name in names]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(word.ljust(n) for word, n in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    from autoflip_flwr.app.launch import launch
+
+    return launch(
+        chosen.preset, chosen.overrides, output=chosen.output, resume=chosen.resume
     )
 
 

@@ -47,6 +47,10 @@ class MissingExtraError(AutoFlipError, ImportError):
     """A function needs a package of an extra that is not installed."""
 
 
+class NodesError(AutoFlipError, RuntimeError):
+    """Fewer nodes are connected than a run asks for."""
+
+
 class ReplyError(AutoFlipError, RuntimeError):
     """No round of a run had valid replies to change the model: it is untrained."""
 

@@ -91,6 +91,7 @@ class StrategySettings(Group):
     fraction_train: PositiveShare = 1.0  # of the connected nodes that train
     fraction_evaluate: Share = 0.0  # share that evaluates on its own held-out data
     min_nodes: AtLeastOne = 2  # connected nodes to wait for before each sampling
+    wait: Positive = 60.0  # seconds to wait for `min-nodes` before the first round
     timeout: Positive = 3600.0  # seconds to wait for the replies of a round
     # A file of the server that binds clients' names to their nodes' keys, for all runs
     # that name it. Empty: a name belongs to the node that gives it first.
@@ -115,7 +116,7 @@ class ExplorationSettings(Group):
     # Differential privacy on the client: L2 norm that guidance is clipped to, and the
     # noise's standard deviation as a multiple of it. 0: off.
     privacy_clip: NotNegative = 0.0
-    privacy_noise: NotNegative = 0.0
+    privacy_noise: NotNegative = 0.0  # see privacy-clip
 
     @model_validator(mode="after")
     def _check(self) -> "ExplorationSettings":
@@ -144,7 +145,7 @@ class PruningSettings(Group):
     # Whether biases and scales of normalization are pruned, too. If not, they are kept
     # where they are at most half of what is kept.
     vectors: bool = False
-    mode: Mode = "quantile"
+    mode: Mode = "quantile"  # what the threshold is; see mask.from_scores
     # guidance: the paper; saliency: weight x movement; staged: saliency in the first
     # mask, and in later ones the size of the weights as they are then.
     score: ScoreName = "staged"
@@ -223,27 +224,29 @@ class LogSettings(Group):
 
     tensorboard: bool = False  # metrics of every round, for TensorBoard
     guidance: bool = False  # the last guidance of all explorers, as guidance.npz
+    verbose: bool = False  # Flower's own log lines, too, and the history at the end
 
 
 class TrainingSettings(Group):
     """Local training of one round."""
 
     epochs: AtLeastOne = 2  # local epochs per round (E)
-    batch_size: AtLeastOne = 32
+    batch_size: AtLeastOne = 32  # samples of a step
     learning_rate: Positive = 0.02  # of the first round
     learning_rate_decay: PositiveShare = 1.0  # its factor from round to round
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"  # a new one in each round
     momentum: Share = 0.9  # sgd
-    weight_decay: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0  # of the optimizer
     device: str = "auto"  # auto: cuda where there is one
 
 
 class DataSettings(Group):
     """Which data, and which client holds what."""
 
-    name: str = "digits"
+    name: str = "digits"  # one of data.names()
     dir: str = ""  # folder or file; empty: bundled or downloaded
     hub: str = ""  # Flower Datasets id, in place of the known one
+    # pathological: a few classes each; natural: the dataset's own users.
     partition: Literal["iid", "pathological", "dirichlet", "natural"] = "iid"
     alpha: Positive = 0.5  # dirichlet
     classes_per_client: AtLeastOne = 2  # pathological
@@ -258,7 +261,7 @@ class DataSettings(Group):
 class ModelSettings(Group):
     """Which network; None leaves a size at the model's own default."""
 
-    name: str = "cnn"
+    name: str = "cnn"  # one of models.names()
     channels: Several[int] | None = None  # cnn
     hidden: int | None = None  # cnn, char_lstm
     embedding: int | None = None  # char_lstm
@@ -384,6 +387,15 @@ _PRUNING_OF_BASELINES = (
 def presets() -> tuple[str, ...]:
     """Return the names of the presets, sorted."""
     return tuple(sorted(path.stem for path in _conf().glob("*.yaml")))
+
+
+def about(preset: str) -> dict[str, str]:
+    """Return what a preset's first lines say: `data`, `minutes` and what it `shows`.
+
+    Minutes are those of a run on two cores.
+    """
+    text = (_conf() / f"{preset}.yaml").read_text(encoding="utf-8")
+    return dict(re.findall(r"^# (data|minutes|shows): (.*)$", text, re.MULTILINE))
 
 
 def load(preset: str, overrides: str = "") -> Settings:
@@ -560,7 +572,8 @@ def _explained(
         elif each["type"] == "extra_forbidden":
             known = sorted({written("", key) for key in schema["properties"]} - _OWN)
             key = str(each["loc"][-1])
-            told = f"; known: {known}{meant(key, known)}"
+            similar = meant(key, known) or _in_groups(key, whole)
+            told = f"; known: {known}{similar}"
             place = "" if code else f"{prefix.rstrip('.') or 'top-level'} "
             unknown.setdefault(f"unknown {place}keys {{}}{told}", []).append(key)
         else:
@@ -606,6 +619,18 @@ def _expected(schema: dict[str, Any]) -> str:
     if low is not None:
         return f"{text} {'>=' if 'minimum' in schema else '>'} {low:g}"
     return text
+
+
+def _in_groups(key: str, schema: dict[str, Any]) -> str:
+    """Return a hint at the groups that have a key, where their name was left out."""
+    groups = {
+        group: schema["$defs"][inner["$ref"].rpartition("/")[2]]["properties"]
+        for group, inner in schema["properties"].items()
+        if "$ref" in inner
+    }
+    close = difflib.get_close_matches(key, {k for g in groups.values() for k in g}, n=1)
+    found = [f"{g}.{k}" for g, keys in groups.items() for k in keys if k in close]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def meant(word: Any, known: Iterable[str]) -> str:

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +68,42 @@ def in_one_process(
     )
     server_app.app(grid, Context(1, 1, {}, RecordDict(), grid.run_config))
     return load_file(folder / "model.safetensors")
+
+
+def autoflip_run(flower: Flower, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("autoflip"), "run", *words],
+        env=flower.environment,
+        cwd=flower.home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_autoflip_run_finishes_a_run_in_few_lines_and_ctrl_c_ends_one(superlink):
+    output = superlink.home / "smoke"
+    with autoflip_run(superlink, "smoke", "--output", str(output)) as running:
+        assert running.stdout is not None
+        out = running.stdout.read()
+    assert running.returncode == 0, out
+    assert summary(output)["rounds"] == 2
+    assert "AutoFLIP run finished" in out
+    # 2 of 80 that the quickstart may print are rounds here, 40 there.
+    assert len(out.splitlines()) - 2 + 40 <= 80, out
+    with autoflip_run(superlink, "smoke", "rounds=500") as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line.startswith("  1/500  acc"):
+                running.send_signal(signal.SIGINT)
+                break
+        out = running.stdout.read()
+    assert running.returncode == 130
+    assert "successfully stopped" in out, out
+    (folder,) = (superlink.home / "runs").iterdir()
+    rounds = len(lines(folder))
+    time.sleep(3)
+    assert len(lines(folder)) == rounds < 500
 
 
 def data_of_their_own(folder: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """The README's commands are the ones that are checked."""
 
 import re
+import tomllib
 from pathlib import Path
 
 from autoflip_flwr import settings
@@ -27,6 +28,49 @@ def test_one_command_runs_and_one_tests():
     run, test = commands()
     assert "flwr run . --stream" in run
     assert test.endswith("-m pytest")
+
+
+def test_the_first_screen_takes_thirty_seconds():
+    """At most 150 words, commands and code included, one figure, the four lines."""
+    first, _, _ = (ROOT / "README.md").read_text().partition("\n## ")
+    text = re.sub(r"\[!\[.*", "", first)  # badges
+    figures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(figures) == 1
+    assert (ROOT / figures[0]).is_file()
+    shown = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
+    assert len(shown.split()) <= 150
+    assert "pip install autoflip-flwr" in first
+    code = first.split("```python")[1].split("```")[0]
+    lines = [x for x in code.splitlines() if x and not x.startswith("#")]
+    assert [line.split()[0] for line in lines] == ["from", "strategy", "from", "app"]
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_four_lines_are_those_of_an_example_that_runs():
+    """`test_an_existing_app_runs_before_and_after` runs it."""
+    code = (ROOT / "README.md").read_text().split("```python")[1].split("```")[0]
+    apps = ROOT / "examples" / "message_api" / "after" / "digits_app"
+    example = (apps / "server_app.py").read_text() + (
+        apps / "client_app.py"
+    ).read_text()
+    for line in code.splitlines():
+        assert line.partition("(fraction")[0] in example or line.startswith("#")
+
+
+def test_badges_and_versions_are_those_of_the_package():
+    text = (ROOT / "README.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    classifiers = " ".join(project["classifiers"])
+    pythons = re.findall(r"Python :: (3\.\d+)", classifiers)
+    assert f"python-{'%20%7C%20'.join(pythons)}-" in text
+    (flower,) = (d for d in project["dependencies"] if d.startswith("flwr"))
+    low, high = re.findall(r"\d+\.(\d+)", flower)
+    assert f"flower-1.{low}%20to%201.{int(high) - 1}-" in text
+    assert f"1.{low} to 1.{int(high) - 1}" in text
 
 
 def test_ci_runs_the_test_command_to_the_letter():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 
 import numpy as np
@@ -13,8 +14,9 @@ from safetensors.numpy import load_file
 
 from autoflip_flwr.app import build as experiment
 from autoflip_flwr.app import training
+from autoflip_flwr.app.runlog import log_summary
 from autoflip_flwr.compare import results
-from autoflip_flwr.errors import AutoFlipError, SettingsError
+from autoflip_flwr.errors import AutoFlipError, NodesError, SettingsError
 from autoflip_flwr.settings import load
 
 server_app = load_script("autoflip_server_app", ROOT / "server_app.py")
@@ -364,6 +366,48 @@ def test_the_last_lines_of_the_log_say_what_came_of_it(tmp_path, caplog):
     for measured in ("training step", "inference", "peak memory"):
         assert measured in text
     assert str(tmp_path / "run") in text
+
+
+def test_a_round_is_a_line_and_flower_is_quiet_unless_asked(tmp_path, caplog):
+    told = {}
+    for verbose in ("false", "true"):
+        with caplog.at_level(logging.INFO, logger="flwr"):
+            go(tmp_path / verbose, f"log.verbose={verbose}")
+        told[verbose] = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+    sent = [summary_of(tmp_path / "false")["bytes"][k] for k in ("total", "roll_call")]
+    dense = summary_of(tmp_path / "false")["bytes"]["dense_equivalent"]
+    assert sent[1] > 0
+    rounds = [
+        line for line in told["false"] if re.match(r"\d+/2  acc 0\.\d{3}  ", line)
+    ]
+    assert [line[:3] for line in rounds] == ["1/2", "2/2"]
+    assert f"sent {sent[0] / 1e6:.1f} MB (FedAvg {dense / 1e6:.1f})" in rounds[1]
+    assert rounds[1].endswith("density 0.20  0:00 left")
+    assert len(told["false"]) < 16
+    for flowers in ("[ROUND 1/2]", "Final results:"):
+        assert flowers in told["true"]
+        assert flowers not in told["false"]
+    assert not logging.getLogger("flwr").filters
+
+
+def test_a_run_does_not_wait_for_ever_for_nodes(tmp_path, clock):
+    with pytest.raises(NodesError, match=r"needs 4 nodes .* 2 are connected") as told:
+        go(tmp_path / "run", nodes=[1, 2])
+    assert 59 < clock.slept < 62
+    assert "num-supernodes=4 client-resources-num-cpus=1" in str(told.value)
+    assert "autoflip run quickstart" in str(told.value)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_the_end_says_once_where_a_step_is_not_faster(finished, caplog, faster):
+    folder, _ = finished
+    summary = summary_of(folder)
+    summary["networks"]["pruned"]["step_seconds"] = 0.9 if faster else 1.1
+    summary["networks"]["dense"]["step_seconds"] = 1.0
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        log_summary(summary, folder)
+    assert caplog.text.count("the step is not faster") == (0 if faster else 1)
 
 
 def test_dropped_replies_are_counted_and_the_run_goes_on(tmp_path):

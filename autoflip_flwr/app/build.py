@@ -1,6 +1,5 @@
 """What both of our apps make of a run's settings: the model and the data."""
 
-import logging
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +12,10 @@ from torch import nn
 
 from autoflip_flwr.app import data, models
 from autoflip_flwr.app.data import Federated, Samples
-from autoflip_flwr.errors import DataError
+from autoflip_flwr.errors import DataError, NodesError
 from autoflip_flwr.method.privacy import GuidancePrivacy
 from autoflip_flwr.settings import Settings, TrainingSettings, load
 from autoflip_flwr.wire.records import EPOCH
-
-_log = logging.getLogger("flwr")
 
 _NOISE = 4  # stream of randomness that wrong labels are drawn from
 
@@ -123,17 +120,23 @@ def guidance_privacy(settings: Settings) -> GuidancePrivacy | None:
     return GuidancePrivacy(clip=chosen.privacy_clip, noise=chosen.privacy_noise)
 
 
-def warn_of_few_nodes(settings: Settings, connected: int) -> None:
-    """Say what a run waits for, since in a simulation it would wait for ever."""
+def check_nodes(settings: Settings, connected: int) -> None:
+    """Refuse to wait for nodes that do not come.
+
+    Raises
+    ------
+    NodesError
+        If fewer are connected than `strategy.min_nodes`.
+    """
     needed = settings.strategy.min_nodes
     if connected < needed:
-        _log.warning(
-            "preset %s waits for %d nodes (strategy.min-nodes), %d are connected; "
-            'a simulation needs --federation-config "num-supernodes=%d"',
-            settings.preset,
-            needed,
-            connected,
-            needed,
+        raise NodesError(
+            f"preset {settings.preset} needs {needed} nodes (strategy.min-nodes), "
+            f"{connected} are connected after {settings.strategy.wait:g} s. In a "
+            f"simulation: `autoflip run {settings.preset}`, or `flwr run` with "
+            f'--federation-config "num-supernodes={needed} client-resources-num-cpus=1"'
+            ". With real nodes: start more, or set strategy.min-nodes or "
+            "strategy.wait (seconds)"
         )
 
 

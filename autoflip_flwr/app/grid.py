@@ -98,6 +98,8 @@ class RunGrid(Grid):
         self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
         self._silent: set[tuple[int, str]] = set()  # client, phase
         self._last = 0.0
+        self._needed = 0
+        self._few = False
         self.traffic = Traffic(dense_bytes)
         self.sent, self.dense = self.traffic.sent, self.traffic.dense
         self.explored: Counter[str] = Counter()
@@ -153,9 +155,34 @@ class RunGrid(Grid):
         except (ValueError, KeyError, TypeError) as error:
             _log.error("%s is torn, bytes are counted anew: %s", self._meter, error)
 
+    def wait_for(self, needed: int, *, seconds: float) -> int:
+        """Wait until so many nodes are connected, or the time is over.
+
+        Returns how many are. From now on a line of the log says when they are fewer.
+        """
+        self._needed = needed
+        until = time.monotonic() + seconds
+        while len(online := self._online()) < needed and time.monotonic() < until:
+            time.sleep(1)
+        return len(online)
+
+    def _online(self) -> set[int]:
+        """Return the connected nodes; say it once when they become too few."""
+        online = set(self._grid.get_node_ids())
+        few = len(online) < self._needed
+        if few and not self._few:
+            _log.warning(
+                "waiting for nodes: %d are connected, %d are needed "
+                "(strategy.min-nodes)",
+                len(online),
+                self._needed,
+            )
+        self._few = few
+        return online
+
     def get_node_ids(self) -> list[int]:
         """Return the connected clients in a stable order, the generator seeded."""
-        connected = set(self._grid.get_node_ids())
+        connected = self._online()
         self._listing += 1
         new = sorted(connected.difference(self._claims))
         self._roll_call([n for n in new if self._listing >= self._again.get(n, 0)])

@@ -9,8 +9,8 @@ import shutil
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from autoflip_flwr.app.build import guidance_privacy
 from autoflip_flwr.app.costs import Operations
+from autoflip_flwr.app.folder import check_usable, is_finished
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.training import Evaluation
 from autoflip_flwr.errors import SettingsError, needs_extra
@@ -31,6 +32,9 @@ _log = logging.getLogger("flwr")
 
 #: The delta of every epsilon.
 DELTA = 1e-5
+
+#: A step that takes a larger share of a dense one does not count as faster.
+_FASTER = 0.95
 
 
 class RunLog:
@@ -72,20 +76,11 @@ class RunLog:
         self.directory = directory
         self._metrics = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
-        if resume and (directory / "summary.json").exists():
+        if is_finished(directory):  # and was killed before it had cleared up
             shutil.rmtree(directory / "guidance", ignore_errors=True)
-            raise SettingsError(
-                f"the run in {directory} is finished; to run it again name a new folder"
-            )
-        try:
-            with (directory / "settings.yaml").open("a" if resume else "x"):
-                pass
-        except FileExistsError as error:
-            raise SettingsError(
-                f"output-dir {directory} holds another run; name a new folder, or go "
-                "on with it: resume=true"
-            ) from error
+        check_usable(directory, resume=resume)
         self._let_go = weakref.finalize(self, os.close, _held(directory))
+        (directory / "settings.yaml").touch()
         self._settings = settings
         self._grid = grid
         self._rounds = rounds
@@ -95,6 +90,9 @@ class RunLog:
         if settings.log.tensorboard:
             self._board = SummaryWriter(str(directory))
         self._started = self._last = time.monotonic()
+        # When this process began, with which seconds of exploration, after which round.
+        self._begun = (self._started, grid.seconds["explore"], 0)
+        self._starting = True
         # After the last line: how many there are, it itself, and the sums until then.
         self._past: dict[str, Any] = {
             "lines": 0,
@@ -108,6 +106,13 @@ class RunLog:
         """Note the settings of a new run, over what a try without a round left."""
         (self.directory / "settings.yaml").write_text(self._settings.as_yaml())
         self._metrics.unlink(missing_ok=True)
+        _log.info(
+            "%s, preset %s, %d rounds; results go to %s",
+            self._settings.strategy.name,
+            self._settings.preset,
+            self._settings.rounds,
+            self.directory,
+        )
 
     def state(self) -> dict[str, Any]:
         """Return what a process that goes on has to know."""
@@ -116,10 +121,12 @@ class RunLog:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after the round of `state`; later lines are dropped."""
         self._past = {key: state[key] for key in self._past}
-        self._started = time.monotonic() - state["seconds"]
-        if kept := self._past["lines"]:
-            lines = self._metrics.read_text().splitlines(keepends=True)
-            _replace(self._metrics, "".join(lines[:kept]))
+        now, lines = time.monotonic(), self._past["lines"]
+        self._begun = (now, self._grid.seconds["explore"], lines)
+        self._started = now - state["seconds"]
+        if lines:
+            written = self._metrics.read_text().splitlines(keepends=True)
+            _replace(self._metrics, "".join(written[:lines]))
         else:
             self._metrics.unlink(missing_ok=True)
 
@@ -153,6 +160,7 @@ class RunLog:
         }
         with self._metrics.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
+        _log.info("%s", self._line(row, now))
         self._last = now
         self._past = {
             "lines": past["lines"] + 1,
@@ -166,6 +174,24 @@ class RunLog:
                 if isinstance(value, int | float) and key != "round":
                     self._board.add_scalar(key, value, server_round)
             self._board.flush()
+
+    def _line(self, row: Mapping[str, Any], now: float) -> str:
+        """Return what a round tells on the terminal."""
+        done, total = row["round"], self._settings.rounds
+        sent = f"sent {sum(self._grid.sent.values()) / 1e6:.1f} MB"
+        if self._rounds:
+            dense = sum(self._grid.dense.values()) / 1e6
+            sent += f" (FedAvg {dense:.1f})  density {row['density']:.2f}"
+        begun, explored, before = self._begun
+        seconds = now - begun - (self._grid.seconds["explore"] - explored)
+        left = round(seconds / (done - before) * (total - done))
+        if self._starting:  # the first round may have started Ray: count from here
+            self._begun = (now, self._grid.seconds["explore"], done)
+            self._starting = False
+        return (
+            f"{done:{len(str(total))}}/{total}  acc {row['accuracy']:.3f}  {sent}  "
+            f"{left // 60}:{left % 60:02} left"
+        )
 
     def _trained_samples(self) -> dict[str, float]:
         """Return samples times epochs so far, by phase."""
@@ -261,6 +287,29 @@ def _held(directory: Path) -> int:
     return lock
 
 
+@contextmanager
+def quiet(*, unless: bool) -> Iterator[None]:
+    """Keep Flower's own lines, and those of strategy and masks, out of a run's log.
+
+    Warnings stay. A round is a line of `RunLog`.
+    """
+    if unless:
+        yield
+        return
+    ours = Path(__file__).parents[1]
+
+    def tells(record: logging.LogRecord) -> bool:
+        told = ours in Path(record.pathname).parents
+        told = told and record.module not in ("rounds", "strategy")
+        return told or record.levelno > logging.INFO
+
+    _log.addFilter(tells)
+    try:
+        yield
+    finally:
+        _log.removeFilter(tells)
+
+
 def log_summary(summary: dict[str, Any], directory: Path) -> None:
     """Log the last lines of a run."""
     sent, flops, seconds = summary["bytes"], summary["flops"], summary["seconds"]
@@ -291,6 +340,11 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         "included",
         "seconds": f"{seconds['total']:.1f} (exploration {seconds['explore']:.1f})",
     }
+    if pruned["step_seconds"] > _FASTER * dense["step_seconds"]:
+        rows["measured here"] += (
+            ". At this size the step is not faster; from about a million "
+            "multiply-accumulates a sample it is (docs/savings.md)"
+        )
     _log.info("AutoFLIP run finished: %s", directory)
     if private := summary.get("privacy"):
         rows["privacy"] = (
@@ -299,11 +353,3 @@ def log_summary(summary: dict[str, Any], directory: Path) -> None:
         )
     for label, text in rows.items():
         _log.info("  %-15s %s", label, text)
-
-
-def run_directory(name: str, settings: Settings) -> Path:
-    """Return a run's folder; without a name `runs/<preset>-<strategy>-<time>`."""
-    if not name:
-        now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
-        name = f"runs/{settings.preset}-{settings.strategy.name}-{now}"
-    return Path(name).resolve()

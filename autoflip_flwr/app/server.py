@@ -8,12 +8,14 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
 from autoflip_flwr.app import build, costs, training
+from autoflip_flwr.app.folder import run_directory
 from autoflip_flwr.app.grid import RunGrid
-from autoflip_flwr.app.runlog import DELTA, RunLog, log_summary, run_directory
+from autoflip_flwr.app.runlog import DELTA, RunLog, log_summary, quiet
 from autoflip_flwr.app.strategies import build_strategy
 from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.server.checkpoint import Checkpointed
 from autoflip_flwr.server.strategy import AutoFLIP
+from autoflip_flwr.settings import Settings
 from autoflip_flwr.wire import records
 
 _log = logging.getLogger("flwr")
@@ -24,6 +26,11 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def serve(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names."""
     settings = build.settings_of(context.run_config)
+    with quiet(unless=settings.log.verbose):
+        _serve(grid, context, settings)
+
+
+def _serve(grid: Grid, context: Context, settings: Settings) -> None:
     model = build.build_model(settings)
     example = build.example_inputs(settings)
     test = build.held_out(settings)
@@ -61,7 +68,9 @@ def serve(grid: Grid, context: Context) -> None:
         run_grid.begin(server_round + 1)
         return MetricRecord({"accuracy": result.accuracy, "loss": result.loss})
 
-    build.warn_of_few_nodes(settings, len(list(grid.get_node_ids())))
+    chosen = settings.strategy
+    connected = run_grid.wait_for(chosen.min_nodes, seconds=chosen.wait)
+    build.check_nodes(settings, connected)
     privacy = build.guidance_privacy(settings)
     if privacy is not None:
         every = settings.exploration.every

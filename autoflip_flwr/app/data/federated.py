@@ -12,7 +12,7 @@ from autoflip_flwr.app.data.images import SplitName, download, read_digits, read
 from autoflip_flwr.app.data.leaf import HUB, read_hub, read_leaf
 from autoflip_flwr.app.data.partitions import Division, divide
 from autoflip_flwr.errors import SettingsError
-from autoflip_flwr.settings import DataSettings
+from autoflip_flwr.settings import DataSettings, meant
 
 _TRAIN, _TEST = 1, 2  # streams of randomness that subsets are drawn from
 
@@ -80,7 +80,9 @@ def spec(name: str) -> Spec:
         If the name is unknown; lists the known ones.
     """
     if name not in SPECS:
-        raise SettingsError(f"unknown dataset {name!r}; known: {list(SPECS)}")
+        raise SettingsError(
+            f"unknown dataset {name!r}; known: {list(SPECS)}{meant(name, SPECS)}"
+        )
     return SPECS[name]
 
 

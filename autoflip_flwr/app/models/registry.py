@@ -11,6 +11,7 @@ from torch import nn
 from autoflip_flwr.app.models import text, vision
 from autoflip_flwr.app.models.initial import xavier_normal_
 from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.settings import meant
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     make.__name__: make
@@ -68,7 +69,9 @@ def build(
         The name or a setting is unknown, or a value is impossible.
     """
     if name not in _MODELS:
-        raise SettingsError(f"unknown model {name!r}; known: {', '.join(_MODELS)}")
+        raise SettingsError(
+            f"unknown model {name!r}; known: {', '.join(_MODELS)}{meant(name, _MODELS)}"
+        )
     make = _MODELS[name]
     try:
         generator = None if seed is None else _generator(seed=seed)

@@ -1,0 +1,39 @@
+"""A run's folder: its name, and whether a run may use it."""
+
+from datetime import datetime
+from pathlib import Path
+
+from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.settings import Settings
+
+
+def run_directory(name: str, settings: Settings) -> Path:
+    """Return a run's folder; without a name `runs/<preset>-<strategy>-<time>`."""
+    if not name:
+        now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
+        name = f"runs/{settings.preset}-{settings.strategy.name}-{now}"
+    return Path(name).resolve()
+
+
+def is_finished(directory: Path) -> bool:
+    """Tell whether a run in this folder has ended well."""
+    return (directory / "summary.json").exists()
+
+
+def check_usable(directory: Path, *, resume: bool) -> None:
+    """Refuse a folder whose contents a run would overwrite.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds a finished run, or an unfinished one and not `resume`.
+    """
+    if resume and is_finished(directory):
+        raise SettingsError(
+            f"the run in {directory} is finished; to run it again name a new folder"
+        )
+    if not resume and (directory / "settings.yaml").exists():
+        raise SettingsError(
+            f"output-dir {directory} holds another run; name a new folder, or go "
+            "on with it: resume=true"
+        )

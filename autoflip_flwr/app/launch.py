@@ -1,0 +1,145 @@
+"""`autoflip run`: check everything about a run, then let `flwr run` simulate it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from autoflip_flwr import settings as presets
+from autoflip_flwr.app import data
+from autoflip_flwr.app.folder import check_usable, is_finished, run_directory
+from autoflip_flwr.errors import needs_extra
+from autoflip_flwr.settings import Settings
+
+#: How Flower begins a line of its log.
+_PREFIX = "\x1b[92mINFO \x1b[0m:      "
+
+_STARTED = re.compile(r"Successfully started run (\d+)")
+
+_INTERRUPTED = 130  # exit status of a program that Ctrl-C has ended
+
+
+def launch(
+    preset: str, words: Sequence[str], *, output: str = "", resume: bool = False
+) -> int:
+    """Check a run, start it with as many nodes as it asks for, and show its log.
+
+    Ctrl-C stops the run, not only the log.
+
+    Parameters
+    ----------
+    preset : str
+        A name in conf/.
+    words : sequence of str
+        Dotted ``key=value`` overrides.
+    output : str
+        The run's folder; empty: a new one in ``runs/``.
+    resume : bool
+        Go on with the run in that folder.
+
+    Returns
+    -------
+    int
+        0 if the run has finished, 130 if it was stopped, else the status of `flwr run`,
+        or 1.
+
+    Raises
+    ------
+    AutoFlipError
+        If a setting, the data or the folder would end the run with an error.
+    """
+    settings = presets.load(preset, shlex.join(words))
+    if settings.data.dir:  # the SuperLink may have another working directory
+        folder = str(Path(settings.data.dir).expanduser().resolve())
+        words = [*words, f"data.dir={json.dumps(folder, ensure_ascii=False)}"]
+        settings = presets.load(preset, shlex.join(words))
+    directory = run_directory(output, settings)
+    check_usable(directory, resume=resume)
+    _check(settings, own_model=any(word.startswith("model.") for word in words))
+    config = {
+        "preset": preset,
+        "overrides": shlex.join(words),
+        "output-dir": str(directory),
+        "resume": resume,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.toml"
+        lines = (
+            f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in config.items()
+        )
+        file.write_text("\n".join(lines), encoding="utf-8")
+        nodes = settings.strategy.min_nodes
+        status = _flwr_run(
+            *(str(_app()), "--stream", "--run-config", str(file)),
+            "--federation-config",
+            f"num-supernodes={nodes} client-resources-num-cpus=1",
+        )
+    return status or (0 if is_finished(directory) else 1)
+
+
+def _check(settings: Settings, *, own_model: bool) -> None:
+    """Find now what would end the run later: packages, data, division, model."""
+    with needs_extra("app", "autoflip run"):
+        if find_spec("ray") is None:
+            raise ModuleNotFoundError("No module named 'ray'", name="ray")
+    data.load(
+        **settings.data.model_dump(exclude={"holdout"}),
+        num_partitions=settings.strategy.min_nodes,
+        seed=settings.seed,
+    )
+    if own_model:  # a preset's own is known to build; torch takes seconds to import
+        from autoflip_flwr.app import models
+
+        spec = data.spec(settings.data.name)
+        models.build(
+            settings.model.name,
+            num_classes=spec.num_classes,
+            input_shape=spec.input_shape,
+            **settings.model.options(),
+        )
+
+
+def _app() -> Path:
+    """Return what `flwr run` takes: a folder of the package, or a checkout."""
+    package = Path(presets.__file__).parent
+    inside = package / "flower_app"
+    return inside if inside.is_dir() else package.parent
+
+
+def _flwr_run(*arguments: str) -> int:
+    """Show the output of `flwr run`; stop the run, too, when interrupted."""
+    flwr = str(Path(sys.executable).with_name("flwr"))
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(flwr).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # take this environment
+        "PYTHONUNBUFFERED": "1",
+    }
+    run_id = None
+    with subprocess.Popen(
+        [flwr, "run", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C is for us: `flwr run` would only detach
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                started = _STARTED.search(line)
+                run_id = started[1] if started else run_id
+                print(line.removeprefix(_PREFIX), end="", flush=True)
+            return process.wait()
+        except KeyboardInterrupt:
+            if run_id is not None:
+                subprocess.run([flwr, "stop", run_id], env=environment, check=False)
+            return _INTERRUPTED
+        finally:
+            process.terminate()
