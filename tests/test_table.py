@@ -105,6 +105,25 @@ def test_without_a_common_seed_or_an_accuracy_nothing_is_claimed(tmp_path):
     )
 
 
+def test_errors_over_seeds_leave_the_table_its_width(tmp_path):
+    runs = [
+        run(
+            tmp_path / f"{name}-{seed}",
+            f"strategy.name={name} seed={seed}",
+            accuracy=(0.1, 0.5 + 0.123 * seed, 0.9 - 0.0123 * seed),
+            sent=(1_234_567 + 98_765 * seed, 1_234_567, 123_456),
+            trained=1.2345e12 + 9.87e10 * seed,
+        )
+        for name in ("fedavg", "autoflip")
+        for seed in range(3)
+    ]
+    text = compared(experiments(runs, 0.6)[0])
+    table = [line for line in text.splitlines() if line.startswith("  ")]
+    assert table[1].endswith("trained"), "the last heading is whole"
+    assert all(line.endswith(" T") for line in table[2:]), "and its values"
+    assert all(len(line) <= 132 for line in text.splitlines())
+
+
 def test_verdicts_stand_under_the_table(tmp_path):
     runs = [
         run(tmp_path / name, f"strategy.name={name}")

@@ -1,6 +1,7 @@
 """The arms of an experiment as tables, for the terminal and the page."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console
@@ -52,7 +53,12 @@ def compared(experiment: Experiment) -> str:
     for heading, _ in COSTS:
         table.add_column(heading, justify="right", no_wrap=heading == "accuracy")
     for row in (cost_row(arm, target) for arm in experiment.arms):
-        table.add_row(row.name, *(text(row) for _, text in COSTS))
+        brief = {  # a terminal has no room for these errors
+            key: value._replace(error=None)
+            for key in ("rounds_to_target", "bytes_to_target", "flops_trained")
+            if (value := getattr(row, key))
+        }
+        table.add_row(row.name, *(text(replace(row, **brief)) for _, text in COSTS))
     console = Console(width=_WIDTH, markup=False, highlight=False)
     with console.capture() as captured:
         console.print(f"{experiment.preset}: mean and standard error over seeds")
