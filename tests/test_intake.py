@@ -249,9 +249,11 @@ def test_the_guidance_is_how_far_the_clients_own_training_moved_each_weight():
     shapes = {name: initial[name].shape for name in names}
     for partition_id, node_id in enumerate(NODES):
         alone = net()
+        one = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
         for epoch in range(epochs):
             config = {"server-round": 1, "autoflip.epoch": epoch}
-            fit(alone, partition_id, seed=call_seed(config, partition_id))
+            seed = call_seed(config, partition_id)
+            fit(alone, partition_id, seed=seed, optimizer=lambda _, one=one: one)
         final = state_of(alone)
         reply = next(s for s in grid.up if (s.phase, s.node_id) == ("explore", node_id))
         frame = reply.arrays["autoflip.guidance"].data

@@ -10,13 +10,14 @@ import yaml
 from flwr.app import Context, RecordDict
 from inprocess import LocalGrid
 from test_results import write_run
-from test_runlog import client_app, server_app, summary_of
+from test_runlog import client_app, go, server_app, summary_of
 
 from autoflip_flwr import settings
 from autoflip_flwr.app import build, costs
 from autoflip_flwr.cli import _parser, main
 from autoflip_flwr.compare import paper, plan
 from autoflip_flwr.errors import DataError, SettingsError
+from autoflip_flwr.method import mask
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -140,6 +141,29 @@ def test_figure_2_counts_what_eq_4_keeps_in_value_mode(runs, tmp_path):
     assert rows_of(text) == [
         ["paper-mnist", "9", "1.74", "1.8 (5 kept)", "4.5 (2 kept)", "9 (1 kept)"]
     ]
+
+
+def test_a_run_keeps_the_guidance_that_its_mask_was_made_from(tmp_path):
+    overrides = (
+        "log.guidance=true pruning.score=guidance pruning.normalization=global "
+        "pruning.balance=global pruning.vectors=true pruning.gradual-rounds=0 "
+        "pruning.floor=0 pruning.units=0 pruning.threshold=0.5"
+    )
+    go(tmp_path / "run", overrides)
+    with np.load(tmp_path / "run" / "guidance.npz") as file:
+        guidance = {name: file[name] for name in file.files}
+    assert min(values.min() for values in guidance.values()) >= 0
+    assert max(values.max() for values in guidance.values()) <= 1
+    masks = mask.from_scores(guidance, threshold=0.5, mode="quantile")
+    with np.load(tmp_path / "run" / "mask.npz") as file:
+        for name in file.files:
+            np.testing.assert_array_equal(masks[name], file[name], err_msg=name)
+
+
+def test_a_method_without_exploration_keeps_no_guidance(tmp_path):
+    go(tmp_path / "run", "log.guidance=true strategy.name=random")
+    assert (tmp_path / "run" / "mask.npz").exists()
+    assert not (tmp_path / "run" / "guidance.npz").exists()
 
 
 def test_figure_2_says_what_keeps_the_guidance(runs, tmp_path):
