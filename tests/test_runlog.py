@@ -16,7 +16,7 @@ from autoflip_flwr.app import build as experiment
 from autoflip_flwr.app import training
 from autoflip_flwr.app.runlog import log_summary
 from autoflip_flwr.compare import results
-from autoflip_flwr.errors import AutoFlipError, NodesError, SettingsError
+from autoflip_flwr.errors import AutoFlipError, NodesError, ReplyError, SettingsError
 from autoflip_flwr.settings import load
 
 server_app = load_script("autoflip_server_app", ROOT / "server_app.py")
@@ -424,19 +424,16 @@ def test_dropped_replies_are_counted_and_the_run_goes_on(tmp_path):
     assert [line["dropped"] for line in lines_of(tmp_path / "run")] == [0, 1]
 
 
-def test_a_run_whose_last_round_fails_writes_a_model_that_fits_its_mask(tmp_path):
+def test_a_run_whose_last_round_fails_ends_with_an_error_after_the_one_before(tmp_path):
     def tamper(message, reply):
         config = next(iter(message.content.config_records.values()), {})
         last = config.get("server-round") == 3
         return None if last and config["autoflip.phase"] == "train" else reply
 
     folder = tmp_path / "run"
-    go(
-        folder,
-        "rounds=3 pruning.population-weight=0 strategy.fraction-train=0.5",
-        tamper=tamper,
-    )
-    arrays = load_file(folder / "model.safetensors")
-    masks = np.load(folder / "mask.npz", allow_pickle=False)
-    for name in masks.files:
-        assert not arrays[name][~masks[name]].any(), name
+    overrides = "rounds=3 pruning.population-weight=0 strategy.fraction-train=0.5"
+    with pytest.raises(ReplyError, match="round 3 was lost 3 times"):
+        go(folder, overrides, tamper=tamper)
+    assert [line["round"] for line in lines_of(folder)] == [1, 2]
+    assert (folder / "checkpoints" / "round-000002.safetensors").exists()
+    assert not (folder / "summary.json").exists()
