@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import attentive
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_runlog import go
+from test_units import random_scores
 from torch import nn
 
 from autoflip_flwr import cli, settings, units
@@ -122,6 +124,34 @@ def test_every_model_is_exported(tmp_path, name, shape, options):
     answers = answers_of(tmp_path, x)
     scale = float(np.abs(expected).max())
     np.testing.assert_allclose(answers["pt2"], expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("vision-transformer", "swin", "bert", "vit", "gpt2", "llama")
+        ),
+    ],
+)
+def test_transformers_are_exported_with_fewer_heads(tmp_path, name):
+    pytest.importorskip("onnx")
+    model, x = attentive.build(name)
+    model, x = model.float().eval(), x.float() if x.is_floating_point() else x
+    masks = units.mask_units(
+        model, random_scores(model), share=0.4, example_inputs=x[:1]
+    )
+    exported = export.export_model(model, masks, x[:1], tmp_path)
+    assert exported.parameters < 0.65 * exported.dense_parameters
+    assert any(".kept." in tensor for tensor in load_file(exported.weights))
+    with enforce(model, masks), torch.no_grad():
+        expected = model(x).numpy()
+    answers = answers_of(tmp_path, x, onnx=True)
+    for answer in (answers["pt2"], answers["onnx"]):
+        np.testing.assert_allclose(answer, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(answers["one"], expected[:1], rtol=1e-3, atol=1e-4)
 
 
 def test_normalization_over_missing_channels_needs_no_package_either(tmp_path):

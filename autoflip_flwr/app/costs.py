@@ -159,7 +159,9 @@ def _profile(
     for module in copied.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # a copy's weights lie scattered on a GPU
-    ruled = {m: "" for m in copied.modules() if type(m) in {*register_hooks, *_RULES}}
+    rules = {*register_hooks, *_RULES}
+    leaves = (m for m in copied.modules() if not any(m.children()))
+    ruled = {module: "" for module in leaves if type(module) in rules}
     with torch.no_grad(), Products(copied, ruled) as products:
         copied.eval()(example[:1])
     info: _Info = thop.profile(

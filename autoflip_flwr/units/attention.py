@@ -120,11 +120,11 @@ def _heads(path: str, module: nn.Module) -> Heads | None:
 
     queries, keys = size(roles[0][0]), size(roles[1][0])
     own = vars(module.get_submodule(inner))
-    width = next((own[name] for name in _WIDTHS if name in own), None)
-    if width is None:
-        width = queries // next((own[name] for name in _COUNTS if name in own), 1)
-    count = keys // width
-    if isinstance(own.get("_parameters", {}).get(_TABLE), nn.Parameter):
+    numbers = {k: n for k, n in own.items() if isinstance(n, int) and n > 0}
+    width = next((numbers[name] for name in _WIDTHS if name in numbers), 0)
+    heads = next((numbers[name] for name in _COUNTS if name in numbers), 1)
+    count = keys // (width or max(1, queries // heads))
+    if isinstance(getattr(module, _TABLE, None), nn.Parameter):
         parts[_TABLE, 1] = 1
     parts[output] = 1
     if not count or any(size(place) % count for place in parts):

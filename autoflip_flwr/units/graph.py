@@ -104,7 +104,7 @@ class _Tracer:
         # A copy that shares the weights, all of them visible to autograd.
         self._model = twin(model, _visible)
         self._recurrent = recurrent.replace(self._model)
-        for path, module in self._model.named_modules():
+        for path, module in list(self._model.named_modules()):
             if layers.is_conv1d(module):
                 put(self._model, path, layers.Transposed(module))
         self._paths: dict[nn.Module, str] = {
@@ -308,7 +308,7 @@ def _cut(module: nn.Module) -> None:
 
     All of them go through one parameter, where `_add_groups` finds them.
     """
-    stream = nn.Parameter(torch.ones(2, 2))
+    stream = nn.Parameter(torch.zeros(2, 2))  # adds nothing, but to the graph
     module.register_parameter(_STREAM[1:], stream)
 
     def cut(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -122,7 +122,8 @@ class PartialWindowAttention(nn.Module):
             apart = zones.unsqueeze(1) != zones.unsqueeze(2)
             mask = mask - 100 * apart.to(mask).unsqueeze(1)
         rate = self.attention_dropout if self.training else 0.0
-        made = functional.scaled_dot_product_attention(q, k, v, mask, rate)
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + mask
+        made = functional.dropout(scores.softmax(-1), rate) @ v
         x = self.proj(made.transpose(2, 3).flatten(3))
         x = functional.dropout(x, self.dropout, self.training)
         x = x.view(batch, -1, sizes[1] // wide, tall, wide, channels).transpose(2, 3)
