@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -444,7 +445,7 @@ def test_a_node_whose_gradients_are_no_numbers_is_named_and_left_out(caplog):
 @pytest.mark.parametrize("method", ["ssfl", "prunefl"])
 def test_if_nobody_measures_at_the_start_there_is_no_run(method):
     lost = only_in("explore", NODES, lambda reply: "lost")
-    with pytest.raises(ExplorationError, match=r"11: 'no reply in time'"):
+    with pytest.raises(ExplorationError, match=r"'no reply in time': \[11"):
         ran(method, tamper=lost)
 
 
@@ -459,7 +460,8 @@ def test_if_nobody_measures_at_an_adjustment_the_mask_stays(method, change, capl
 
     with caplog.at_level(logging.WARNING, logger="flwr"):
         found = ran(method, tamper=tamper, rounds=5, fraction=0.4)
-    assert len(left_out(caplog)) == 2, "both that were asked before round 4 are named"
+    (line,) = left_out(caplog)  # one for both that were asked before round 4
+    assert re.search(r"nodes \[\d+, \d+\] are left out", line)
     masks = found.masks()
     assert len(masks) == 5
     for later in (2, 3, 4, 5):

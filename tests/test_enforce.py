@@ -271,3 +271,42 @@ def test_an_optimizer_of_another_kind_starts_anew(make):
     step(fresh, make(fresh), 1)
     for name, value in weights(fresh).items():
         assert_array_equal(weights(model)[name], value, err_msg=name)
+
+
+def inside(*path):
+    """The network under a path of modules, as wrappers put it."""
+    model = network()
+    for name in reversed(path):
+        model = nn.ModuleDict({name: model})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix"),
+    [
+        (network(), "_orig_mod."),
+        (network(), "module._orig_mod."),
+        (inside("module"), ""),
+        (inside("module", "_orig_mod"), ""),
+        (inside("base_model", "model"), "base_model.model."),
+        (inside("base_model", "model"), ""),
+        (inside("backbone"), ""),
+        (inside("module", "backbone"), "_orig_mod."),
+    ],
+)
+def test_what_wrappers_put_into_names_is_understood(model, prefix):
+    masks = {f"{prefix}{name}": keep for name, keep in masks_of(network()).items()}
+    with enforce(model, masks):
+        pass
+    inner = next(m for m in model.modules() if isinstance(m, nn.Sequential))
+    assert_zero_where_pruned(inner, masks_of(network()))
+
+
+def test_a_name_that_two_parts_could_have_is_refused():
+    two = nn.ModuleDict({"student": network(), "teacher": network()})
+    cure = r"'0\.weight', which is no parameter.*hand over the module whose state_dict"
+    with pytest.raises(MaskError, match=cure), enforce(two, masks_of(network())):
+        pass
+    with enforce(two, {f"student.{n}": k for n, k in masks_of(network()).items()}):
+        pass
+    assert all((p != 0).any() for p in two["teacher"].parameters() if p.ndim > 1)
