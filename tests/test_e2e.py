@@ -113,7 +113,8 @@ def test_three_real_nodes_end_with_the_weights_of_one_process(tmp_path):
     """Warm start, and a mask that is another in the second round."""
     overrides = (
         "rounds=2 strategy.fraction-train=1.0 strategy.min-nodes=3 "
-        "strategy.fraction-evaluate=1.0 data.holdout=0.2 data.classes-per-client=4 "
+        "strategy.fraction-evaluate=1.0 data.holdout=0.2 data.partition=pathological "
+        "data.classes-per-client=4 "
         f"pruning.units=0.8 {FROM_GUIDANCE}"
     )
     real, whole = tmp_path / "real", tmp_path / "whole"
