@@ -144,7 +144,9 @@ def test_ctrl_c_stops_the_run_and_not_only_its_log(tmp_path):
         assert running.stdout.readline() == "Successfully started run 77\n"
         assert running.stdout.readline() == "1/9  acc 0.5\n"  # without Flower's mark
         os.killpg(running.pid, signal.SIGINT)
-        assert "stopping 77" in running.stdout.read()
+        out = running.stdout.read()
+    assert "stopping 77" in out
+    assert f"--output {tmp_path / 'run'} --resume" in out
     assert running.returncode == 130
     assert (tmp_path / "stopped").read_text() == "77\n"
 

@@ -80,6 +80,11 @@ def launch(
             "--federation-config",
             f"num-supernodes={nodes} client-resources-num-cpus=1",
         )
+    if status == _INTERRUPTED:
+        print(
+            "stopped; Flower ends its processes within half a minute. To go on then, "
+            f"repeat the command with --output {shlex.quote(str(directory))} --resume"
+        )
     return status or (0 if is_finished(directory) else 1)
 
 

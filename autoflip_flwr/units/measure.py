@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip_flwr.errors import ModelError
+from autoflip_flwr.units.products import Products
 from autoflip_flwr.units.surgery import ExampleInputs, arguments
 
 
 def operations(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
-    """Count the multiply-accumulates of a forward pass, with PyTorch's own counter.
+    """Count the multiply-accumulates of a forward pass (see `products`).
 
     Parameters
     ----------
@@ -39,17 +39,18 @@ def operations(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int
     for parameter in copied.parameters():  # or fused kernels, which are not counted
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
+    paths = {module: path for path, module in copied.named_modules()}
+    with Products(copied, paths) as products, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the switch, of a copied LSTM on a GPU
         with torch.backends.mkldnn.flags(enabled=False):  # a fused LSTM, the same
             _run(copied, example_inputs)
-    counts = counter.get_flop_counts()
-    root = type(copied).__name__
-    return {"": counter.get_total_flops() // 2} | {
-        path: sum(counts.get(f"{root}.{path}", {}).values()) // 2
-        for path, _ in copied.named_modules()
-        if path
-    }
+    totals = dict.fromkeys(paths.values(), 0)
+    for (path, _), count in products.made.items():
+        totals[""] += count
+        while path:
+            totals[path] += count
+            path = path.rpartition(".")[0]
+    return totals
 
 
 def backward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:
