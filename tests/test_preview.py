@@ -188,16 +188,15 @@ def test_a_model_without_units_says_why():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.matrix = nn.Parameter(torch.ones(4, 4))
+            self.mix = nn.Bilinear(4, 4, 2)
 
         def forward(self, x):
-            return x @ self.matrix
+            return self.mix(x, x)
 
     told = AutoFLIP().preview(Odd(), torch.zeros(1, 4))
     (layer,) = told.layers
-    assert (layer.name, layer.parameters, layer.operations) == ("", 16, 16)
-    assert layer.units == "none"
-    assert "no whole units: the units of the model are not known" in str(told)
+    assert (layer.name, layer.parameters, layer.units) == ("mix", 34, "none")
+    assert "no whole units: the units of mix are not known" in str(told)
 
 
 def test_settings_with_which_a_run_would_not_start_are_told():
