@@ -77,7 +77,7 @@ def test_ssfl_asks_everyone_until_it_has_a_mask():
 @pytest.mark.parametrize("kind", [SSFL, PruneFL])
 def test_without_any_measurement_at_the_start_the_reasons_are_named(kind):
     pruner = prepared(kind(), PAIR, pruning(0.5))
-    with pytest.raises(ExplorationError, match=r"none of 2 nodes.*11: 'no disk'"):
+    with pytest.raises(ExplorationError, match=r"none of 2 nodes.*'no disk': \[11\]"):
         pruner.check({11: "no disk", 12: "lost"})
 
 
