@@ -9,7 +9,8 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
-from inprocess import LocalGrid, masks_in, net, run, toy_app
+from inprocess import LocalGrid, masks_in, run, seeded, toy_app
+from torch import nn
 
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.errors import WireError
@@ -18,6 +19,21 @@ from autoflip_flwr.wire.manifest import Manifest
 from autoflip_flwr.wire.records import HELD, MASK, Plan, complete_mask
 
 NODES = [11, 12, 13]
+
+
+def wide():
+    """1763 parameters: naming a mask is less than sending it."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(6, 160, bias=False),
+            nn.BatchNorm1d(160),
+            nn.ReLU(),
+            nn.Linear(160, 3),
+        )
+    )
+
+
+WHOLE = math.ceil(1763 / 8)
 STEPWISE = {"threshold": 0.8, "gradual_rounds": 2}
 
 
@@ -97,20 +113,19 @@ def sizes(grid, node_id):
 
 
 def test_over_a_run_a_node_gets_all_of_one_mask_and_then_what_is_left():
-    grid = LocalGrid(toy_app(), NODES)
-    run(AutoFLIP(**flat(**STEPWISE)), grid, net(), 5)
-    whole = math.ceil(179 / 8)
+    grid = LocalGrid(toy_app(wide), NODES)
+    run(AutoFLIP(**flat(**STEPWISE)), grid, wide(), 5)
     train = [s for s in grid.down if s.phase == "train" and s.node_id == 11]
-    kept = [sum(int(m.sum()) for m in masks_in(s, net()).values()) for s in train]
+    kept = [sum(int(m.sum()) for m in masks_in(s, wide()).values()) for s in train]
     falls = [math.ceil(k / 8) for k in kept]
     # train, evaluate, train, evaluate, ...
     assert kept[0] > kept[1] > kept[2] == kept[3] == kept[4]
-    assert sizes(grid, 11) == [whole, 0, falls[0], 0, falls[1], 0, 0, 0, 0, 0]
+    assert sizes(grid, 11) == [WHOLE, 0, falls[0], 0, falls[1], 0, 0, 0, 0, 0]
 
 
 def ends_of(grid, rounds=5):
     strategy = AutoFLIP(FedAvg(fraction_evaluate=0), **flat(seed=0, **STEPWISE))
-    return run(strategy, grid, net(), rounds)[0]
+    return run(strategy, grid, wide(), rounds)[0]
 
 
 def test_a_client_that_forgets_costs_one_reply_and_gets_whole_masks_from_then_on():
@@ -119,14 +134,13 @@ def test_a_client_that_forgets_costs_one_reply_and_gets_whole_masks_from_then_on
             self.contexts[12].state = RecordDict()
             return super().push_messages(messages)
 
-    grid = Forgetful(toy_app(), NODES)
+    grid = Forgetful(toy_app(wide), NODES)
     ends_of(grid)
     failed = [r.metadata.src_node_id for r in grid.replies if r.has_error()]
     assert len(failed) == 1
-    whole = math.ceil(179 / 8)
     first, second, *others = sizes(grid, 12)
-    assert first == whole > second
-    assert others == [whole] * 3
+    assert first == WHOLE > second
+    assert others == [WHOLE] * 3
 
 
 def test_a_node_whose_reply_was_lost_gets_all_of_the_next_mask():
@@ -141,21 +155,20 @@ def test_a_node_whose_reply_was_lost_gets_all_of_the_next_mask():
             return None
         return reply
 
-    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    grid = LocalGrid(toy_app(wide), NODES, tamper=tamper)
     ends_of(grid)
-    whole = math.ceil(179 / 8)
     first, second, third, *_ = sizes(grid, 13)
-    assert first == second == whole > third
+    assert first == second == WHOLE > third
 
 
 def test_a_mask_that_grows_again_is_sent_whole():
-    grid = LocalGrid(toy_app(), NODES)
+    grid = LocalGrid(toy_app(wide), NODES)
     growing = flat(threshold=0.5, population_weight=0.0, score="guidance", seed=0)
     strategy = AutoFLIP(FedAvg(fraction_train=0.67, fraction_evaluate=0), **growing)
-    run(strategy, grid, net(), 6)
+    run(strategy, grid, wide(), 6)
     train = [s for s in grid.down if s.phase == "train"]
     masks = [s.mask for s in train]
     assert len(set(masks)) > 2
     for sent in train:  # read by hand from what travelled: the apps got the same
         if HELD not in sent.config:
-            assert len(sent.config[MASK]) == math.ceil(179 / 8)
+            assert len(sent.config[MASK]) == WHOLE

@@ -602,7 +602,10 @@ LIES = {
 def test_a_poisoned_explorer_moves_the_mask_no_further_than_an_honest_one_could(
     lie, combination, tmp_path
 ):
-    """Beside the mask without it: no further than the one that matters most."""
+    """Beside the mask without it: no further than the one that matters most.
+
+    With the clipped mean, a fifth further at most.
+    """
     rng = np.random.default_rng(1)
     guidance = [honest(seed, rng) for seed in range(EXPLORERS)]
 
@@ -628,5 +631,8 @@ def test_a_poisoned_explorer_moves_the_mask_no_further_than_an_honest_one_could(
         share = int(lie[3:]) / sum(int(np.prod(s)) for s in FAR.values())
         assert moved <= 2 * min(share, 1 / EXPLORERS)
         assert lie != "on 80" or moved > could
+    elif combination == "clipped-mean" and lie.startswith("on "):
+        # Spread over many entries none is clipped; then its weight is.
+        assert moved <= 1.2 * could
     else:
         assert moved <= could

@@ -1,8 +1,6 @@
 """What a run has saved, at its end, on both APIs."""
 
 import logging
-import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +147,4 @@ def test_a_resumed_run_tells_the_bytes_of_all_its_rounds(tmp_path):
     whole = go(tmp_path / "whole", 4)
     go(tmp_path / "parts", 2)
     resumed = go(tmp_path / "parts", 4)
-    # A resumed server names no mask to a node before it has sent it one.
-    assert 0 < resumed.sent - whole.sent <= len(NODES) * math.ceil(179 / 8)
-    assert replace(resumed, sent=whole.sent) == whole
+    assert resumed == whole

@@ -38,6 +38,8 @@ class HeldMasks:
                 before = self._masks[held]
                 self._within[held] = codec.pack_mask_within(self._bits, before)
             bits = self._within[held]
+        if bits is not None and len(held or b"") + len(bits) >= len(self._bits):
+            bits = None  # of a tiny model, all of it is less
         self._asked[node_id] = bits is not None
         if held is None or bits is None:
             return plan.entries(phase, {MASK: self._bits})

@@ -418,15 +418,18 @@ class _Known:
         """Return the bytes of the mask's entries in a message to a client."""
         before = self._kept.get(node_id)
         self._kept[node_id] = kept
-        entries: dict[str, Any] = {}
-        if before is not None:
-            entries[records.HELD] = bytes(16)
-        if before != kept:
-            entries[records.MASK] = bytes(-(-(before or total) // 8))
+        whole = -(-total // 8)
+        within = 0 if before == kept else -(-(before or 0) // 8)
+        entries: dict[str, Any] = {records.MASK: bytes(whole)}
+        if before is not None and _DIGEST + within < whole:
+            entries = {records.HELD: bytes(_DIGEST)}
+            if within:
+                entries[records.MASK] = bytes(within)
         return int(ConfigRecord(entries).count_bytes())
 
 
 _EXAMPLES = {"num-examples": 1}
+_DIGEST = len(codec.digest(b""))
 
 
 def _bytes(arrays: ArrayRecord | None, entries: Mapping[str, Any]) -> int:
