@@ -1,37 +1,46 @@
 """The figures and tables of arXiv:2405.10271 from finished runs: `autoflip paper`.
 
-Figures are pages of plotly. Tables are Markdown: the paper's figures, ours, and why
-they cannot be compared where they cannot.
+A figure is a page and a picture, drawn by Vega as in the report. Tables are Markdown:
+the paper's figures, ours, and why they cannot be compared where they cannot.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import altair as alt
 import numpy as np
-import plotly.graph_objects as go
+import vl_convert
+from jinja2.utils import htmlsafe_json_dumps
 from numpy.typing import NDArray
-from plotly.colors import qualitative
-from plotly.subplots import make_subplots
 
 from autoflip_flwr import settings as presets
 from autoflip_flwr.app import build
+from autoflip_flwr.app.data.archive import read_npz
 from autoflip_flwr.compare import formats
+from autoflip_flwr.compare.drawing import COMMON, LABELS, by_round, lines
 from autoflip_flwr.compare.results import (
     Arm,
     CostRow,
     Experiment,
     Run,
-    Series,
     cost_row,
     experiments,
     find_runs,
 )
 from autoflip_flwr.errors import DataError, SettingsError
 
-_Maker: TypeAlias = Callable[[Sequence[Experiment]], tuple[go.Figure | None, str]]
+_Figure: TypeAlias = alt.Chart | alt.HConcatChart
+_Maker: TypeAlias = Callable[[Sequence[Experiment]], tuple[_Figure | None, str]]
 
-_COLORS = qualitative.Dark24
+#: vl_convert's own page does not escape what a run's settings have in their texts.
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title><div></div>
+<script type="application/json">{spec}</script>
+<script type="module">{script}</script></html>
+"""
+_SCRIPT = """const spec = JSON.parse(document.querySelector("script").textContent);
+vegaEmbed("div", spec, { actions: false, renderer: "svg" });"""
 _BYTES = 4  # of a parameter, as the paper's costs have it
 _BINS = 100
 _LEAST = 1e-30
@@ -159,123 +168,70 @@ def draw(
     return text if made is None else f"{_saved(made, output, name)}\n\n{text}".rstrip()
 
 
-def _saved(figure: go.Figure, output: Path, name: str) -> str:
+def _saved(figure: _Figure, output: Path, name: str) -> str:
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{name}.html"
-    figure.write_html(path, include_plotlyjs="directory")
+    path, spec = output / f"{name}.html", figure.to_dict() | COMMON
+    script = vl_convert.javascript_bundle(_SCRIPT)
+    page = _PAGE.format(title=name, spec=htmlsafe_json_dumps(spec), script=script)
+    path.write_text(page, encoding="utf-8")
+    svg = vl_convert.vegalite_to_svg(spec)
+    path.with_suffix(".svg").write_text(svg, encoding="utf-8")
     return str(path)
 
 
 # --- by round: Fig. 3, 4, 5, 8, drift --------------------------------------------
 
 
-def _all_variance(run: Run) -> Series:
-    """Return the variance over all parameters: pruned ones do not vary."""
-    return run.series("update_variance") * run.series("density")
-
-
-_METRICS: dict[str, tuple[str, Callable[[Run], Series]]] = {
-    "accuracy": ("top-1 accuracy", lambda run: run.series("accuracy")),
-    "loss": ("loss", lambda run: run.series("loss")),
-    "guidance_cosine": ("guidance cosine", lambda run: run.series("guidance_cosine")),
-    "update_variance": ("variance of updates", _all_variance),
-    "mask_change": ("mask change", lambda run: run.series("mask_change")),
-}
-
-
-def by_round(found: Sequence[Experiment], metrics: Sequence[str]) -> go.Figure:
-    """Draw metrics by round, a column per experiment: mean and deviation over seeds."""
-    titles = [each.preset for each in found]
-    figure = make_subplots(len(metrics), len(found), column_titles=titles)
-    for column, experiment in enumerate(found, 1):
-        for place, arm in enumerate(experiment.arms):
-            color = _COLORS[place % len(_COLORS)]
-            rounds = [row.round for row in arm.runs[0].rounds]
-            for row, metric in enumerate(metrics, 1):
-                label, read = _METRICS[metric]
-                values = np.stack([read(run) for run in arm.runs])
-                mean, spread = values.mean(axis=0), values.std(axis=0)
-                line = go.Scatter(
-                    x=rounds,
-                    y=mean,
-                    name=arm.name,
-                    legendgroup=f"{column} {arm.name}",
-                    showlegend=row == 1,
-                    line={"color": color},
-                )
-                figure.add_trace(line, row, column)
-                if len(arm.runs) > 1:
-                    figure.add_trace(_band(rounds, mean, spread, line), row, column)
-                figure.update_yaxes(title_text=label, row=row, col=column)
-    figure.update_xaxes(title_text="round", row=len(metrics))
-    return figure
-
-
-def _band(x: list[int], mean: Series, spread: Series, line: go.Scatter) -> go.Scatter:
-    """Return the band of one deviation around a line."""
-    return go.Scatter(
-        x=[*x, *x[::-1]],
-        y=np.concatenate([mean + spread, (mean - spread)[::-1]]),
-        fill="toself",
-        opacity=0.2,
-        mode="none",
-        fillcolor=line.line.color,
-        legendgroup=line.legendgroup,
-        showlegend=False,
-        hoverinfo="skip",
-    )
-
-
 def _curves(*metrics: str, note: str = _ACCURACY_NOTE) -> _Maker:
-    def made(found: Sequence[Experiment]) -> tuple[go.Figure, str]:
-        rows = [
-            (
-                each.preset,
-                arm.name,
-                len(arm.runs),
-                *(_late(arm, _METRICS[metric][1]) for metric in metrics),
-            )
-            for each in found
-            for arm in each.arms
-        ]
-        labels = [f"{_METRICS[metric][0]}, late" for metric in metrics]
+    def made(found: Sequence[Experiment]) -> tuple[_Figure, str]:
+        """Draw metrics by round, a column per experiment."""
+        columns, rows = [], []
+        for each in found:
+            drawn = [row for arm in each.arms for row in by_round(arm, metrics)]
+            data = alt.InlineData(values=drawn)
+            parts = [lines(each, data, metric) for metric in metrics]
+            columns.append(alt.vconcat(*parts, title=each.preset))
+            for arm in each.arms:
+                late = (_late(arm, metric) for metric in metrics)
+                rows.append((each.preset, arm.name, len(arm.runs), *late))
+        own: Any = {"color": "independent", "strokeDash": "independent"}
+        labels = [f"{LABELS[metric]}, late" for metric in metrics]
         table = _markdown(["preset", "arm", "seeds", *labels], rows)
-        late = "Late: mean over the last tenth of the rounds and over seeds."
-        return by_round(found, metrics), f"{table}\n\n{late} {note}"
+        told = "Late: mean over the last tenth of the rounds and over seeds."
+        return alt.hconcat(*columns).resolve_scale(**own), f"{table}\n\n{told} {note}"
 
     return made
 
 
-def _late(arm: Arm, read: Callable[[Run], Series]) -> str:
-    late = [read(run)[-max(1, len(run.rounds) // 10) :] for run in arm.runs]
+def _late(arm: Arm, metric: str) -> str:
+    late = [run.series(metric)[-max(1, len(run.rounds) // 10) :] for run in arm.runs]
     return formats.number(float(np.mean(late)))
 
 
 # --- Fig. 2 -----------------------------------------------------------------------
 
 
-def deviations(found: Sequence[Experiment]) -> tuple[go.Figure, str]:
+def deviations(found: Sequence[Experiment]) -> tuple[_Figure, str]:
     """Draw Fig. 2: how often each normalized deviation is in the guidance."""
-    figure, rows = go.Figure(), []
+    bars, rows = [], []
     for each in found:
-        run = _with_guidance(each)
-        values = _normalized(run)
+        values = _normalized(_with_guidance(each))
         counts, edges = np.histogram(values, bins=_BINS, range=(0, 1))
-        figure.add_bar(x=edges[:-1], y=counts, name=each.preset, offset=0)
+        bars += [
+            {"preset": each.preset, "from": low, "to": high, "parameters": count}
+            for low, high, count in np.c_[edges[:-1], edges[1:], counts].tolist()
+            if count
+        ]
         kept = [int(np.count_nonzero(values >= cut)) for cut in (0.1, 0.3, 0.5)]
-        rows.append(
-            (
-                each.preset,
-                values.size,
-                _claim(each).compression,
-                *(
-                    f"{values.size / n:.3g} ({n} kept)" if n else "none kept"
-                    for n in kept
-                ),
-            )
-        )
-    figure.update_layout(
-        xaxis_title="normalized deviation", yaxis_title="parameters", yaxis_type="log"
+        told = (f"{values.size / n:.3g} ({n} kept)" if n else "none kept" for n in kept)
+        rows.append((each.preset, values.size, _claim(each).compression, *told))
+    deviation = alt.X("from:Q", title="normalized deviation", bin="binned")
+    count = alt.Y("parameters:Q").scale(type="log", domainMin=0.5)
+    figure = (
+        alt.Chart(alt.InlineData(values=bars), width=400, height=250)
+        .mark_bar(tooltip=True)
+        .encode(x=deviation, x2="to:Q", y=count, y2=alt.datum(0.5))
+        .encode(column=alt.Column("preset:N", title=None))
     )
     headings = ["preset", "parameters", "paper's compression, T_p = 0.3"]
     headings += [f"ours in value mode, T_p = {cut}" for cut in (0.1, 0.3, 0.5)]
@@ -295,9 +251,8 @@ def _with_guidance(experiment: Experiment) -> Run:
 
 def _normalized(run: Run) -> NDArray[np.float32]:
     """Return all guidance, flat, in [0, 1] as Eq. 3 has it."""
-    with np.load(run.directory / "guidance.npz") as file:
-        every = [file[name].reshape(-1) for name in file.files]
-    values: NDArray[np.float32] = np.concatenate(every)
+    every = read_npz(run.directory / "guidance.npz").values()
+    values: NDArray[np.float32] = np.concatenate([each.reshape(-1) for each in every])
     if run.settings.pruning.normalization == "client":  # its unit is a client's mean
         values /= max(float(values.max()), _LEAST)
     return values
@@ -308,25 +263,22 @@ def _normalized(run: Run) -> NDArray[np.float32]:
 _HOLDINGS = {"fig6": "paper-cifar10", "fig7": "paper-cifar100"}
 
 
-def holdings(preset: str, overrides: str = "") -> go.Figure:
+def holdings(preset: str, overrides: str = "") -> _Figure:
     """Draw who holds how many samples of which class."""
     chosen = presets.load(preset, overrides)
     parts = build.federated(chosen, chosen.strategy.min_nodes)
-    clients = list(range(parts.num_partitions))
-    counts = np.stack(
-        [
-            np.bincount(parts.partition(client).y, minlength=parts.num_classes)
-            for client in clients
-        ]
-    )
-    figure = go.Figure()
-    for label in range(parts.num_classes):
-        color = _COLORS[label % len(_COLORS)]
-        figure.add_bar(
-            x=clients, y=counts[:, label], name=str(label), marker_color=color
-        )
-    figure.update_layout(
-        barmode="stack", xaxis_title="client", yaxis_title="samples", title=preset
+    rows = [
+        {"client": client, "class": label, "samples": count}
+        for client in range(parts.num_partitions)
+        for label, count in enumerate(np.bincount(parts.partition(client).y).tolist())
+        if count
+    ]
+    color = alt.Color("class:N", scale=alt.Scale(scheme="tableau20"))
+    figure: _Figure = (
+        alt.Chart(alt.InlineData(values=rows), title=preset, height=250)
+        .mark_bar(tooltip=True)
+        .encode(x="client:O", y="samples:Q")
+        .encode(color=color.legend(title="class", columns=10, symbolLimit=0))
     )
     return figure
 
@@ -334,36 +286,34 @@ def holdings(preset: str, overrides: str = "") -> go.Figure:
 # --- Tables 1, 2, 3 and Fig. 9 ----------------------------------------------------
 
 
-def flops(found: Sequence[Experiment]) -> tuple[go.Figure, str]:
+def flops(found: Sequence[Experiment]) -> tuple[_Figure, str]:
     """Make Table 1 and Fig. 9: operations, all and left."""
-    bars: dict[str, list[float | None]] = {"all": [], "left": [], "compact": []}
-    names, rows = [], []
+    bars, rows = [], []
     for each, arm, cost in _costs(found):
         left = [run.summary.flops.get("unstructured_in_theory") for run in arm.runs]
         known = [value for value in left if value is not None]
         theory = float(np.mean(known)) if known else None
-        names.append(f"{each.preset} {arm.name}")
-        for bar, value in zip(
-            bars.values(), (cost.flops_dense, theory, cost.flops), strict=True
-        ):
-            bar.append(value)
-        rows.append(
-            (
-                each.preset,
-                arm.name,
-                _claim(each).compression,
-                f"{cost.compression:.3g}",
-                _claim(each).flops,
-                formats.number(cost.flops_dense),
-                _left(theory, cost.flops_dense),
-                _left(cost.flops, cost.flops_dense),
-            )
-        )
+        counts = {"all": cost.flops_dense, "left": theory, "compact": cost.flops}
+        bars += [
+            {"arm": f"{each.preset} {arm.name}", "counted": kind, "operations": value}
+            for kind, value in counts.items()
+        ]
+        claim, ours = _claim(each), f"{cost.compression:.3g}"
+        row = (each.preset, arm.name, claim.compression, ours, claim.flops)
+        saved = (_left(value, cost.flops_dense) for value in (theory, cost.flops))
+        rows.append((*row, formats.number(cost.flops_dense), *saved))
     headings = ["preset", "arm", "paper's compression", "ours"]
     headings += ["paper's FLOPs, all / left / %", "ours, all"]
     headings += ["left by the paper's count (saved)", "compact (saved)"]
-    figure = go.Figure([go.Bar(x=names, y=y, name=name) for name, y in bars.items()])
-    figure.update_layout(yaxis_title="multiply-accumulates of a sample")
+    operations = alt.X("operations:Q", title="multiply-accumulates of a sample")
+    arms = alt.Y("arm:N", sort=None, title=None).axis(labelLimit=0)
+    figure = (
+        alt.Chart(alt.InlineData(values=bars), width=400)
+        .mark_bar(tooltip=True)
+        .encode(x=operations.axis(format="~s"), y=arms)
+        .encode(yOffset=alt.YOffset("counted:N", sort=None))
+        .encode(color=alt.Color("counted:N", sort=None))
+    )
     return figure, f"{_markdown(headings, rows)}\n\n{_FLOPS_NOTE}"
 
 
@@ -437,7 +387,7 @@ _FROM_RUNS: dict[str, _Maker] = {
     "table2": communication,
     "table3": computation,
     "drift": _curves(
-        "guidance_cosine", "update_variance", "mask_change", note=_DRIFT_NOTE
+        "guidance_cosine", "variance_of_all", "mask_change", note=_DRIFT_NOTE
     ),
 }
 

@@ -95,12 +95,15 @@ class Run:
         """Return a metric by round, NaN where a round has none.
 
         Besides the keys of a line: ``megabytes`` sent and ``operations`` trained until
-        the round's end, exploration included.
+        the round's end, exploration included, and ``variance_of_all`` parameters'
+        updates, of which those of pruned ones do not vary.
         """
         if key == "megabytes":
             return self.bytes_sent() / 1e6
         if key == "operations":
             return np.cumsum(self.series("flops"))
+        if key == "variance_of_all":
+            return self.series("update_variance") * self.series("density")
         return np.array([getattr(row, key) for row in self.rounds], np.float64)
 
     def bytes_sent(self) -> Series:

@@ -1,42 +1,19 @@
-"""The charts of an experiment, in Vega-Lite.
+"""The charts of an experiment, in Vega-Lite: drawn by the page, and as pictures."""
 
-A browser draws them with Vega, whose script stands in the page. vl-convert draws the
-same as pictures, for paper and where no script runs.
-"""
-
-import math
 import statistics
 from collections.abc import Sequence
-from textwrap import fill
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import altair as alt
 import numpy as np
 
 from autoflip_flwr.app.data.archive import read_npz
-from autoflip_flwr.compare import formats
+from autoflip_flwr.compare import drawing, formats
+from autoflip_flwr.compare.drawing import COMMON, SHOWN, Rows, arm_name, lines, look
 from autoflip_flwr.compare.results import Arm, Experiment
 from autoflip_flwr.errors import DataError
 
-#: The page's ink, then colours that any colour vision tells apart (after Okabe and
-#: Ito), 3:1 or more on white and on the dark page. Further arms are dashed.
-_COLORS = ("currentColor", "#0077bb", "#d55e00", "#00916a", "#b95e93", "#a67c00")
-_DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
-
-_MANY_SEEDS = 5  # have a band of the standard error; fewer, a line for each
-_MOST_ROUNDS = 120  # of a run that a chart shows
-_SMOOTH = 5  # shown rounds before and after that a smooth line is the mean of
-
-_AXES = {
-    "round": "round",
-    "megabytes": "megabytes sent, exploration included",
-    "operations": "multiply-accumulates trained, exploration included",
-    "accuracy": "top-1 accuracy",
-    "mask_change": "changed share of the mask",
-    "guidance_cosine": "cosine",
-    "update_variance": "variance of client updates",
-}
-_OF_MASKS = ("mask_change", "guidance_cosine", "update_variance")
+_METRICS = ("megabytes", "operations", "accuracy", *drawing.OF_MASKS)
 _SENT = {
     f"{phase}_{way}": f"{label}, {ends} clients"
     for phase, label in (
@@ -46,23 +23,6 @@ _SENT = {
     )
     for way, ends in (("up", "from"), ("down", "to"))
 }
-
-_INK = {f"{part}Color": "currentColor" for part in ("label", "title", "tick", "domain")}
-_CONFIG = {
-    "font": "sans-serif",
-    "lineBreak": "\n",
-    "view": {"stroke": None},
-    "axis": {**_INK, "gridColor": "currentColor", "gridOpacity": 0.15},
-    "legend": {"labelColor": "currentColor", "labelLimit": 0, "symbolOpacity": 1}
-    | {"orient": "bottom", "columns": 1, "offset": 8, "title": None},
-    **{mark: {"color": "currentColor"} for mark in ("rule", "text", "tick")},
-    "title": {"color": "currentColor", "anchor": "start"},
-}
-#: What the page's boxes set: arms that are not shown, and whether lines are smoothed.
-_PARAMS = [{"name": "hidden", "value": []}, {"name": "smooth", "value": False}]
-_SHOWN = "indexof(hidden, datum.arm) < 0"
-
-Rows: TypeAlias = list[dict[str, Any]]
 
 
 class Chart(NamedTuple):
@@ -81,12 +41,12 @@ class Chart(NamedTuple):
 def tables(arms: Sequence[Arm]) -> dict[str, Rows]:
     """Return the rows that the charts show: rounds, bytes sent, kept shares."""
     sent = [
-        {"arm": _name(arm), "kind": label, "megabytes": _mean(arm, key) / 1e6}
+        {"arm": arm_name(arm), "kind": label, "megabytes": _mean(arm, key) / 1e6}
         | {"dense": _mean(arm, "dense_equivalent") / 1e6}
         for arm in arms
         for key, label in _SENT.items()
     ]
-    rounds = [row for arm in arms for row in _rounds(arm)]
+    rounds = [row for arm in arms for row in drawing.by_round(arm, _METRICS)]
     return {"rounds": rounds, "sent": sent, "kept": [r for a in arms for r in _kept(a)]}
 
 
@@ -108,61 +68,17 @@ def charts(experiment: Experiment, rows: dict[str, Rows]) -> list[Chart]:
 
 def figure(charts: Sequence[Chart], title: str, verdicts: Sequence[str]) -> Chart:
     """Draw accuracy over megabytes and over operations as one picture."""
-    own = {"$schema", "autosize", "config", "description", "params"}
+    own = {"$schema", "autosize", "description", *COMMON}
     pair = [chart.spec for chart in charts if " over " in chart.title]
     parts = [{k: v for k, v in spec.items() if k not in own} for spec in pair]
     spec = {"title": {"text": title, "subtitle": verdicts}, "hconcat": parts}
-    return Chart(title, "", {"config": _CONFIG, "params": _PARAMS, **spec})
+    return Chart(title, "", COMMON | spec)
 
 
 def _chart(title: str, values: str, vega: Any) -> Chart:
     text = f"{title}. {values}"
-    common = {"description": text, "config": _CONFIG, "params": _PARAMS}
-    fit = {"autosize": {"type": "fit-x", "contains": "padding"}}
-    return Chart(title, text, {**vega.to_dict(), **common, **fit})
-
-
-def _name(arm: Arm) -> str:
-    return fill(arm.name, 40)
-
-
-def _look(arms: Sequence[Arm], symbol: str) -> dict[str, Any]:
-    """Return the encodings that give an arm the same look in all charts."""
-    looks = [(color, dash) for dash in _DASHES for color in _COLORS]
-    every = [looks[index % len(looks)] for index in range(len(arms))]
-    names, legend = [_name(arm) for arm in arms], {"symbolType": symbol}
-    scales = [{"domain": names, "range": own} for own in zip(*every, strict=True)]
-    return {
-        "color": alt.Color("arm:N", scale=scales[0], legend=legend),
-        "strokeDash": alt.StrokeDash("arm:N", scale=scales[1], legend=legend),
-    }
-
-
-def _rounds(arm: Arm) -> Rows:
-    """Return a row for each seed and round.
-
-    What not all seeds know in a round is unknown: the mean of the others would not go
-    with the means before and after it. All seeds stand at their mean megabytes and
-    operations, so that there is a mean accuracy.
-    """
-    count = min(len(run.rounds) for run in arm.runs)
-    known = {k: np.array([r.series(k)[:count] for r in arm.runs]) for k in _AXES}
-    for key, values in known.items():
-        if key in ("megabytes", "operations"):
-            values[:] = values.mean(axis=0)
-        dense = key in _OF_MASKS and arm.settings.strategy.name == "fedavg"
-        values[:, dense | ~np.isfinite(values).all(axis=0)] = np.nan
-    shown = {*range(0, count, math.ceil(count / _MOST_ROUNDS)), count - 1}
-    return [
-        {"arm": _name(arm), "seed": run.settings.seed}
-        | {key: _short(values[seed, at]) for key, values in known.items()}
-        for at in sorted(shown)
-        for seed, run in enumerate(arm.runs)
-    ]
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    fit = {"autosize": {"type": "fit-x", "contains": "padding"}, "description": text}
+    return Chart(title, text, vega.to_dict() | COMMON | fit)
 
 
 def _lines(
@@ -174,46 +90,11 @@ def _lines(
         return None
     ends = []
     for arm in of.arms:
-        values = [row[key] for row in known if row["arm"] == _name(arm)]
+        values = [row[key] for row in known if row["arm"] == arm_name(arm)]
         if last := values[-len(arm.runs) :]:
             ends.append(f"{arm.name}: {statistics.fmean(last):.4g}")
-    valid = f"isValid(datum.{key}) && datum.{x} > 0"
-    place = alt.X(f"{x}:Q", title=_AXES[x], axis=alt.Axis(format="~s", tickCount=5))
-    value = alt.Y("mean(value):Q", title=_AXES[key], scale=alt.Scale(zero=False))
-    if x != "round":
-        place = place.scale(type="log", nice=False)
-    if key == "update_variance":
-        value, valid = value.scale(type="log"), f"{valid} && datum.{key} > 0"
-    look = _look(of.arms, "stroke")
-    base = (
-        alt.Chart(alt.NamedData("rounds"), width=400, height=250)
-        .transform_filter(f"{_SHOWN} && {valid}")
-        .transform_window(
-            smoothed=f"mean({key})",
-            frame=[-_SMOOTH, _SMOOTH],
-            groupby=["arm", "seed"],
-            sort=[alt.SortField("round")],
-        )
-        .transform_calculate(value=f"smooth ? datum.smoothed : datum.{key}")
-        .encode(x=place, y=value, color=look["color"])
-    )
-    seeds = max(len(arm.runs) for arm in of.arms)
-    spread: Any = base.mark_line(strokeWidth=0.7, opacity=0.5).encode(detail="seed:N")
-    if seeds >= _MANY_SEEDS:
-        spread = base.mark_errorband().encode(y=alt.Y("value:Q", title=_AXES[key]))
-    told = {x: x, "mean(value)": _AXES[key], "stderr(value)": "standard error"}
-    tooltip = [
-        alt.Tooltip(what, type="quantitative", title=title, format=".4~g")
-        for what, title in list(told.items())[: 3 if seeds > 1 else 2]
-    ]
-    means = base.mark_line(point="transparent").encode(strokeDash=look["strokeDash"])
-    layers = [spread, means.encode(tooltip=["arm:N", *tooltip])]
-    if key == "accuracy" and of.target is not None:
-        one = alt.Chart(alt.NamedData("rounds")).transform_aggregate(n="count()")
-        one, text = one.encode(y=alt.datum(of.target)), f"target {of.target:.3f}"
-        layers.append(one.mark_rule(strokeDash=[3, 3]))
-        layers.append(one.mark_text(align="left", x=3, dy=8, text=text))
-    return _chart(title, f"At the end, {'; '.join(ends)}.", alt.layer(*layers))
+    chart = lines(of, alt.NamedData("rounds"), key, x)
+    return _chart(title, f"At the end, {'; '.join(ends)}.", chart)
 
 
 def _bytes(arms: Sequence[Arm]) -> Chart:
@@ -222,7 +103,7 @@ def _bytes(arms: Sequence[Arm]) -> Chart:
         "kind:N", scale=alt.Scale(domain=[*_SENT.values()], scheme="paired")
     )
     base = alt.Chart(alt.NamedData("sent"), width=400, height=32 * len(arms))
-    base = base.transform_filter(_SHOWN).encode(y=alt.Y("arm:N", sort=None, title=None))
+    base = base.transform_filter(SHOWN).encode(y=alt.Y("arm:N", sort=None, title=None))
     x = alt.X("megabytes:Q", title="megabytes; a tick: what FedAvg sends")
     bars = base.mark_bar().encode(x=x, color=color, tooltip=["kind:N", "megabytes:Q"])
     ticks = base.mark_tick(thickness=3).encode(x="max(dense):Q")
@@ -245,12 +126,12 @@ def _densities(arms: Sequence[Arm], rows: Rows) -> Chart | None:
     chart = (
         alt.Chart(alt.NamedData("kept"), width=400)
         .properties(height=layers * (10 + 6 * len(texts)))
-        .transform_filter(_SHOWN)
+        .transform_filter(SHOWN)
         .mark_bar()
         .encode(y=alt.Y("layer:N", sort=None, title=None))
         .encode(yOffset=alt.YOffset("arm:N", sort=list(texts)))
         .encode(x=alt.X("kept:Q", title="kept share of the layer").scale(domain=[0, 1]))
-        .encode(tooltip=["arm:N", "layer:N", "kept:Q"], **_look(arms, "square"))
+        .encode(tooltip=["arm:N", "layer:N", "kept:Q"], **look(arms, "square"))
     )
     values = [f"{name}: {', '.join(each)}" for name, each in texts.items()]
     return _chart("Density by layer", f"{'; '.join(values)}.", chart)
@@ -271,7 +152,8 @@ def _kept(arm: Arm) -> Rows:
                 f"{path}: expected the masks of a run, got {error}; run it again, or "
                 "delete the file"
             ) from error
+    name = arm_name(arm)
     return [
-        {"arm": _name(arm), "layer": layer, "kept": float(np.concatenate(all_).mean())}
-        for layer, all_ in kept.items()
+        {"arm": name, "layer": layer, "kept": float(np.concatenate(masks).mean())}
+        for layer, masks in kept.items()
     ]

@@ -12,7 +12,8 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoflip_flwr import settings
-from autoflip_flwr.compare.report.charts import Chart, Rows, charts, figure, tables
+from autoflip_flwr.compare.drawing import Rows
+from autoflip_flwr.compare.report.charts import Chart, charts, figure, tables
 from autoflip_flwr.compare.results import (
     Experiment,
     as_override,
