@@ -134,16 +134,20 @@ def _presets(chosen: argparse.Namespace) -> str:
 def _inspect(chosen: argparse.Namespace) -> str:
     from autoflip_flwr.server.inspection import inspect  # seconds to import
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # the table says it, too
     names = ("clients", "rounds", "sampled", "evaluated")
-    return str(
-        inspect(
+    log = logging.getLogger("flwr")
+    level = log.level
+    log.setLevel(logging.ERROR)  # the table says it, too
+    try:
+        told = inspect(
             chosen.model,
             chosen.input,
             f"rounds={chosen.rounds} {chosen.overrides}",
             **{name: getattr(chosen, name) for name in names},
         )
-    )
+    finally:
+        log.setLevel(level)
+    return str(told)
 
 
 def _folder(path: Path) -> Path:

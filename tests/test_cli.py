@@ -130,7 +130,9 @@ def test_ctrl_c_stops_the_run_and_not_only_its_log(tmp_path):
     flwr.write_text(FLWR)
     flwr.chmod(0o755)
     code = (
-        "import sys; from autoflip_flwr.cli import main; "
+        "import signal, sys; from autoflip_flwr.cli import main; "
+        # A shell that starts the tests in the background has it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"sys.executable = {str(tmp_path / 'python')!r}; "
         f"sys.exit(main(['run', 'quickstart', '--output', {str(tmp_path / 'run')!r}]))"
     )

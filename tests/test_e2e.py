@@ -71,8 +71,13 @@ def in_one_process(
 
 
 def autoflip_run(flower: Flower, *words: str) -> subprocess.Popen[str]:
+    code = (
+        "import signal, sys; from autoflip_flwr.cli import main; "
+        # A shell that starts the tests in the background has it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main())"
+    )
     return subprocess.Popen(
-        [Path(sys.executable).with_name("autoflip"), "run", *words],
+        [sys.executable, "-c", code, "run", *words],
         env=flower.environment,
         cwd=flower.home,
         stdout=subprocess.PIPE,

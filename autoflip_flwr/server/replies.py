@@ -239,8 +239,7 @@ class Replies:
                 "are zero again, but the training did not know. This line keeps them "
                 "at zero: `with masked(model, message): train(...)`, on the older API "
                 "`with masked(model, config): ...`; without torch, multiply by "
-                "masks_from(message) after each step (noise that another mod adds "
-                "after training is harmless)",
+                "masks_from(message) after each step",
                 server_round,
                 100 * share,
             )
