@@ -649,10 +649,10 @@ def test_a_round_without_replies_leaves_server_and_inner_model_alike(make_inner)
 
     def tamper(message, reply):
         config = next(iter(message.content.config_records.values()))
-        if config["server-round"] == 2 and config["autoflip.phase"] == "train":
-            if len(lost) < 2:  # of five nodes two are sampled
-                lost.append(reply)
-                return None
+        second = config["server-round"] == 2 and config["autoflip.phase"] == "train"
+        if second and len(lost) < 2:  # of five nodes two are sampled
+            lost.append(reply)
+            return None
         return reply
 
     strategy = AutoFLIP(make_inner(**some_of()), **flat(**CHANGING))
