@@ -172,7 +172,7 @@ def test_compact_training_is_masked_training(name, source):
     [
         ("cnn", "ours"),
         ("char_lstm", "ours"),
-        ("resnet18", "tv"),
+        pytest.param("resnet18", "tv", marks=pytest.mark.slow),
         *((name, "attention") for name in attentive.NETWORKS),
     ],
 )

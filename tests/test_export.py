@@ -126,15 +126,9 @@ def test_every_model_is_exported(tmp_path, name, shape, options):
     np.testing.assert_allclose(answers["pt2"], expected, rtol=1e-3, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        "encoder",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("vision-transformer", "swin", "bert", "vit", "gpt2", "llama")
-        ),
-    ],
+    "name", ["encoder", "vision-transformer", "swin", "bert", "vit", "gpt2", "llama"]
 )
 def test_transformers_are_exported_with_fewer_heads(tmp_path, name):
     pytest.importorskip("onnx")
@@ -154,6 +148,7 @@ def test_transformers_are_exported_with_fewer_heads(tmp_path, name):
     np.testing.assert_allclose(answers["one"], expected[:1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_normalization_over_missing_channels_needs_no_package_either(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(
