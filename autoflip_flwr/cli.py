@@ -194,6 +194,8 @@ def _export(chosen: argparse.Namespace) -> str:
 
 def _compare(chosen: argparse.Namespace) -> str:
     with needs_extra("compare", "autoflip compare"):
+        import vl_convert  # noqa: F401 - the quickest of the extra's to import
+
         from autoflip_flwr.compare import plan, results
         from autoflip_flwr.compare.table import compared
 

@@ -309,9 +309,10 @@ def outlive_faults(server: Machine, node: Started) -> None:
         with server.fault("pull-messages", status):
             node.says("Connection attempt failed")
         node.says("Connection successful")
+    with server.fault("pull-messages", 500):
+        node.says("The SuperNode ends: it no longer asks for messages")
+    node.says("SuperNode ID")
     with server.fault("send-node-heartbeat", 500):
-        with server.fault("pull-messages", 500):
-            node.says("The SuperNode ends: it no longer asks for messages")
         node.says("The SuperNode ends: <Thread")
     node.says("SuperNode ID")
     (supernode_,) = children(node.process.pid)

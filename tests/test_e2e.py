@@ -1,6 +1,7 @@
 """`flwr run` for real: simulated nodes, and nodes as processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -171,9 +172,11 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     for name, values in found.items():  # its sums are those of other threads
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
     sent = [summary(folder)["bytes"] for folder in (real, whole)]
-    for phase in ("explore", "train", "evaluate"):
+    # The third round may have begun before the kill, and begins with whole masks.
+    once_more = 3 * (4 * 6210 + math.ceil(31050 / 8) + 2048)
+    for phase, most in (("explore", 0), ("train", once_more), ("evaluate", once_more)):
         for way in (f"{phase}_down", f"{phase}_up"):
-            assert sent[0][way] == sent[1][way]
+            assert 0 <= sent[0][way] - sent[1][way] <= most, way
     assert summary(real)["density"] == pytest.approx(0.2, abs=1e-3)
 
 

@@ -138,7 +138,8 @@ def test_transformers_are_exported_with_fewer_heads(tmp_path, name):
         model, random_scores(model), share=0.4, example_inputs=x[:1]
     )
     exported = export.export_model(model, masks, x[:1], tmp_path)
-    assert exported.parameters < 0.65 * exported.dense_parameters
+    most = 0.75 if name == "llama" else 0.65  # a quarter of it are embeddings
+    assert exported.parameters < most * exported.dense_parameters
     assert any(".kept." in tensor for tensor in load_file(exported.weights))
     with enforce(model, masks), torch.no_grad():
         expected = model(x).numpy()
