@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -33,6 +32,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module, places: Mapping[nn.Module, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry  # imports Triton
+
+        self._formulas = flop_registry
         self.made: Counter[tuple[str | None, str | None]] = Counter()
         self._names = {
             parameter.untyped_storage().data_ptr(): name
@@ -74,7 +76,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation, and count it if it is a product."""
         made = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = self._formulas.get(func.overloadpacket)
         if formula is not None:
             operands = [each for each in args if isinstance(each, torch.Tensor)]
             of = (self._names.get(x.untyped_storage().data_ptr()) for x in operands)

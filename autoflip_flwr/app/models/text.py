@@ -1,10 +1,9 @@
 """Text models: ``(N, T)`` integer tokens to ``(N, num_classes)`` logits."""
 
 import torch
-from pydantic import validate_call
 from torch import nn
 
-from autoflip_flwr.app.models.vision import Positive
+from autoflip_flwr.app.models.vision import Positive, checked
 
 
 class CharLSTM(nn.Module):
@@ -29,7 +28,7 @@ class CharLSTM(nn.Module):
         return logits
 
 
-@validate_call
+@checked
 def char_lstm(
     num_classes: Positive,
     input_shape: tuple[Positive],  # noqa: ARG001
