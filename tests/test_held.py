@@ -14,6 +14,7 @@ from torch import nn
 
 from autoflip_flwr import AutoFLIP
 from autoflip_flwr.errors import WireError
+from autoflip_flwr.server.held import HeldMasks
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire.manifest import Manifest
 from autoflip_flwr.wire.records import HELD, MASK, Plan, complete_mask
@@ -172,3 +173,16 @@ def test_a_mask_that_grows_again_is_sent_whole():
     for sent in train:  # read by hand from what travelled: the apps got the same
         if HELD not in sent.config:
             assert len(sent.config[MASK]) == WHOLE
+
+
+def test_an_answer_that_comes_when_the_mask_is_another_is_of_the_mask_that_was_sent():
+    keep, fewer = np.arange(400) < 200, np.arange(400) < 100
+    manifest = Manifest.of({"w": np.zeros(400, np.float32)})
+    first, second = (Plan(manifest, {"w": mask}) for mask in (keep, fewer))
+    held = HeldMasks()
+    held.entries(11, first, "train")
+    held.entries(12, second, "train")
+    held.answered(11)  # late
+    told = held.entries(11, second, "train")
+    assert told[HELD] == codec.digest(codec.pack_mask({"w": keep}))
+    assert told[MASK] == codec.pack_mask({"w": fewer[:200]})

@@ -23,13 +23,14 @@ class HeldMasks:
         self._masks: dict[bytes, bytes] = {}  # digest -> packed mask, oldest first
         self._within: dict[bytes, bytes | None] = {}  # digest of a held mask -> bits
         self._holds: dict[int, bytes] = {}  # node -> digest
-        self._asked: dict[int, bool] = {}  # without an answer; whether one was named
+        self._asked: dict[int, tuple[bytes, bool]] = {}  # digest; was one named?
         self._forgetful: set[int] = set()
 
     def entries(self, node_id: int, plan: Plan, phase: Phase) -> dict[str, str | bytes]:
         """Return the entries of a message's config for a node."""
         self._prepare(plan)
-        if self._asked.get(node_id):
+        _, named = self._asked.get(node_id, (b"", False))
+        if named:
             self._forgetful.add(node_id)
         held = self._holds.pop(node_id, None)
         bits = None
@@ -40,7 +41,7 @@ class HeldMasks:
             bits = self._within[held]
         if bits is not None and len(held or b"") + len(bits) >= len(self._bits):
             bits = None  # of a tiny model, all of it is less
-        self._asked[node_id] = bits is not None
+        self._asked[node_id] = self._digest, bits is not None
         if held is None or bits is None:
             return plan.entries(phase, {MASK: self._bits})
         # Flower cannot count an empty entry's bytes.
@@ -48,8 +49,8 @@ class HeldMasks:
 
     def answered(self, node_id: int) -> None:
         """Note that a node has read the last message."""
-        if self._asked.pop(node_id, None) is not None:
-            self._holds[node_id] = self._digest
+        if node_id in self._asked:
+            self._holds[node_id], _ = self._asked.pop(node_id)
 
     def _prepare(self, plan: Plan) -> None:
         if plan is self._plan:
