@@ -39,7 +39,7 @@ def test_the_first_screen_takes_thirty_seconds():
     assert (ROOT / figures[0]).is_file()
     shown = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
     assert len(shown.split()) <= 150
-    assert "pip install autoflip-flwr" in first
+    assert "pip install ." in first
     code = first.split("```python")[1].split("```")[0]
     lines = [x for x in code.splitlines() if x and not x.startswith("#")]
     assert [line.split()[0] for line in lines] == ["from", "strategy", "from", "app"]
