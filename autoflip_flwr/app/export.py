@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -20,8 +18,8 @@ from torch import nn
 
 from autoflip_flwr import settings, units
 from autoflip_flwr.app import build, training
-from autoflip_flwr.app.data.archive import read_npz
-from autoflip_flwr.errors import DataError, ModelError, SettingsError
+from autoflip_flwr.app.folder import masks_of
+from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
 
@@ -42,22 +40,7 @@ class Exported:
 
 
 def export_run(run: Path, output: Path | None = None) -> Exported:
-    """Export the final model of a run's folder.
-
-    Parameters
-    ----------
-    run : Path
-        A run's ``output-dir``.
-    output : Path, optional
-        Folder for the files; ``run/export`` by default.
-
-    Raises
-    ------
-    SettingsError
-        If the folder is not that of a finished run.
-    ModelError
-        If the model cannot be exported, or answers otherwise than the masked one.
-    """
+    """Export the final model of a run's folder, by default to ``export`` in it."""
     chosen = settings.read(run / "settings.yaml")
     path = run / "model.safetensors"
     try:
@@ -66,7 +49,7 @@ def export_run(run: Path, output: Path | None = None) -> Exported:
         raise SettingsError(
             f"expected the folder of a finished run, with {path.name} in it: {error}"
         ) from error
-    masks = _masks(run / "mask.npz")
+    masks = masks_of(run)
     model = build.build_model(chosen)
     training.load_arrays(model, arrays)
     example = build.example_inputs(chosen)
@@ -80,18 +63,11 @@ def export_model(
 ) -> Exported:
     """Export a masked model as compact weights and programs.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Its masked entries are taken as zero.
-    masks : mapping of name -> bool array
-        Empty: the model is exported whole.
-    example : torch.Tensor
-        One sample; the programs take any number of samples.
-    output : Path
-        Folder for ``model.safetensors`` (the small tensors, and ``NAME.kept.DIM`` with
-        the kept indices of tensors that are smaller), ``model.pt2`` (`torch.export`)
-        and ``model.onnx``.
+    Masked entries are taken as zero. To `output` go ``model.safetensors`` (the small
+    tensors, and ``NAME.kept.DIM`` with the kept indices of tensors that are smaller),
+    ``model.pt2`` (`torch.export`) and ``model.onnx``. The `example` is one sample; the
+    programs take any number. One that answers otherwise than the masked model is an
+    error.
     """
     model = copy.deepcopy(model).cpu().eval()
     with enforce.enforce(model, masks):
@@ -185,12 +161,3 @@ def _compare(what: str, got: Any, expected: Any) -> None:
                 f"difference of at most {_TOLERANCE} of the largest output, "
                 f"got {worst:.2g}"
             )
-
-
-def _masks(path: Path) -> dict[str, NDArray[np.bool_]]:
-    if not path.exists():  # a dense strategy has none
-        return {}
-    try:
-        return read_npz(path)
-    except DataError as error:
-        raise SettingsError(f"{path} is no mask of a run: {error}") from error

@@ -38,13 +38,8 @@ _QUEUED = 2
 class RayGrid(Grid):
     """A Grid whose nodes are Ray tasks, one per core.
 
-    Parameters
-    ----------
-    num_nodes : int
-    run_config : mapping
-        The run config of both apps, as with `flwr run`.
-    client_app : callable
-        Returns the app of a node.
+    `run_config` is that of both apps, as with `flwr run`; `client_app` returns the app
+    of a node.
     """
 
     def __init__(
@@ -168,18 +163,10 @@ def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> Any:
     """Start one run; return the Ray task of its ServerApp.
 
     The ServerApp takes no core and runs on this machine, so its files are here.
-
-    Parameters
-    ----------
-    num_nodes : int
-    run_config : mapping
-        With `preset`, `overrides` and `output-dir`.
-    log : str
-        Path of the file for Flower's log.
+    Flower's log goes to the file `log`.
     """
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
+    node_id = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return _serve.options(scheduling_strategy=here).remote(num_nodes, run_config, log)
 
 

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import altair as alt
 import numpy as np
 
-from autoflip_flwr.app.data.archive import read_npz
+from autoflip_flwr.app.folder import masks_of
 from autoflip_flwr.compare import drawing, formats
 from autoflip_flwr.compare.drawing import COMMON, SHOWN, Rows, arm_name, lines, look
 from autoflip_flwr.compare.results import Arm, Experiment
-from autoflip_flwr.errors import DataError
 
 _METRICS = ("megabytes", "operations", "accuracy", *drawing.OF_MASKS)
 _SENT = {
@@ -140,18 +139,10 @@ def _densities(arms: Sequence[Arm], rows: Rows) -> Chart | None:
 def _kept(arm: Arm) -> Rows:
     """Return a row a layer: the kept share of all its parameters together."""
     kept: dict[str, list[Any]] = {}
-    for path in (run.directory / "mask.npz" for run in arm.runs):
-        if not path.exists():  # a dense run
-            continue
-        try:
-            for name, mask in read_npz(path).items():
-                layer = name.rpartition(".")[0] or name
-                kept.setdefault(layer, []).append(mask.astype(bool).ravel())
-        except ValueError as error:
-            raise DataError(
-                f"{path}: expected the masks of a run, got {error}; run it again, or "
-                "delete the file"
-            ) from error
+    for run in arm.runs:
+        for name, mask in masks_of(run.directory).items():
+            layer = name.rpartition(".")[0] or name
+            kept.setdefault(layer, []).append(mask.ravel())
     name = arm_name(arm)
     return [
         {"arm": name, "layer": layer, "kept": float(np.concatenate(masks).mean())}

@@ -21,7 +21,6 @@ from autoflip_flwr.compare.results import (
     differing,
     experiments,
     find_runs,
-    flat,
 )
 from autoflip_flwr.compare.table import AS_PAPERS_COUNT, COSTS, TIME
 from autoflip_flwr.compare.verdict import verdicts
@@ -35,32 +34,12 @@ _FACTS = ("model.name", "data.name", "data.partition", "rounds", "strategy.min-n
 def write_report(
     directories: Iterable[Path], output: Path, target: float | None = None
 ) -> Path:
-    """Report on all finished runs at or below the directories.
+    """Report on all finished runs at or below the directories; return the page.
 
-    Parameters
-    ----------
-    directories : iterable of Path
-        Run folders, or folders of them.
-    output : Path
-        A folder, made if need be: the page ``report.html`` with everything in it, its
-        charts once more as PNG files, and for each preset one SVG file with the
-        verdict and accuracy over megabytes and over operations.
-    target : float, optional
-        Accuracy at which costs are compared, in [0, 1]; None: the default target of
-        each preset, see `results.default_target`.
-
-    Returns
-    -------
-    Path
-        The page.
-
-    Raises
-    ------
-    SettingsError, DataError
-        If a run's files are incomplete or absent, or the target is not in [0, 1].
+    To `output` go the page ``report.html`` with everything in it, its charts once more
+    as PNG files, and for each preset one SVG file with the verdict and accuracy over
+    megabytes and over operations. The `target` is that of `results.experiments`.
     """
-    if target is not None and not 0 <= target <= 1:
-        raise SettingsError(f"target: expected an accuracy in [0, 1], got {target}")
     result = experiments(find_runs(directories), target)
     output.mkdir(parents=True, exist_ok=True)
     environment = Environment(
@@ -97,8 +76,8 @@ def _section(experiment: Experiment, output: Path) -> dict[str, Any]:
         path.write_bytes(vl_convert.svg_to_png(svg, scale=2))
     both = figure([chart for chart, _ in drawn], experiment.preset, told)
     (output / f"{name}.svg").write_text(_svg(both, rows), encoding="utf-8")
-    apart = differing(flat(arm.settings) for arm in experiment.arms)
-    facts = flat(experiment.arms[0].settings)
+    apart = differing(arm.settings.flat() for arm in experiment.arms)
+    facts = experiment.arms[0].settings.flat()
     timed = not any(run.shared for arm in experiment.arms for run in arm.runs)
     return {
         "id": name,
@@ -123,12 +102,12 @@ def _svg(chart: Chart, rows: dict[str, Rows]) -> str:
 def _command(chosen: Settings) -> str | None:
     """Return a command that repeats a run; None if its preset is not known here."""
     try:
-        usual = flat(settings.load(chosen.preset))
+        usual = settings.load(chosen.preset).flat()
     except SettingsError:
         return None
     own = [
         f"{key}={as_override(value)}"
-        for key, value in flat(chosen).items()
+        for key, value in chosen.flat().items()
         if value != usual[key]
     ]
     return shlex.join(["autoflip", "run", chosen.preset, *own])
