@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
-from autoflip_flwr.app import build, costs, training
+from autoflip_flwr.app import build, costs, data, training
 from autoflip_flwr.app.folder import run_directory
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.runlog import DELTA, RunLog, log_summary, quiet
@@ -33,7 +33,7 @@ def serve(grid: Grid, context: Context) -> None:
 def _serve(grid: Grid, context: Context, settings: Settings) -> None:
     model = build.build_model(settings)
     example = build.example_inputs(settings)
-    test = build.held_out(settings)
+    test = data.held_out(settings.data, seed=settings.seed)
     initial = records.record_of(training.state_arrays(model))
     directory = run_directory(str(context.run_config["output-dir"]), settings)
     run_grid = RunGrid(
@@ -93,11 +93,10 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
             evaluate_fn=evaluate,
         )
         training.load_arrays(model, records.arrays_of(result.arrays))
-        masks = rounds.plan.masks if rounds and rounds.plan else {}
         summary = log.finish(
             training.state_arrays(model),
             parameters=costs.parameters(model),
-            costs=costs.summary(model, test.x, test.y, masks, settings.training),
+            costs=costs.summary(model, test.x, test.y, log.masks, settings.training),
         )
     except OSError as error:
         if error.errno not in _NO_ROOM:

@@ -37,24 +37,9 @@ def divide(
     clients differ. ``natural``: by user; user i of n (in order) goes to client
     ``i mod num_partitions``.
 
-    Parameters
-    ----------
-    labels : NDArray[np.int64]
-        Of all samples, (N,).
-    division : Division
-    users : NDArray[np.int64], optional
-        Whose each sample is, (N,). Only for natural.
-
-    Returns
-    -------
-    list[NDArray[np.int64]]
-        For each client the indices of its samples: disjoint, none empty, together
-        ``0 .. N - 1``.
-
-    Raises
-    ------
-    SettingsError
-        If the settings are impossible for these samples.
+    `labels` and `users` (only for natural) are those of all N samples. Returns for each
+    client the indices of its samples: disjoint, none empty, together ``0 .. N - 1``.
+    What is impossible for these samples is a `SettingsError`.
     """
     count = division.num_partitions
     if count > len(labels):
