@@ -159,7 +159,7 @@ def test_costs_by_hand(tmp_path):
     )
     row = cost_row(Arm("autoflip", runs), 0.5)
     assert (row.name, row.seeds, row.reached) == ("autoflip", 2, 2)
-    assert row.compression == pytest.approx(5)
+    assert row.density == pytest.approx(0.2)
     assert row.rounds_to_target == pytest.approx((3, 1))  # 2 and 4
     assert row.communication == pytest.approx(200 * 3 * 10 * 0.5)
     # One exploration epoch of all; 2 local epochs, every other of 3 rounds.

@@ -89,11 +89,7 @@ def _noisy(
 
 
 def client_id(node_config: Mapping[str, Any]) -> int | str:
-    """Return who a node says it is, so that it is known again when it comes back.
-
-    The ``client-id`` of its config, or the number of the partition it holds; -1 where
-    it has neither.
-    """
+    """Return who a node is when it comes back; -1 where its config does not say."""
     if "client-id" in node_config:
         return str(node_config["client-id"])
     return int(node_config.get("partition-id", -1))

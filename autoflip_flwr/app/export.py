@@ -1,12 +1,12 @@
 """Write a run's final model compact, for use without this package."""
 
 import copy
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +70,29 @@ def export_model(
     error.
     """
     model = copy.deepcopy(model).cpu().eval()
+    small = model
     with enforce.enforce(model, masks):
-        small = _smaller(model, masks, example)
+        if units.loses_units(masks):
+            try:
+                small = units.compact(model, masks, example).eval()
+            except ModelError as error:
+                _log.warning("the model is exported whole: %s", error)
     inputs = torch.cat([example, example])
     with torch.no_grad():
         expected = model(inputs)
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("model.safetensors", "model.pt2", "model.onnx"):
-        (output / name).unlink(missing_ok=True)  # of an export before
-    weights = output / "model.safetensors"
+    kinds = ("safetensors", "pt2", "onnx")
+    weights, pt2, onnx = (output / f"model.{kind}" for kind in kinds)
+    for path in (weights, pt2, onnx):
+        path.unlink(missing_ok=True)  # of an export before
     save_file(_tensors(small), weights, {"format": "pt"})
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     with _exporting("torch.export", small, "model.safetensors has its weights"):
         program = torch.export.export(small, (inputs,), dynamic_shapes=shapes)
-    torch.export.save(program, output / "model.pt2")
-    loaded = torch.export.load(output / "model.pt2").module()
+    torch.export.save(program, pt2)
+    loaded = torch.export.load(pt2).module()
     _compare("model.pt2", loaded(inputs), expected)
-    onnx = output / "model.onnx" if _has_onnx() else None
-    if onnx is not None:
+    if all(map(find_spec, ("onnx", "onnxscript"))):
         left = "model.pt2 and model.safetensors are there"
         with _exporting("torch.onnx", small, left):
             torch.onnx.export(
@@ -103,22 +108,11 @@ def export_model(
             )
     return Exported(
         weights=weights,
-        program=output / "model.pt2",
-        onnx=onnx,
+        program=pt2,
+        onnx=onnx if onnx.exists() else None,
         parameters=sum(p.numel() for p in small.parameters()),
         dense_parameters=sum(p.numel() for p in model.parameters()),
     )
-
-
-def _smaller(model: nn.Module, masks: Masks, example: torch.Tensor) -> nn.Module:
-    """Return the compact model, or the whole one where nothing can be taken out."""
-    if not units.loses_units(masks):
-        return model
-    try:
-        return units.compact(model, masks, example).eval()
-    except ModelError as error:
-        _log.warning("the model is exported whole: %s", error)
-        return model
 
 
 @contextmanager
@@ -133,10 +127,6 @@ def _exporting(exporter: str, model: nn.Module, left: str) -> Iterator[None]:
         raise ModelError(
             f"{exporter} cannot export {type(model).__name__}: {reason}; {left}"
         ) from error
-
-
-def _has_onnx() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
 
 
 def _tensors(small: nn.Module) -> dict[str, torch.Tensor]:

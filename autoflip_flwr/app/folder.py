@@ -25,13 +25,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def check_usable(directory: Path, *, resume: bool) -> None:
-    """Refuse a folder whose contents a run would overwrite.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds a finished run, or an unfinished one and not `resume`.
-    """
+    """Refuse a folder that holds a finished run, and without `resume` any run."""
     if resume and is_finished(directory):
         raise SettingsError(
             f"the run in {directory} is finished; to run it again name a new folder"

@@ -150,10 +150,8 @@ class RunGrid(Grid):
         few = len(online) < self._needed
         if few and not self._few:
             _log.warning(
-                "waiting for nodes: %d are connected, %d are needed "
-                "(strategy.min-nodes)",
-                len(online),
-                self._needed,
+                f"waiting for nodes: {len(online)} are connected, {self._needed} are "
+                "needed (strategy.min-nodes)"
             )
         self._few = few
         return online
@@ -172,11 +170,10 @@ class RunGrid(Grid):
             first = self._nodes.setdefault(client, node_id)
             if first != node_id and node_id not in self._doubles:
                 self._doubles.add(node_id)
+                name = self._names.get(client, client)
                 _log.warning(
-                    "node %d says that it is client %r, as node %d does; it waits",
-                    node_id,
-                    self._names.get(client, client),
-                    first,
+                    f"node {node_id} says that it is client {name!r}, as node {first} "
+                    "does; it waits"
                 )
         random.seed(f"{self._seed}/{self._stage}")
         named = self._names
@@ -241,15 +238,10 @@ class RunGrid(Grid):
 
     def _addressed(self, message: Message) -> Message:
         """Return a message to a client as one to the node that it is now."""
-        metadata = message.metadata
-        client = metadata.dst_node_id
-        return Message(
-            message.content,
-            self._nodes.get(client, client),
-            metadata.message_type,
-            ttl=metadata.ttl,
-            group_id=metadata.group_id,
-        )
+        meta = message.metadata
+        node_id = self._nodes.get(meta.dst_node_id, meta.dst_node_id)
+        kept: Any = {"ttl": meta.ttl, "group_id": meta.group_id}
+        return Message(message.content, node_id, meta.message_type, **kept)
 
     def _roll_call(self, node_ids: list[int]) -> None:
         """Ask nodes who they are."""
@@ -295,11 +287,9 @@ class RunGrid(Grid):
             if owners.setdefault(str(client), own)["key"] != keys[node_id]:
                 self._refused.add(node_id)
                 _log.warning(
-                    "node %d says that it is client %r, a name that belongs to another "
-                    "node's key in %s; it takes no part",
-                    node_id,
-                    name,
-                    self._register,
+                    f"node {node_id} says that it is client {name!r}, a name that "
+                    f"belongs to another node's key in {self._register}; it takes no "
+                    "part"
                 )
         write(self._register, json.dumps(owners, indent=2).encode())
 

@@ -15,7 +15,6 @@ from autoflip_flwr import settings as presets
 from autoflip_flwr.app import data
 from autoflip_flwr.app.folder import check_usable, is_finished, run_directory
 from autoflip_flwr.errors import needs_extra
-from autoflip_flwr.settings import Settings
 
 #: How Flower begins a line of its log.
 _PREFIX = "\x1b[92mINFO \x1b[0m:      "
@@ -43,7 +42,15 @@ def launch(
     settings = presets.load(preset, shlex.join(words))
     directory = run_directory(output, settings)
     check_usable(directory, resume=resume)
-    _check(settings, own_model=any(word.startswith("model.") for word in words))
+    with needs_extra("app", "autoflip run"):
+        if find_spec("ray") is None:
+            raise ModuleNotFoundError("No module named 'ray'", name="ray")
+    data.divided(settings.data, settings.strategy.min_nodes, seed=settings.seed)
+    # A preset's own model is known to build; torch takes seconds to import.
+    if any(word.startswith("model.") for word in words):
+        from autoflip_flwr.app import build
+
+        build.build_model(settings)
     config = {
         "preset": preset,
         "overrides": shlex.join(words),
@@ -65,24 +72,6 @@ def launch(
             f"repeat the command with --output {shlex.quote(str(directory))} --resume"
         )
     return status or (0 if is_finished(directory) else 1)
-
-
-def _check(settings: Settings, *, own_model: bool) -> None:
-    """Find now what would end the run later: packages, data, division, model."""
-    with needs_extra("app", "autoflip run"):
-        if find_spec("ray") is None:
-            raise ModuleNotFoundError("No module named 'ray'", name="ray")
-    data.divided(settings.data, settings.strategy.min_nodes, seed=settings.seed)
-    if own_model:  # a preset's own is known to build; torch takes seconds to import
-        from autoflip_flwr.app import models
-
-        spec = data.spec(settings.data.name)
-        models.build(
-            settings.model.name,
-            num_classes=spec.num_classes,
-            input_shape=spec.input_shape,
-            **settings.model.options(),
-        )
 
 
 def _app() -> Path:

@@ -92,12 +92,10 @@ class RunLog:
         """Note the settings of a new run, over what a try without a round left."""
         (self.directory / "settings.yaml").write_text(self._settings.as_yaml())
         self._metrics.unlink(missing_ok=True)
+        chosen = self._settings
         _log.info(
-            "%s, preset %s, %d rounds; results go to %s",
-            self._settings.strategy.name,
-            self._settings.preset,
-            self._settings.rounds,
-            self.directory,
+            f"{chosen.strategy.name}, preset {chosen.preset}, {chosen.rounds} rounds; "
+            f"results go to {self.directory}"
         )
 
     def state(self) -> dict[str, Any]:
@@ -199,9 +197,7 @@ class RunLog:
             "epsilon_total": self._private.epsilon(DELTA, releases=max(1, most)),
         }
 
-    def finish(
-        self, arrays: Params, *, parameters: int, costs: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def finish(self, arrays: Params, costs: Mapping[str, Any]) -> dict[str, Any]:
         """Write summary, model and mask; return the summary.
 
         `costs` is what `costs.summary` returns.
@@ -209,6 +205,7 @@ class RunLog:
         sent, grid, rounds = self._grid.sent, self._grid, self._rounds
         row = self._past["row"]
         phases = ("explore", "train", "evaluate")
+        parameters = costs["networks"]["dense"]["parameters"]
         summary = {
             "strategy": self._settings.strategy.name,
             "preset": self._settings.preset,
@@ -269,14 +266,11 @@ def _held(directory: Path) -> int:
 
 
 @contextmanager
-def quiet(*, unless: bool) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Flower's own lines, and those of strategy and masks, out of a run's log.
 
     Warnings stay. A round is a line of `RunLog`.
     """
-    if unless:
-        yield
-        return
     ours = Path(__file__).parents[1]
 
     def tells(record: logging.LogRecord) -> bool:

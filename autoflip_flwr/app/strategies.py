@@ -30,14 +30,9 @@ def build_strategy(
     settings: Settings,
     model: nn.Module,
     example_inputs: torch.Tensor,
-    *,
     store: Path | None = None,
 ) -> Strategy:
-    """Return the strategy that a run's settings ask for.
-
-    `example_inputs` is one sample that `model` runs on; `store` is the folder for the
-    explorers' guidance, a temporary one by default.
-    """
+    """Return the strategy of a run; `store` is the folder for explorers' guidance."""
     inner = _inner(settings)
     method = settings.strategy.name
     if method == "fedavg":

@@ -20,7 +20,7 @@ from autoflip_flwr import settings as presets
 from autoflip_flwr.app import data
 from autoflip_flwr.app.data.archive import read_npz
 from autoflip_flwr.compare import formats
-from autoflip_flwr.compare.drawing import COMMON, LABELS, by_round, lines
+from autoflip_flwr.compare.charts import COMMON, LABELS, by_round, lines
 from autoflip_flwr.compare.results import (
     Arm,
     CostRow,
@@ -185,10 +185,9 @@ def deviations(found: Sequence[Experiment]) -> tuple[_Figure, str]:
 
 
 def _with_guidance(experiment: Experiment) -> Run:
-    for arm in experiment.arms:
-        for run in arm.runs:
-            if (run.directory / "guidance.npz").is_file():
-                return run
+    for run in (run for arm in experiment.arms for run in arm.runs):
+        if (run.directory / "guidance.npz").is_file():
+            return run
     raise DataError(
         f"fig2: expected guidance.npz in a run of autoflip on {experiment.preset}, got "
         'none; run it with --overrides "log.guidance=true"'
@@ -244,7 +243,7 @@ def flops(found: Sequence[Experiment]) -> tuple[_Figure, str]:
             {"arm": f"{each.preset} {arm.name}", "counted": kind, "operations": value}
             for kind, value in counts.items()
         ]
-        ours, dense = formats.ratio(cost.compression), formats.number(cost.flops_dense)
+        ours, dense = formats.ratio(1, cost.density), formats.number(cost.flops_dense)
         saved = (_left(value, cost.flops_dense) for value in (theory, cost.flops))
         claimed = _claim(each, "compression"), _claim(each, "flops")
         rows.append(

@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from autoflip_flwr import settings as presets
+from autoflip_flwr.app.folder import is_finished
 from autoflip_flwr.errors import AutoFlipError, SettingsError
 from autoflip_flwr.settings import Settings, StrategyName
 
@@ -48,7 +49,7 @@ class Planned:
     @property
     def finished(self) -> bool:
         """Whether the run has ended."""
-        return (self.directory / "summary.json").exists()
+        return is_finished(self.directory)
 
     @property
     def partial(self) -> Path:
@@ -79,13 +80,8 @@ def plan(
     A run's folder is ``output/<preset>/<strategy>[,<key>=<value>...]-<seed>``. A number
     of `seeds` stands for 0 to that less 1. All combinations of the values that `vary`
     has for dotted keys are run; a strategy skips the keys that it does not read.
-    `overrides` are of all runs.
-
-    Raises
-    ------
-    SettingsError
-        If a strategy or value is unknown or out of range, or a folder holds a finished
-        run of other settings.
+    `overrides` are of all runs. A folder that holds a finished run of other settings is
+    an error, as are unknown names and impossible values.
     """
     every_seed = range(seeds) if isinstance(seeds, int) else dict.fromkeys(seeds)
     if not every_seed:
@@ -143,12 +139,7 @@ def run(planned: Sequence[Planned]) -> None:
 
     A run is written to a ``.partial`` folder, which gets its final name at the end. An
     interrupted run goes on from its last checkpoint. The terminal shows how far all
-    are.
-
-    Raises
-    ------
-    ComparisonError
-        If runs failed; the others are finished first.
+    are. Runs that fail are an error after all others are finished.
     """
     with ExitStack() as locks:
         for folder in sorted({one.directory.parent for one in planned}):
@@ -156,7 +147,7 @@ def run(planned: Sequence[Planned]) -> None:
         for one in planned:
             if one.finished:  # perhaps by another comparison since it was planned
                 _check_settings(one, one.directory)
-            elif (one.partial / "summary.json").exists():  # killed before the rename
+            elif is_finished(one.partial):  # killed before the rename
                 _check_settings(one, one.partial)
                 one.partial.rename(one.directory)
         left = [one for one in planned if not one.finished]

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
@@ -20,8 +20,6 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from autoflip_flwr import settings
 from autoflip_flwr.errors import DataError, SettingsError
 from autoflip_flwr.settings import Settings
-
-Series: TypeAlias = NDArray[np.float64]
 
 _REMEDY = "run it again, or move the folder away"
 
@@ -76,6 +74,11 @@ class Summary(_Record):
     samples: Mapping[str, FiniteFloat] = {}
     seconds: Mapping[str, FiniteFloat] = {}
 
+    @property
+    def kept(self) -> float:
+        """Parameters that the last mask keeps."""
+        return self.kept_parameters or self.density * self.parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -83,7 +86,7 @@ class Run:
 
     directory: Path
     settings: Settings
-    rounds: tuple[Round, ...]
+    rounds: list[Round]
     summary: Summary
 
     @property
@@ -91,7 +94,7 @@ class Run:
         """Whether other runs were on the machine: `compare` leaves Flower's log."""
         return (self.directory / "log.txt").exists()
 
-    def series(self, key: str) -> Series:
+    def series(self, key: str) -> NDArray[np.float64]:
         """Return a metric by round, NaN where a round has none.
 
         Besides the keys of a line: ``bytes`` and ``megabytes`` sent, and ``operations``
@@ -165,7 +168,6 @@ class CostRow:
 
     # From parameters and settings, as papers count.
     density: float  # kept / all parameters, after the last round
-    compression: float  # all / kept
     communication: float | None  # kept x rounds to target x clients x sample rate
     computation: float | None  # parameters that a client processes, see `_processed`
     flops_dense: float | None  # thop's, one sample through the whole network
@@ -183,24 +185,21 @@ class CostRow:
 
 def read_run(directory: Path) -> Run:
     """Read the folder of a finished run; whatever is missing or torn is an error."""
+    metrics, summary = directory / "metrics.jsonl", directory / "summary.json"
     try:
         chosen = settings.read(directory / "settings.yaml")
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        whole = summary.read_text(encoding="utf-8")
     except SettingsError as error:
         raise SettingsError(f"run folder {directory}: {error}") from error
-    path = directory / "metrics.jsonl"
-    lines = enumerate(_text(path).splitlines(), start=1)
-    rounds = tuple(_parsed(Round, text, f"{path}, line {n}") for n, text in lines)
-    if not rounds:
-        raise DataError(f"{path}: expected a line a round, got none; {_REMEDY}")
-    path = directory / "summary.json"
-    return Run(directory, chosen, rounds, _parsed(Summary, _text(path), str(path)))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"expected {path}, got {error}; {_REMEDY}") from error
+        raise DataError(f"run folder {directory}: {error}; {_REMEDY}") from error
+    if not lines:
+        raise DataError(f"{metrics}: expected a line a round, got none; {_REMEDY}")
+    rounds = [
+        _parsed(Round, each, f"{metrics}, line {n}") for n, each in enumerate(lines, 1)
+    ]
+    return Run(directory, chosen, rounds, _parsed(Summary, whole, str(summary)))
 
 
 def _parsed(record: type[_R], text: str, where: str) -> _R:
@@ -337,10 +336,6 @@ def cost_row(arm: Arm, target: float | None) -> CostRow:
     goal = math.inf if target is None else target
     places = [(run, run.first_with(goal)) for run in runs]
     rounds = [None if at is None else run.rounds[at].round for run, at in places]
-    kept = [s.kept_parameters or s.density * s.parameters for s in summaries]
-    density = statistics.fmean(
-        k / s.parameters for k, s in zip(kept, summaries, strict=True)
-    )
     clients = chosen.strategy.min_nodes * chosen.strategy.fraction_train
     return CostRow(
         name=arm.name,
@@ -348,14 +343,13 @@ def cost_row(arm: Arm, target: float | None) -> CostRow:
         accuracy=_estimate(s.accuracy for s in summaries),
         rounds_to_target=_estimate(rounds),
         reached=sum(n is not None for n in rounds),
-        density=density,
-        compression=1 / density if density else math.inf,
+        density=statistics.fmean(s.kept / s.parameters for s in summaries),
         communication=_mean(
-            n and k * n * clients for k, n in zip(kept, rounds, strict=True)
+            n and s.kept * n * clients for s, n in zip(summaries, rounds, strict=True)
         ),
         computation=_mean(
-            n and _processed(chosen, s.parameters, k, n)
-            for s, k, n in zip(summaries, kept, rounds, strict=True)
+            n and _processed(chosen, s, n)
+            for s, n in zip(summaries, rounds, strict=True)
         ),
         flops_dense=_mean(s.flops.get("dense") for s in summaries),
         flops=_mean(s.flops.get("pruned") for s in summaries),
@@ -371,9 +365,7 @@ def cost_row(arm: Arm, target: float | None) -> CostRow:
     )
 
 
-def _processed(
-    settings: Settings, parameters: float, kept: float, rounds: int
-) -> float:
+def _processed(settings: Settings, summary: Summary, rounds: int) -> float:
     """Count what a client processes up to a round, as the paper's Appendix F does.
 
     Parameters x epochs x sample rate: all parameters in each epoch of an exploration,
@@ -385,7 +377,7 @@ def _processed(
         explored = 1 + ((rounds - 1) // exploration.every if exploration.every else 0)
     share = exploration.epochs * exploration.fraction * explored
     trained = settings.training.epochs * rounds * strategy.fraction_train
-    return parameters * share + kept * trained
+    return summary.parameters * share + summary.kept * trained
 
 
 def _estimate(values: Iterable[float | None]) -> Estimate | None:

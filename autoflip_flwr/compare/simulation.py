@@ -50,7 +50,6 @@ class RayGrid(Grid):
     ) -> None:
         become_task()
         self._client_app = client_app
-        self._run = empty_run()
         self._waiting: deque[Message] = deque()
         self._running: dict[Any, Message] = {}  # task -> the message it answers
         self._contexts: dict[int, Context] = {}
@@ -136,14 +135,11 @@ class RayGrid(Grid):
         """Create a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    @property
-    def run(self) -> Run:
-        """The run, an empty one unless it is set."""
-        return self._run
+    run: Run = empty_run()
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
-        self._run = run
+        self.run = run
 
 
 @ray.remote(num_cpus=1, max_retries=0)
