@@ -142,14 +142,15 @@ def _curves(*metrics: str, note: str = _ACCURACY_NOTE) -> _Maker:
             parts = [lines(each, values, metric) for metric in metrics]
             columns.append(alt.vconcat(*parts, title=each.preset))
             for arm in each.arms:
-                late = [[run.late(metric) for run in arm.runs] for metric in metrics]
-                means = (formats.number(fmean(values)) for values in late)
-                rows.append((each.preset, arm.name, len(arm.runs), *means))
+                row = {"preset": each.preset, "arm": arm.name, "seeds": len(arm.runs)}
+                for metric in metrics:
+                    late = fmean(run.late(metric) for run in arm.runs)
+                    row[f"{LABELS[metric]}, late"] = formats.number(late)
+                rows.append(row)
         own: Any = {"color": "independent", "strokeDash": "independent"}
-        labels = [f"{LABELS[metric]}, late" for metric in metrics]
-        table = _markdown(["preset", "arm", "seeds", *labels], rows)
-        told = "Late: mean over the last tenth of the rounds and over seeds."
-        return alt.hconcat(*columns).resolve_scale(**own), f"{table}\n\n{told} {note}"
+        told = f"Late: mean over the last tenth of the rounds and over seeds. {note}"
+        figure = alt.hconcat(*columns).resolve_scale(**own)
+        return figure, f"{_markdown(rows)}\n\n{told}"
 
     return made
 
@@ -168,9 +169,16 @@ def deviations(found: Sequence[Experiment]) -> tuple[_Figure, str]:
             for low, high, count in np.c_[edges[:-1], edges[1:], counts].tolist()
             if count
         ]
-        kept = [int(np.count_nonzero(values >= cut)) for cut in (0.1, 0.3, 0.5)]
-        told = (f"{values.size / n:.3g} ({n} kept)" if n else "none kept" for n in kept)
-        rows.append((each.preset, values.size, _claim(each, "compression"), *told))
+        row = {
+            "preset": each.preset,
+            "parameters": values.size,
+            "paper's compression, T_p = 0.3": _claim(each, "compression"),
+        }
+        for cut in (0.1, 0.3, 0.5):
+            n = int(np.count_nonzero(values >= cut))
+            told = f"{values.size / n:.3g} ({n} kept)" if n else "none kept"
+            row[f"ours in value mode, T_p = {cut}"] = told
+        rows.append(row)
     deviation = alt.X("from:Q", title="normalized deviation", bin="binned")
     count = alt.Y("parameters:Q").scale(type="log", domainMin=0.5)
     figure = (
@@ -179,9 +187,7 @@ def deviations(found: Sequence[Experiment]) -> tuple[_Figure, str]:
         .encode(x=deviation, x2="to:Q", y=count, y2=alt.datum(0.5))
         .encode(column=alt.Column("preset:N", title=None))
     )
-    headings = ["preset", "parameters", "paper's compression, T_p = 0.3"]
-    headings += [f"ours in value mode, T_p = {cut}" for cut in (0.1, 0.3, 0.5)]
-    return figure, f"{_markdown(headings, rows)}\n\n{_COMPRESSION_NOTE}"
+    return figure, f"{_markdown(rows)}\n\n{_COMPRESSION_NOTE}"
 
 
 def _with_guidance(experiment: Experiment) -> Run:
@@ -243,15 +249,17 @@ def flops(found: Sequence[Experiment]) -> tuple[_Figure, str]:
             {"arm": f"{each.preset} {arm.name}", "counted": kind, "operations": value}
             for kind, value in counts.items()
         ]
-        ours, dense = formats.ratio(1, cost.density), formats.number(cost.flops_dense)
-        saved = (_left(value, cost.flops_dense) for value in (theory, cost.flops))
-        claimed = _claim(each, "compression"), _claim(each, "flops")
-        rows.append(
-            (each.preset, arm.name, claimed[0], ours, claimed[1], dense, *saved)
-        )
-    headings = ["preset", "arm", "paper's compression", "ours"]
-    headings += ["paper's FLOPs, all / left / %", "ours, all"]
-    headings += ["left by the paper's count (saved)", "compact (saved)"]
+        row = {
+            "preset": each.preset,
+            "arm": arm.name,
+            "paper's compression": _claim(each, "compression"),
+            "ours": formats.ratio(1, cost.density),
+            "paper's FLOPs, all / left / %": _claim(each, "flops"),
+            "ours, all": formats.number(cost.flops_dense),
+            "left by the paper's count (saved)": _left(theory, cost.flops_dense),
+            "compact (saved)": _left(cost.flops, cost.flops_dense),
+        }
+        rows.append(row)
     operations = alt.X("operations:Q", title="multiply-accumulates of a sample")
     arms = alt.Y("arm:N", sort=None, title=None).axis(labelLimit=0)
     figure = (
@@ -261,7 +269,7 @@ def flops(found: Sequence[Experiment]) -> tuple[_Figure, str]:
         .encode(yOffset=alt.YOffset("counted:N", sort=None))
         .encode(color=alt.Color("counted:N", sort=None))
     )
-    return figure, f"{_markdown(headings, rows)}\n\n{_FLOPS_NOTE}"
+    return figure, f"{_markdown(rows)}\n\n{_FLOPS_NOTE}"
 
 
 def until_target(
@@ -271,17 +279,16 @@ def until_target(
 
     def made(found: Sequence[Experiment]) -> tuple[None, str]:
         rows = [
-            (
-                each.preset,
-                arm.name,
-                _claim(each, f"{claim} {arm.settings.strategy.name}"),
-                formats.ratio(each.target),
-                *(text(cost) for text in columns.values()),
-            )
+            {
+                "preset": each.preset,
+                "arm": arm.name,
+                "paper": _claim(each, f"{claim} {arm.settings.strategy.name}"),
+                "our target": formats.ratio(each.target),
+                **{heading: text(cost) for heading, text in columns.items()},
+            }
             for each, arm, cost in _costs(found)
         ]
-        headings = ["preset", "arm", "paper", "our target", *columns]
-        return None, f"{_markdown(headings, rows)}\n\n{note}"
+        return None, f"{_markdown(rows)}\n\n{note}"
 
     return made
 
@@ -303,8 +310,9 @@ def _left(left: float | None, whole: float | None) -> str:
     return f"{formats.number(left)} ({100 * (1 - left / whole):.1f} %)"
 
 
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of one row or more, with their keys as headings."""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
