@@ -5,7 +5,8 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,21 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"autoflip: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "autoflip: interrupted; repeat the command to go on",
-            file=sys.stderr,
-        )
+        print("autoflip: interrupted; repeat the command to go on", file=sys.stderr)
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="autoflip", description="AutoFLIP: federated pruning for Flower."
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"autoflip-flwr {__version__}"
-    )
+    about = "AutoFLIP: federated pruning for Flower."
+    parser = _Parser(prog="autoflip", description=about)
+    version = f"autoflip-flwr {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True)
 
     def command(run: Callable[[argparse.Namespace], str | int], text: str) -> Any:
@@ -92,10 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", type=Path, help="a run's output-dir")
     add("--output", type=Path, help="default: export/ in the run's folder")
 
-    target = (
-        "top-1 accuracy, in [0, 1], up to which rounds and bytes are counted "
-        "(default: 0.99 times the final accuracy of the median arm)"
-    )
+    target: dict[str, Any] = {
+        "type": _accuracy,
+        "help": "top-1 accuracy, in [0, 1], up to which rounds and bytes are counted "
+        "(default: 0.99 times the final accuracy of the median arm)",
+    }
     add = command(_compare, "compare strategies over seeds, in simulation")
     add("preset", help="see `autoflip presets`")
     add("--strategies", default="fedavg,autoflip", help="values of strategy.name: a,b")
@@ -109,25 +106,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--overrides", default="", help='dotted "key=value key=value" for all runs')
     add("--output", type=Path, default=Path("runs/compare"), help="folder of the runs")
-    add("--target", type=float, help=target)
+    add("--target", **target)
 
     add = command(_report, "make one HTML page and figures of finished runs")
     add("folders", nargs="+", type=Path, metavar="DIR", help="runs or folders of runs")
     add("--output", type=Path, help="default: report/ in the first DIR")
-    add("--target", type=float, help=target)
+    add("--target", **target)
 
     add = command(_paper, "make a figure or table of the paper from finished runs")
     add("name", help="fig2 to fig9, table1 to table3, drift")
     add("folders", nargs="*", type=Path, metavar="DIR", help="not for fig6 and fig7")
     add("--overrides", default="", help="fig6, fig7: where the data is, data.dir=PATH")
     add("--output", type=Path, default=Path("runs/paper"), help="folder of figures")
-    add("--target", type=float, help=target)
+    add("--target", **target)
     return parser
 
 
+def _accuracy(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected an accuracy in [0, 1], got {text}")
+
+
 def _presets(chosen: argparse.Namespace) -> str:
+    """List the presets in the words of their files, or show the values of one."""
     if chosen.name is None:
-        return _table(settings.presets())
+        rows = [["preset", "data", "minutes", "shows"]]
+        rows += [[name, *settings.about(name).values()] for name in settings.presets()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (map(str.ljust, row, widths) for row in rows)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
     return settings.load(chosen.name, shlex.join(chosen.overrides)).as_yaml().rstrip()
 
 
@@ -135,19 +144,15 @@ def _inspect(chosen: argparse.Namespace) -> str:
     from autoflip_flwr.server.inspection import inspect  # seconds to import
 
     names = ("clients", "rounds", "sampled", "evaluated")
+    counts = {name: vars(chosen)[name] for name in names}
+    overrides = f"rounds={chosen.rounds} {chosen.overrides}"
     log = logging.getLogger("flwr")
     level = log.level
     log.setLevel(logging.ERROR)  # the table says it, too
     try:
-        told = inspect(
-            chosen.model,
-            chosen.input,
-            f"rounds={chosen.rounds} {chosen.overrides}",
-            **{name: getattr(chosen, name) for name in names},
-        )
+        return str(inspect(chosen.model, chosen.input, overrides, **counts))
     finally:
         log.setLevel(level)
-    return str(told)
 
 
 def _folder(path: Path) -> Path:
@@ -161,23 +166,11 @@ def _folder(path: Path) -> Path:
     )
 
 
-def _table(names: Iterable[str]) -> str:
-    """Return a line for each preset, in the words of its file."""
-    rows = [["preset", "data", "minutes", "shows"]]
-    rows += [[name, *settings.about(name).values()] for name in names]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(word.ljust(n) for word, n in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
 def _run(chosen: argparse.Namespace) -> int:
     from autoflip_flwr.app.launch import launch
 
-    return launch(
-        chosen.preset, chosen.overrides, output=chosen.output, resume=chosen.resume
-    )
+    words = chosen.overrides
+    return launch(chosen.preset, words, output=chosen.output, resume=chosen.resume)
 
 
 def _export(chosen: argparse.Namespace) -> str:
@@ -199,7 +192,6 @@ def _compare(chosen: argparse.Namespace) -> str:
         from autoflip_flwr.compare import plan, results
         from autoflip_flwr.compare.table import compared
 
-    _check_target(chosen.target)
     planned = plan.plan(
         chosen.preset,
         output=chosen.output,
@@ -208,37 +200,24 @@ def _compare(chosen: argparse.Namespace) -> str:
         vary=plan.parse_vary(chosen.vary),
         overrides=chosen.overrides,
     )
-    with plan.bar() as progress:
-        plan.run(planned, progress)
+    plan.run(planned)
     runs = [results.read_run(run.directory) for run in planned]
     (experiment,) = results.experiments(runs, chosen.target)
     return compared(experiment)
 
 
-def _check_target(target: float | None) -> None:
-    if target is not None and not 0 <= target <= 1:
-        raise SettingsError(f"--target: expected an accuracy in [0, 1], got {target}")
-
-
 def _paper(chosen: argparse.Namespace) -> str:
     with needs_extra("compare", "autoflip paper"):
-        from autoflip_flwr.compare import paper
+        from autoflip_flwr.compare.paper import draw
 
-    _check_target(chosen.target)
-    return paper.draw(
-        chosen.name,
-        chosen.folders,
-        output=chosen.output,
-        overrides=chosen.overrides,
-        target=chosen.target,
-    )
+    options = {name: vars(chosen)[name] for name in ("output", "overrides", "target")}
+    return draw(chosen.name, chosen.folders, **options)
 
 
 def _report(chosen: argparse.Namespace) -> str:
     with needs_extra("compare", "autoflip report"):
         from autoflip_flwr.compare.report import write_report
 
-    _check_target(chosen.target)
     for folder in chosen.folders:
         _folder(folder)
     output = chosen.output or chosen.folders[0] / "report"

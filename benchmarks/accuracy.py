@@ -1,4 +1,4 @@
-"""Accuracy and bytes of a preset and of dense FedAvg, over seeds, by `flwr run`.
+"""Accuracy and bytes of a preset and of dense FedAvg, over seeds, by `autoflip run`.
 
     python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 3
     python benchmarks/accuracy.py mnist --clients 20 --data-dir PATH --seeds 5
@@ -11,15 +11,15 @@ last round.
 """
 
 import argparse
-import json
-import os
-import statistics
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from common import report
 
-ROOT = Path(__file__).parents[1]
+from autoflip_flwr.app.folder import is_finished
+from autoflip_flwr.compare.results import Arm, Run, cost_row, read_run
 
 VARIANTS = (
     "fedavg=strategy.name=fedavg",
@@ -33,24 +33,12 @@ VARIANTS = (
 )
 
 
-def run(output: Path, preset: str, clients: int, overrides: str) -> dict:
-    """Run a simulation unless its summary exists; return the summary."""
-    path = output / "summary.json"
-    if not path.exists():
-        config = f'preset="{preset}" overrides="{overrides}" output-dir="{output}"'
-        federation = f"num-supernodes={clients} client-resources-num-cpus=1"
-        command = ["flwr", "run", str(ROOT), "--stream"]
-        command += ["--run-config", config, "--federation-config", federation]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if not path.exists():
-            raise SystemExit(f"{output}: no summary\n{done.stdout}\n{done.stderr}")
-    return json.loads(path.read_text())
+def run(output: Path, preset: str, overrides: str) -> Run:
+    """Do a run unless it is finished; read it."""
+    if not is_finished(output):
+        words = [preset, *shlex.split(overrides), "--output", str(output)]
+        subprocess.run(["autoflip", "run", *words], stdout=sys.stderr, check=True)
+    return read_run(output)
 
 
 def main() -> None:
@@ -64,38 +52,32 @@ def main() -> None:
     parser.add_argument("--overrides", default="")
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"))
     arguments = parser.parse_intermixed_args()
-    common = arguments.overrides
+    common = f"strategy.min-nodes={arguments.clients} {arguments.overrides}"
     if arguments.data_dir:
-        common += f" data.dir={Path(arguments.data_dir).resolve()}"
+        common += f" data.dir={shlex.quote(str(Path(arguments.data_dir).resolve()))}"
     variants = dict(variant.split("=", 1) for variant in arguments.variants or VARIANTS)
     table = {}
     for name, override in variants.items():
-        found = [
+        folder = (arguments.output / arguments.preset).resolve()
+        runs = [
             run(
-                (arguments.output / arguments.preset / f"{name}-{seed}").resolve(),
+                folder / f"{name}-{seed}",
                 arguments.preset,
-                arguments.clients,
-                f"{common} {override} seed={seed}".strip(),
+                f"{common} {override} seed={seed}",
             )
             for seed in range(arguments.seeds)
         ]
-        accuracies = [summary["accuracy"] for summary in found]
-        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        totals = [
-            summary["bytes"]["total"] / summary["bytes"]["dense_equivalent"]
-            for summary in found
-        ]
+        row = cost_row(Arm(name, tuple(runs)), None)
+        accuracies = [f"{run.summary.accuracy:.4f}" for run in runs]
         table[name] = {
-            "accuracy": statistics.mean(accuracies),
-            "standard_error": spread / len(accuracies) ** 0.5,
-            "accuracies": ", ".join(f"{accuracy:.4f}" for accuracy in accuracies),
-            "density": found[0]["density"],
-            "flops_of_dense": statistics.mean(
-                s["flops"]["pruned"] / s["flops"]["dense"] for s in found
-            ),
-            "bytes_of_dense": statistics.mean(totals),
-            "megabytes": statistics.mean(s["bytes"]["total"] / 1e6 for s in found),
-            "seconds": statistics.mean(s["seconds"]["total"] for s in found),
+            "accuracy": row.accuracy.mean,
+            "standard_error": row.accuracy.error,
+            "accuracies": ", ".join(accuracies),
+            "density": row.density,
+            "flops_of_dense": row.flops / row.flops_dense,
+            "bytes_of_dense": row.bytes_total.mean / row.bytes_dense,
+            "megabytes": row.bytes_total.mean / 1e6,
+            "seconds": row.seconds.mean,
         }
     report(table)
 

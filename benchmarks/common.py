@@ -1,4 +1,4 @@
-"""Shared by the benchmark scripts: a model's arrays, a mask, paired timings."""
+"""Shared by the benchmark scripts: models, masks, training steps, paired timings."""
 
 import json
 import statistics
@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
 
 from autoflip_flwr.app import models, training
 from autoflip_flwr.method import mask
 from autoflip_flwr.types import Array
 from autoflip_flwr.units.enforce import trainable_names
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESNET50 = {"name": "resnet50", "num_classes": 100, "input_shape": (3, 32, 32)}
 
 
@@ -34,6 +38,38 @@ def random_mask(
         if name in names
     }
     return mask.from_scores(scores, threshold=1 - density)
+
+
+class Trainer:
+    """A model that takes steps on one batch of ten classes."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], batch: int) -> None:
+        self.model = model.to(DEVICE)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
+        self.x = torch.randn(batch, *shape, device=DEVICE)
+        self.y = torch.randint(10, (batch,), device=DEVICE)
+
+    def step(self, times: int = 1) -> None:
+        """Take training steps."""
+        self.model.train()
+        for _ in range(times):
+            self.optimizer.zero_grad()
+            functional.cross_entropy(self.model(self.x), self.y).backward()
+            self.optimizer.step()
+        wait()
+
+    def infer(self) -> None:
+        """Evaluate the batch."""
+        self.model.eval()
+        with torch.inference_mode():
+            self.model(self.x)
+        wait()
+
+
+def wait() -> None:
+    """Wait for a GPU to have done its work."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def paired(

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import paired, report
+from common import DEVICE, Trainer, paired, report, wait
 from networks import Transformer
 from torch import nn
-from torch.nn import functional
 
 from autoflip_flwr import units
 from autoflip_flwr.app import costs, models
@@ -44,41 +43,10 @@ ON_GPU: dict[str, tuple[tuple[int, int, int], int]] = {
     "transformer": ((1, 28, 28), 512),
 }
 SHARES = (0.5, 0.25, 0.8)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Trainer:
-    """A model that takes steps on one batch."""
-
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], batch: int) -> None:
-        self.model = model.to(DEVICE)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
-        self.x = torch.randn(batch, *shape, device=DEVICE)
-        self.y = torch.randint(10, (batch,), device=DEVICE)
-
-    def step(self) -> None:
-        """Take one step."""
-        self.model.train()
-        self.optimizer.zero_grad()
-        functional.cross_entropy(self.model(self.x), self.y).backward()
-        self.optimizer.step()
-        _wait()
-
-    def infer(self) -> None:
-        """Evaluate the batch."""
-        self.model.eval()
-        with torch.inference_mode():
-            self.model(self.x)
-        _wait()
 
 
 def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def build(name: str) -> tuple[nn.Module, tuple[int, ...], int]:
@@ -128,7 +96,7 @@ def measure(name: str, share: float, multiple: int, pairs: int) -> dict[str, Any
 
     def there_and_back() -> None:
         units.expand(units.compact(model, masks, example), model)
-        _wait()
+        wait()
 
     step = paired(dense.step, compact.step, pairs=pairs)
     inference = paired(dense.infer, compact.infer, pairs=pairs)

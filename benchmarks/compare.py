@@ -46,7 +46,7 @@ def main() -> None:
         for number, run in enumerate([planned["bare"][0], *planned["bare"]]):
             run.partial.mkdir(parents=True, exist_ok=True)
             config = {
-                "preset": run.preset,
+                "preset": run.settings.preset,
                 "overrides": run.overrides,
                 "output-dir": str(run.partial / str(number)),
             }

@@ -21,7 +21,6 @@ import torch
 from common import RESNET50, arrays_of, paired, report
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 from autoflip_flwr import units
 from autoflip_flwr.app import models
@@ -29,13 +28,14 @@ from autoflip_flwr.pruners import AutoFlipPruner, Problem
 from autoflip_flwr.pruners.store import Answer, Answers
 from autoflip_flwr.settings import PruningSettings
 from autoflip_flwr.wire import codec
+from autoflip_flwr.wire.flower import become_task
 
 SAMPLED = 5
 
 
 def replies(arrays: dict[str, np.ndarray]) -> list[Message]:
     """Return dense replies as FedAvg aggregates them."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    become_task()
     messages = []
     for node_id in range(SAMPLED):
         content = RecordDict(

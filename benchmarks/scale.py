@@ -49,19 +49,19 @@ def grid_of(clients: int) -> Any:
     import numpy as np
     from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
     from flwr.serverapp import Grid
-    from flwr.supercore.task_identity import TaskIdentity
 
     from autoflip_flwr.wire import codec
     from autoflip_flwr.wire import records as wire
+    from autoflip_flwr.wire.flower import become_task, set_message_id
 
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    become_task()
 
     class Answering(Grid):
         """Keeps messages until they are pulled, and answers them then."""
 
         def __init__(self) -> None:
             self._asked: dict[str, Message] = {}
-            self._guidance: tuple[bytes, bytes] | None = None
+            self._guidance: tuple[bytes, bytes, bytes] | None = None
 
         def get_node_ids(self) -> list[int]:
             return list(range(100, 100 + clients))
@@ -69,7 +69,7 @@ def grid_of(clients: int) -> Any:
         def push_messages(self, messages: Iterable[Message]) -> list[str]:
             batch = list(messages)
             for message in batch:
-                message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+                set_message_id(message, str(uuid.uuid4()))
                 self._asked[message.metadata.message_id] = message
             return [message.metadata.message_id for message in batch]
 
@@ -90,21 +90,26 @@ def grid_of(clients: int) -> Any:
             metrics = MetricRecord({"num-examples": 60, "train-loss": 1.0})
             if wire.phase_of(config) == "explore":
                 metrics[wire.EPOCHS] = 1
-                arrays = wire.guidance_record(self._frame(config, node_id), None)
+                arrays = wire.guidance_record(*self._frames(config, node_id))
             return RecordDict({"arrays": ArrayRecord(dict(arrays)), "metrics": metrics})
 
-        def _frame(self, config: ConfigRecord, node_id: int) -> bytes:
-            """Return guidance unique to the node: the same codes, rotated."""
+        def _frames(
+            self, config: ConfigRecord, node_id: int
+        ) -> tuple[bytes, bytes | None]:
+            """Return the node's own guidance, the same codes rotated, and signs."""
+            asked = wire.Exploration.of(config)
             if self._guidance is None:
-                shapes = wire.Exploration.of(config).manifest.shapes
+                shapes = asked.manifest.shapes
                 rng = np.random.default_rng(0)
                 drawn = {n: rng.random(s, np.float32) ** 4 for n, s in shapes.items()}
                 frame = codec.quantize(drawn)
                 head = codec.HEADER_BYTES * len(shapes)
-                self._guidance = frame[:head], frame[head:]
-            levels, codes = self._guidance
+                rises = {n: rng.random(s) < 0.5 for n, s in shapes.items()}
+                self._guidance = frame[:head], frame[head:], codec.pack_mask(rises)
+            levels, codes, signs = self._guidance
             start = 37 * node_id
-            return levels + codes[start:] + codes[:start]
+            frame = levels + codes[start:] + codes[:start]
+            return frame, signs if asked.measure == "update" else None
 
         def send_and_receive(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -247,10 +252,8 @@ def overrides(arguments: argparse.Namespace, clients: int) -> str:
         f"rounds={arguments.rounds} strategy.min-nodes={clients} "
         f"strategy.fraction-train={arguments.sampled / clients} "
         f"data.max-samples={60 * clients} training.epochs=1 exploration.fraction=1.0 "
-        # So that every round has its own mask, and guidance is all that comes.
-        "pruning.population-weight=0.8 pruning.score=guidance pruning.gradual-rounds=0 "
-        "exploration.warm-start=false "
-        f"{arguments.overrides}"
+        # The default masks; the density falls in all rounds, so each makes one.
+        f"pruning.gradual-rounds={arguments.rounds} {arguments.overrides}"
     ).strip()
 
 

@@ -10,8 +10,8 @@ import statistics
 import time
 
 import torch
-from common import report
-from compact import Trainer, keep_at
+from common import Trainer, report
+from compact import keep_at
 
 from autoflip_flwr import units
 from autoflip_flwr.app import costs, models

@@ -9,11 +9,10 @@ size. `setup` is the cost of `masked` once per round, in steps.
 """
 
 import time
+from functools import partial
 
 import torch
-from common import paired, random_mask, report
-from torch import nn
-from torch.nn import functional
+from common import Trainer, paired, random_mask, report
 
 from autoflip_flwr.app import models, training
 from autoflip_flwr.units.enforce import enforce, trainable_names
@@ -28,27 +27,13 @@ BATCHES = (32, 128)
 STEPS = 5  # timed together
 
 
-class Trainer:
-    """A model that takes steps on one batch."""
-
-    def __init__(self, name: str, batch: int) -> None:
-        settings = MODELS[name]
-        self.model: nn.Module = models.build(name, **settings, seed=0).train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
-        self.x = torch.randn(batch, *settings["input_shape"])
-        self.y = torch.randint(settings["num_classes"], (batch,))
-
-    def steps(self) -> None:
-        """Take the steps that are timed."""
-        for _ in range(STEPS):
-            self.optimizer.zero_grad()
-            functional.cross_entropy(self.model(self.x), self.y).backward()
-            self.optimizer.step()
-
-
 def measure(name: str, batch: int) -> dict[str, float]:
     """Return the paired timing of one model."""
-    dense, pruned = Trainer(name, batch), Trainer(name, batch)
+    shape = MODELS[name]["input_shape"]
+    dense, pruned = (
+        Trainer(models.build(name, **MODELS[name], seed=0), shape, batch)
+        for _ in range(2)
+    )
     arrays = training.state_arrays(pruned.model)
     masks = random_mask(arrays, set(trainable_names(pruned.model)), 0.2)
     start = time.perf_counter()
@@ -56,9 +41,9 @@ def measure(name: str, batch: int) -> dict[str, float]:
         pass
     setup = time.perf_counter() - start
     with enforce(pruned.model, masks):
-        result = paired(pruned.steps, dense.steps, pairs=15)
-    steps = setup * 1e3 / (result["baseline_ms"] / STEPS)
-    return {**result, "setup": steps}
+        steps = partial(pruned.step, STEPS), partial(dense.step, STEPS)
+        result = paired(*steps, pairs=15)
+    return {**result, "setup": setup * 1e3 / (result["baseline_ms"] / STEPS)}
 
 
 def main() -> None:

@@ -202,6 +202,19 @@ def test_a_share_of_the_training_labels_is_drawn_anew():
     assert 0.25 < np.mean(noisy.y != clean.y) <= 0.4
 
 
+def test_nodes_draw_wrong_labels_apart(tmp_path):
+    write_node_data(tmp_path / "same.npz", 50, label=3)
+    noisy = load("quickstart", "data.label-noise=1")
+    one, other, again = (
+        experiment.node_samples(
+            noisy, {"data-path": str(tmp_path / "same.npz"), "client-id": name}
+        )[0].y
+        for name in ("ward 1", "ward 2", "ward 1")
+    )
+    assert 0 < np.mean(one == other) < 0.5
+    np.testing.assert_array_equal(one, again)
+
+
 @pytest.mark.parametrize(
     ("weighted", "weights"), [("true", [40, 24]), ("false", [1, 1])]
 )

@@ -106,6 +106,7 @@ def test_a_run_gets_its_nodes_its_folder_and_settings_that_mean_the_same_anywher
     monkeypatch.setattr(launch, "_flwr_run", start)
     monkeypatch.chdir(tmp_path)
     words = ["data.dir='my: #data'", "strategy.min-nodes=7", "rounds=3"]
+    words += ["strategy.names=names.json"]
     assert main(["run", "mnist", *words, "--output", "runs"]) == 0
     assert given["num-supernodes"] == 7
     assert given["output-dir"] == str(tmp_path / "runs")
@@ -113,6 +114,7 @@ def test_a_run_gets_its_nodes_its_folder_and_settings_that_mean_the_same_anywher
     chosen = settings.load(given["preset"], given["overrides"])
     assert chosen.rounds == 3
     assert chosen.data.dir == str(digits)
+    assert chosen.strategy.names == str(tmp_path / "names.json")
 
 
 #: Stands in for `flwr`: `run` prints rounds until `stop` has been called.

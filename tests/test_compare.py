@@ -99,6 +99,11 @@ def test_a_list_may_be_varied():
     assert found == {"model.channels": ["[4,8]", "[8,16]"], "seedless": ["1"]}
 
 
+def test_a_key_may_be_varied_in_two_words():
+    found = compare.parse_vary(["rounds=2,3", "seedless=1", "rounds=4"])
+    assert found == {"rounds": ["2", "3", "4"], "seedless": ["1"]}
+
+
 @pytest.mark.parametrize("word", ["rounds", "=3", "rounds=", "rounds=,"])
 def test_a_mistaken_variation_is_refused(word):
     with pytest.raises(SettingsError, match=r"--vary: expected key=value,value"):

@@ -174,7 +174,7 @@ def test_a_dense_run_is_exported_whole(tmp_path):
 
 
 def test_without_onnx_there_is_no_onnx_file(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_has_onnx", lambda: False)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
     assert export.export_run(run, tmp_path).onnx is None
     assert not (tmp_path / "model.onnx").exists()
 

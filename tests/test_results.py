@@ -1,6 +1,7 @@
 """Runs read back: arms over seeds, targets, and costs worked out by hand."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -9,14 +10,13 @@ from autoflip_flwr import settings
 from autoflip_flwr.compare.results import (
     Arm,
     arms,
-    bytes_to,
+    as_override,
     cost_row,
     default_target,
     experiments,
     find_runs,
     mean_and_error,
     read_run,
-    rounds_to,
 )
 from autoflip_flwr.errors import DataError, SettingsError
 
@@ -134,13 +134,14 @@ def test_without_a_count_of_kept_parameters_the_density_tells_it(tmp_path):
 def test_rounds_and_bytes_to_a_target_by_hand(tmp_path):
     result = run(tmp_path / "a", accuracy=(0.25, 0.75, 0.5))
     # Round 1: 100 + 25 explored, 10 + 10 + 2 trained and evaluated; then 22 a round.
-    assert result.bytes_sent().tolist() == [147, 169, 191]
-    assert rounds_to(result, 0.2) == 1
-    assert bytes_to(result, 0.2) == 147
-    assert rounds_to(result, 0.75) == 2, "a target that is met exactly is reached"
-    assert bytes_to(result, 0.75) == 169
-    assert rounds_to(result, 0.76) is None
-    assert bytes_to(result, 0.76) is None
+    assert result.series("bytes").tolist() == [147, 169, 191]
+    for target, rounds, sent in (
+        (0.2, (1, None), (147, None)),
+        (0.75, (2, None), (169, None)),  # met exactly, it is reached
+        (0.76, None, None),
+    ):
+        row = cost_row(Arm("a", (result,)), target)
+        assert (row.rounds_to_target, row.bytes_to_target) == (rounds, sent)
 
 
 def test_the_standard_error_by_hand():
@@ -158,7 +159,7 @@ def test_costs_by_hand(tmp_path):
     )
     row = cost_row(Arm("autoflip", runs), 0.5)
     assert (row.name, row.seeds, row.reached) == ("autoflip", 2, 2)
-    assert row.compression == pytest.approx(5)
+    assert row.density == pytest.approx(0.2)
     assert row.rounds_to_target == pytest.approx((3, 1))  # 2 and 4
     assert row.communication == pytest.approx(200 * 3 * 10 * 0.5)
     # One exploration epoch of all; 2 local epochs, every other of 3 rounds.
@@ -239,6 +240,14 @@ def test_lists_and_nothing_are_named_as_overrides_write_them(tmp_path):
         "autoflip model.channels=[4,8]",
         "autoflip model.channels=null",
     ]
+
+
+@pytest.mark.parametrize("name", ["my: data", "a #1", "12", "true", "*bias", ""])
+def test_a_text_is_written_so_that_an_override_reads_it(name):
+    told = as_override(name)
+    words = shlex.join([f"data.dir={told}"])
+    assert settings.load("smoke", words).data.dir == name
+    assert (told == name) == (name in ("*bias", ""))
 
 
 def test_settings_that_fedavg_does_not_read_make_no_arm_of_it(tmp_path):

@@ -13,7 +13,7 @@ from inprocess import ROOT, LocalGrid, load_script
 from safetensors.numpy import load_file
 
 from autoflip_flwr.app import build as experiment
-from autoflip_flwr.app import training
+from autoflip_flwr.app import data, training
 from autoflip_flwr.app.runlog import log_summary
 from autoflip_flwr.compare import results
 from autoflip_flwr.errors import AutoFlipError, NodesError, ReplyError, SettingsError
@@ -259,7 +259,7 @@ def test_the_written_accuracy_is_the_written_models_on_held_out_data(finished):
     settings = load("quickstart", SMALL)
     model = experiment.build_model(settings)
     training.load_arrays(model, load_file(folder / "model.safetensors"))
-    test = experiment.held_out(settings)
+    test = data.held_out(settings.data, seed=settings.seed)
     assert len(test) == 50
     result = training.evaluate(model, test.x, test.y)
     summary = summary_of(folder)

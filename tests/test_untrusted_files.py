@@ -12,9 +12,7 @@ from inprocess import LocalGrid, toy_app
 from autoflip_flwr import settings
 from autoflip_flwr.app import build, client, data
 from autoflip_flwr.app.data import archive, images
-from autoflip_flwr.app.export import _masks
-from autoflip_flwr.compare.report.charts import _kept
-from autoflip_flwr.compare.results import Arm, Run
+from autoflip_flwr.app.folder import masks_of
 from autoflip_flwr.errors import DataError, SettingsError
 
 
@@ -28,10 +26,6 @@ def bomb(path, keys=("x_train", "y_train"), size=20 << 20):
     zeros = np.zeros(size, np.uint8)
     np.savez_compressed(path, **dict.fromkeys(keys, zeros))
     return path
-
-
-def arm_of(path):
-    return Arm("autoflip", (Run(path.parent, settings.load("smoke"), (), None),))
 
 
 def peak_of(action, error, match):
@@ -55,9 +49,8 @@ def test_an_npz_bomb_is_refused_before_it_fills_the_memory(small, tmp_path):
 
 
 def test_a_bomb_in_place_of_a_runs_mask_is_refused(small, tmp_path):
-    path = bomb(tmp_path / "mask.npz", keys=("0.weight",))
-    assert peak_of(lambda: _kept(arm_of(path)), DataError, INFLATES) < 2e6
-    assert peak_of(lambda: _masks(path), SettingsError, INFLATES) < 2e6
+    bomb(tmp_path / "mask.npz", keys=("0.weight",))
+    assert peak_of(lambda: masks_of(tmp_path), DataError, INFLATES) < 2e6
 
 
 def test_an_archive_that_lies_about_its_sizes_is_refused(small, tmp_path):
@@ -68,7 +61,7 @@ def test_an_archive_that_lies_about_its_sizes_is_refused(small, tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
         file.writestr("0.weight.npy", npy)
-    peak_of(lambda: _kept(arm_of(path)), DataError, r"expected the masks")
+    peak_of(lambda: masks_of(tmp_path), DataError, r"expected the masks")
 
 
 def test_a_gzip_bomb_is_refused(small, tmp_path):

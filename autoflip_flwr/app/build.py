@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.app import data, models
-from autoflip_flwr.app.data import Federated, Samples
+from autoflip_flwr.app.data import Samples
 from autoflip_flwr.errors import DataError, NodesError
 from autoflip_flwr.method.privacy import GuidancePrivacy
 from autoflip_flwr.settings import Settings, TrainingSettings, load
@@ -47,17 +47,6 @@ def example_inputs(settings: Settings) -> torch.Tensor:
     return torch.zeros(1, *spec.input_shape, dtype=kind)
 
 
-def federated(settings: Settings, num_partitions: int) -> Federated:
-    """Load the data, divided among the clients."""
-    chosen = settings.data.model_dump(exclude={"holdout", "label_noise"})
-    return data.load(**chosen, num_partitions=num_partitions, seed=settings.seed)
-
-
-def held_out(settings: Settings) -> Samples:
-    """Load the data that the global model is evaluated on, and never trained on."""
-    return data.held_out(settings.data, seed=settings.seed)
-
-
 def node_samples(
     settings: Settings, node_config: Mapping[str, Any]
 ) -> tuple[Samples, Samples]:
@@ -65,16 +54,12 @@ def node_samples(
 
     A node has data of its own (``data-path``), or one part of common data
     (``partition-id``, ``num-partitions``).
-
-    Raises
-    ------
-    DataError
-        If the node says neither.
     """
     if "data-path" in node_config:
         samples = data.load_node(settings.data.name, str(node_config["data-path"]))
     elif "partition-id" in node_config and "num-partitions" in node_config:
-        parts = federated(settings, int(node_config["num-partitions"]))
+        count = int(node_config["num-partitions"])
+        parts = data.divided(settings.data, count, seed=settings.seed)
         samples = parts.partition(int(node_config["partition-id"]))
     else:
         raise DataError(
@@ -86,14 +71,16 @@ def node_samples(
     order = np.random.default_rng(settings.seed).permutation(len(samples))
     apart, rest = order[:count], order[count:]
     return (
-        Samples(x=samples.x[rest], y=_noisy(samples.y[rest], settings)),
+        Samples(x=samples.x[rest], y=_noisy(samples.y[rest], settings, node_config)),
         Samples(x=samples.x[apart], y=samples.y[apart]),
     )
 
 
-def _noisy(labels: NDArray[np.int64], settings: Settings) -> NDArray[np.int64]:
-    """Replace a share of the labels by classes that are drawn evenly."""
-    rng = np.random.default_rng([settings.seed, _NOISE])
+def _noisy(
+    labels: NDArray[np.int64], settings: Settings, node_config: Mapping[str, Any]
+) -> NDArray[np.int64]:
+    """Replace a share of the labels by classes that are drawn evenly, node by node."""
+    rng = np.random.default_rng([settings.seed, _NOISE, *_words_of(node_config)])
     count = round(settings.data.label_noise * len(labels))
     noisy = labels.copy()
     classes = data.spec(settings.data.name).num_classes
@@ -102,11 +89,7 @@ def _noisy(labels: NDArray[np.int64], settings: Settings) -> NDArray[np.int64]:
 
 
 def client_id(node_config: Mapping[str, Any]) -> int | str:
-    """Return who a node says it is, so that it is known again when it comes back.
-
-    The ``client-id`` of its config, or the number of the partition it holds; -1 where
-    it has neither.
-    """
+    """Return who a node is when it comes back; -1 where its config does not say."""
     if "client-id" in node_config:
         return str(node_config["client-id"])
     return int(node_config.get("partition-id", -1))
@@ -121,13 +104,7 @@ def guidance_privacy(settings: Settings) -> GuidancePrivacy | None:
 
 
 def check_nodes(settings: Settings, connected: int) -> None:
-    """Refuse to wait for nodes that do not come.
-
-    Raises
-    ------
-    NodesError
-        If fewer are connected than `strategy.min_nodes`.
-    """
+    """Refuse to wait for nodes that do not come."""
     needed = settings.strategy.min_nodes
     if connected < needed:
         raise NodesError(
@@ -144,16 +121,18 @@ def call_seed(
     settings: Settings, config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> int:
     """Return the seed of one call: by run, round, exploration epoch and node."""
-    words = [
-        settings.seed,
-        int(config.get("server-round", 0)),
-        int(config.get(EPOCH, -1)) + 1,
-        int(node_config.get("partition-id", 0)),
-    ]
+    place = int(config.get("server-round", 0)), int(config.get(EPOCH, -1)) + 1
+    words = [settings.seed, *place, *_words_of(node_config)]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _words_of(node_config: Mapping[str, Any]) -> list[int]:
+    """Return what a node's randomness follows from."""
+    words = [int(node_config.get("partition-id", 0))]
     if "data-path" in node_config:  # which may be the same in all containers
         name = node_config.get("client-id", node_config["data-path"])
         words.append(zlib.crc32(str(name).encode()))
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
+    return words
 
 
 def training_of_round(
@@ -170,8 +149,3 @@ def metrics_of(settings: Settings, samples: int, **values: float) -> MetricRecor
     """Return the metrics of a reply, with what the strategy weights it by."""
     equal = {} if settings.strategy.weighted else {EQUAL_WEIGHT: 1.0}
     return MetricRecord({"num-examples": samples, **equal, **values})
-
-
-def proximal_mu(config: Mapping[str, Any]) -> float:
-    """Return what FedProx put into the message's config; 0 without it."""
-    return float(config.get("proximal-mu", 0.0))

@@ -1,12 +1,8 @@
 """Our ClientApp: train, explore, evaluate, identify the node."""
 
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Message,
-    RecordDict,
-)
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -38,6 +34,7 @@ def train(message: Message, context: Context) -> Message:
     samples, _ = build.node_samples(settings, context.node_config)
     model = _global_model(settings, message)
     _, config = records.only_config(message.content)
+    mu: Any = config.get("proximal-mu", 0.0)  # of FedProx
     with masked(model, message, build.example_inputs(settings)) as net:
         loss = training.train(
             net,
@@ -46,7 +43,7 @@ def train(message: Message, context: Context) -> Message:
             build.training_of_round(settings, config),
             epochs=1 if exploring(message) else settings.training.epochs,
             seed=build.call_seed(settings, config, context.node_config),
-            proximal_mu=build.proximal_mu(config),
+            proximal_mu=float(mu),
         )
     metrics = build.metrics_of(settings, len(samples), **{"train-loss": loss})
     content = RecordDict(

@@ -38,6 +38,9 @@ with needs_extra("app", "counting operations"), warnings.catch_warnings():
 #: thop's description of a module: operations, parameters, children by name.
 _Info: TypeAlias = tuple[float, float, Mapping[str, Any]]
 
+#: Timed steps, after one that is not.
+_STEPS = 3
+
 #: thop's rule for normalization, for the layers that stand in for it.
 _RULES = dict.fromkeys(
     (PartialLayerNorm, PartialGroupNorm), thop.vision.basic_hooks.count_normalization
@@ -52,14 +55,9 @@ def parameters(model: nn.Module) -> int:
 def flops(model: nn.Module, example: torch.Tensor) -> int:
     """Count the multiply-accumulates of one forward pass of one sample, with thop.
 
-    Zeros in the weights do not lower the count: only a smaller model costs less.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is: a copy is counted, in evaluation mode.
-    example : torch.Tensor
-        A batch, with the batch dimension first; only its first sample is used.
+    A copy of the model is counted, in evaluation mode, with the first sample of the
+    batch `example`. Zeros in the weights do not lower the count: only a smaller model
+    costs less.
     """
     (operations, _, _), elsewhere = _profile(model, example)
     return int(operations) + sum(elsewhere.values())
@@ -72,20 +70,7 @@ def theoretical_flops(model: nn.Module, example: torch.Tensor, masks: Masks) -> 
     is `flops` of it. Each layer's count is multiplied with the density of its weights
     (of all matrices of an LSTM together) and rounded; masks of biases change nothing,
     as thop does not count the additions of a bias apart. Attention's products of
-    activations stay.
-
-    Parameters
-    ----------
-    model, example
-        As in `flops`.
-    masks : mapping of str to bool array
-        Parameter name -> True = keep; without a mask all is kept. All True, or empty:
-        the same as `flops`.
-
-    Raises
-    ------
-    MaskError
-        If a mask does not fit the model.
+    activations stay. Parameters without a mask are kept.
     """
     # By id: a shared parameter has one mask and several places in the model.
     kept = {
@@ -109,22 +94,10 @@ def theoretical_flops(model: nn.Module, example: torch.Tensor, masks: Masks) -> 
 
 
 class Operations:
-    """What one sample costs clients, as the masks of the rounds come and go.
-
-    Parameters
-    ----------
-    model : nn.Module
-    example : torch.Tensor
-        One sample.
-
-    Attributes
-    ----------
-    dense : int
-        Multiply-accumulates of a forward pass through the whole model, see `flops`.
-    """
+    """What one sample costs clients, as the masks of the rounds come and go."""
 
     def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
-        self.dense = flops(model, example)
+        self.dense = flops(model, example)  # of a forward pass, the whole model
         self._model, self._example = model, example
         self._masks: Masks = {}
         self._left = 1.0
@@ -200,26 +173,11 @@ def footprint(
     y: torch.Tensor,
     settings: TrainingSettings,
     masks: Masks | None = None,
-    *,
-    steps: int = 3,
 ) -> Footprint:
-    """Train and evaluate a copy of a model for a few batches, and measure it.
+    """Train and evaluate a copy of a model on a batch for a few steps, and measure it.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is.
-    x, y : tensors of shape (N, ...) and (N,)
-        One batch.
-    settings : TrainingSettings
-        Says the optimizer and the device.
-    masks : mapping of name -> bool array, optional
-        Kept at zero after every step, as clients do.
-    steps : int
-        Timed steps, after one that is not.
+    The masks are kept in every step, as clients do.
 
-    Notes
-    -----
     On a GPU `peak_bytes` is the allocator's peak. On the CPU it is the sum of
     parameters, buffers, gradients, the optimizer's state, the masks in the parameters'
     size, and what the forward pass keeps for the backward pass, without the workspaces
@@ -258,11 +216,11 @@ def footprint(
                 if isinstance(value, torch.Tensor)
             ]
             peak = held + sum(saved.values()) + _size([*gradients, *masked, *state])
-        step_seconds = _median_seconds(step, steps, device)
+        step_seconds = _median_seconds(step, device)
     net.eval()
     with torch.inference_mode():
         net(x)
-        inference_seconds = _median_seconds(lambda: net(x), steps, device)
+        inference_seconds = _median_seconds(lambda: net(x), device)
     return Footprint(
         parameters=parameters(net),
         bytes=held,
@@ -276,11 +234,9 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _median_seconds(
-    function: Callable[[], object], times: int, device: torch.device
-) -> float:
+def _median_seconds(function: Callable[[], object], device: torch.device) -> float:
     seconds = []
-    for _ in range(times):
+    for _ in range(_STEPS):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
@@ -300,18 +256,9 @@ def summary(
 
     ``flops`` of ``dense``, the whole model, and ``pruned``, the network that clients
     really train, smaller by the empty units of the mask; ``unstructured_in_theory`` is
-    `theoretical_flops`. ``networks`` are the `Footprint` of both; the pruned
-    ``peak_bytes`` include the whole model's parameters, which a client that trains a
-    smaller network holds beside it.
-
-    Parameters
-    ----------
-    model : nn.Module
-    x, y : arrays of shape (N, ...) and (N,)
-        Samples; as many as a batch are used.
-    masks : mapping of name -> bool array
-        Empty: nothing is pruned.
-    settings : TrainingSettings
+    `theoretical_flops`. ``networks`` are the `Footprint` of both, on a batch of the
+    samples; the pruned ``peak_bytes`` include the whole model's parameters, which a
+    client that trains a smaller network holds beside it.
     """
     model = copy.deepcopy(model).cpu()
     inputs = torch.from_numpy(x[: settings.batch_size])

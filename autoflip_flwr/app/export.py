@@ -1,18 +1,16 @@
 """Write a run's final model compact, for use without this package."""
 
 import copy
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -20,8 +18,8 @@ from torch import nn
 
 from autoflip_flwr import settings, units
 from autoflip_flwr.app import build, training
-from autoflip_flwr.app.data.archive import read_npz
-from autoflip_flwr.errors import DataError, ModelError, SettingsError
+from autoflip_flwr.app.folder import masks_of
+from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
 
@@ -42,22 +40,7 @@ class Exported:
 
 
 def export_run(run: Path, output: Path | None = None) -> Exported:
-    """Export the final model of a run's folder.
-
-    Parameters
-    ----------
-    run : Path
-        A run's ``output-dir``.
-    output : Path, optional
-        Folder for the files; ``run/export`` by default.
-
-    Raises
-    ------
-    SettingsError
-        If the folder is not that of a finished run.
-    ModelError
-        If the model cannot be exported, or answers otherwise than the masked one.
-    """
+    """Export the final model of a run's folder, by default to ``export`` in it."""
     chosen = settings.read(run / "settings.yaml")
     path = run / "model.safetensors"
     try:
@@ -66,7 +49,7 @@ def export_run(run: Path, output: Path | None = None) -> Exported:
         raise SettingsError(
             f"expected the folder of a finished run, with {path.name} in it: {error}"
         ) from error
-    masks = _masks(run / "mask.npz")
+    masks = masks_of(run)
     model = build.build_model(chosen)
     training.load_arrays(model, arrays)
     example = build.example_inputs(chosen)
@@ -80,38 +63,36 @@ def export_model(
 ) -> Exported:
     """Export a masked model as compact weights and programs.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Its masked entries are taken as zero.
-    masks : mapping of name -> bool array
-        Empty: the model is exported whole.
-    example : torch.Tensor
-        One sample; the programs take any number of samples.
-    output : Path
-        Folder for ``model.safetensors`` (the small tensors, and ``NAME.kept.DIM`` with
-        the kept indices of tensors that are smaller), ``model.pt2`` (`torch.export`)
-        and ``model.onnx``.
+    Masked entries are taken as zero. To `output` go ``model.safetensors`` (the small
+    tensors, and ``NAME.kept.DIM`` with the kept indices of tensors that are smaller),
+    ``model.pt2`` (`torch.export`) and ``model.onnx``. The `example` is one sample; the
+    programs take any number. One that answers otherwise than the masked model is an
+    error.
     """
     model = copy.deepcopy(model).cpu().eval()
+    small = model
     with enforce.enforce(model, masks):
-        small = _smaller(model, masks, example)
+        if units.loses_units(masks):
+            try:
+                small = units.compact(model, masks, example).eval()
+            except ModelError as error:
+                _log.warning("the model is exported whole: %s", error)
     inputs = torch.cat([example, example])
     with torch.no_grad():
         expected = model(inputs)
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("model.safetensors", "model.pt2", "model.onnx"):
-        (output / name).unlink(missing_ok=True)  # of an export before
-    weights = output / "model.safetensors"
+    kinds = ("safetensors", "pt2", "onnx")
+    weights, pt2, onnx = (output / f"model.{kind}" for kind in kinds)
+    for path in (weights, pt2, onnx):
+        path.unlink(missing_ok=True)  # of an export before
     save_file(_tensors(small), weights, {"format": "pt"})
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     with _exporting("torch.export", small, "model.safetensors has its weights"):
         program = torch.export.export(small, (inputs,), dynamic_shapes=shapes)
-    torch.export.save(program, output / "model.pt2")
-    loaded = torch.export.load(output / "model.pt2").module()
+    torch.export.save(program, pt2)
+    loaded = torch.export.load(pt2).module()
     _compare("model.pt2", loaded(inputs), expected)
-    onnx = output / "model.onnx" if _has_onnx() else None
-    if onnx is not None:
+    if all(map(find_spec, ("onnx", "onnxscript"))):
         left = "model.pt2 and model.safetensors are there"
         with _exporting("torch.onnx", small, left):
             torch.onnx.export(
@@ -127,22 +108,11 @@ def export_model(
             )
     return Exported(
         weights=weights,
-        program=output / "model.pt2",
-        onnx=onnx,
+        program=pt2,
+        onnx=onnx if onnx.exists() else None,
         parameters=sum(p.numel() for p in small.parameters()),
         dense_parameters=sum(p.numel() for p in model.parameters()),
     )
-
-
-def _smaller(model: nn.Module, masks: Masks, example: torch.Tensor) -> nn.Module:
-    """Return the compact model, or the whole one where nothing can be taken out."""
-    if not units.loses_units(masks):
-        return model
-    try:
-        return units.compact(model, masks, example).eval()
-    except ModelError as error:
-        _log.warning("the model is exported whole: %s", error)
-        return model
 
 
 @contextmanager
@@ -157,10 +127,6 @@ def _exporting(exporter: str, model: nn.Module, left: str) -> Iterator[None]:
         raise ModelError(
             f"{exporter} cannot export {type(model).__name__}: {reason}; {left}"
         ) from error
-
-
-def _has_onnx() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
 
 
 def _tensors(small: nn.Module) -> dict[str, torch.Tensor]:
@@ -185,12 +151,3 @@ def _compare(what: str, got: Any, expected: Any) -> None:
                 f"difference of at most {_TOLERANCE} of the largest output, "
                 f"got {worst:.2g}"
             )
-
-
-def _masks(path: Path) -> dict[str, NDArray[np.bool_]]:
-    if not path.exists():  # a dense strategy has none
-        return {}
-    try:
-        return read_npz(path)
-    except DataError as error:
-        raise SettingsError(f"{path} is no mask of a run: {error}") from error

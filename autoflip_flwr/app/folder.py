@@ -1,9 +1,13 @@
-"""A run's folder: its name, and whether a run may use it."""
+"""A run's folder: its name, whether a run may use it, and the masks in it."""
 
 from datetime import datetime
 from pathlib import Path
 
-from autoflip_flwr.errors import SettingsError
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.app.data.archive import read_npz
+from autoflip_flwr.errors import DataError, SettingsError
 from autoflip_flwr.settings import Settings
 
 
@@ -21,13 +25,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def check_usable(directory: Path, *, resume: bool) -> None:
-    """Refuse a folder whose contents a run would overwrite.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds a finished run, or an unfinished one and not `resume`.
-    """
+    """Refuse a folder that holds a finished run, and without `resume` any run."""
     if resume and is_finished(directory):
         raise SettingsError(
             f"the run in {directory} is finished; to run it again name a new folder"
@@ -37,3 +35,18 @@ def check_usable(directory: Path, *, resume: bool) -> None:
             f"output-dir {directory} holds another run; name a new folder, or go "
             "on with it: resume=true"
         )
+
+
+def masks_of(directory: Path) -> dict[str, NDArray[np.bool_]]:
+    """Return the last masks of a run by parameter; none if its strategy is dense."""
+    path = directory / "mask.npz"
+    if not path.exists():
+        return {}
+    try:
+        masks = read_npz(path)
+        return {name: keep.astype(np.bool_) for name, keep in masks.items()}
+    except ValueError as error:
+        raise DataError(
+            f"{path}: expected the masks of a run, got {error}; run it again, or "
+            "delete the file"
+        ) from error

@@ -37,41 +37,16 @@ class RunGrid(Grid):
     the round right before it hands out the list, and returns replies in the order of
     the messages.
 
-    Parameters
-    ----------
-    grid : Grid
-        Flower's.
-    seed : int
-        With the number of the round decides who is sampled.
-    dense_bytes : int
-        What the arrays of the dense model count.
-    names : Path, optional
-        A file that binds each client's name to the key of the node that gave it first,
-        for all runs that name it. Another node never gets the name, and takes no part.
-    meter : Path, optional
-        A file for what is counted, so that a run that goes on has not forgotten the
-        bytes of the round in which its server was killed.
-
-    Attributes
-    ----------
-    traffic : Traffic
-        Bytes that were really sent, and what FedAvg would have sent.
-    sent, dense : Counter of (phase, direction) -> int
-        Those of `traffic`.
-    samples : mapping of phase -> float
-        Samples that nodes say they have, times the epochs of an exploration.
-    explored : Counter of client -> int
-        How often a client has been asked to explore.
-    seconds : mapping of phase -> float
-        Wall time from sending to the last reply.
-    missing : list of int or str
-        Clients that were asked since `begin` and did not answer, or with an error.
-
-    Notes
-    -----
     Of two connected nodes that claim to be the same client the one that came first is
     it, until it is gone; also in a run that goes on. Without `names`, and without keys
     of the nodes, a name is not protected: whoever comes first has it.
+
+    The seed decides with the number of the round who is sampled. `dense_bytes` are
+    those of the dense model's arrays. The file `names` binds each client's name to the
+    key of the node that gave it first, for all runs that name the file: another node
+    never gets the name, and takes no part. What is counted is kept in the file `meter`,
+    so that a run that goes on has not forgotten the bytes of the round in which its
+    server was killed.
     """
 
     def __init__(
@@ -100,16 +75,19 @@ class RunGrid(Grid):
         self._last = 0.0
         self._needed = 0
         self._few = False
+        # What was really sent, and what FedAvg would have sent, by phase and direction.
         self.traffic = Traffic(dense_bytes)
         self.sent, self.dense = self.traffic.sent, self.traffic.dense
-        self.explored: Counter[str] = Counter()
+        self.explored: Counter[str] = Counter()  # how often clients were asked to
+        # By phase: samples that nodes say they have, times the epochs of an
+        # exploration; wall time from sending to the last reply.
         self.samples: defaultdict[str, float] = defaultdict(float)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._recall()
 
     @property
     def missing(self) -> list[int | str]:
-        """Clients that were asked in this round and did not answer."""
+        """Clients asked since `begin` that did not answer, or with an error."""
         silent = {client for client, _ in self._silent.union(self._waiting.values())}
         return sorted((self._names.get(c, c) for c in silent), key=str)
 
@@ -172,10 +150,8 @@ class RunGrid(Grid):
         few = len(online) < self._needed
         if few and not self._few:
             _log.warning(
-                "waiting for nodes: %d are connected, %d are needed "
-                "(strategy.min-nodes)",
-                len(online),
-                self._needed,
+                f"waiting for nodes: {len(online)} are connected, {self._needed} are "
+                "needed (strategy.min-nodes)"
             )
         self._few = few
         return online
@@ -194,11 +170,10 @@ class RunGrid(Grid):
             first = self._nodes.setdefault(client, node_id)
             if first != node_id and node_id not in self._doubles:
                 self._doubles.add(node_id)
+                name = self._names.get(client, client)
                 _log.warning(
-                    "node %d says that it is client %r, as node %d does; it waits",
-                    node_id,
-                    self._names.get(client, client),
-                    first,
+                    f"node {node_id} says that it is client {name!r}, as node {first} "
+                    "does; it waits"
                 )
         random.seed(f"{self._seed}/{self._stage}")
         named = self._names
@@ -263,15 +238,10 @@ class RunGrid(Grid):
 
     def _addressed(self, message: Message) -> Message:
         """Return a message to a client as one to the node that it is now."""
-        metadata = message.metadata
-        client = metadata.dst_node_id
-        return Message(
-            message.content,
-            self._nodes.get(client, client),
-            metadata.message_type,
-            ttl=metadata.ttl,
-            group_id=metadata.group_id,
-        )
+        meta = message.metadata
+        node_id = self._nodes.get(meta.dst_node_id, meta.dst_node_id)
+        kept: Any = {"ttl": meta.ttl, "group_id": meta.group_id}
+        return Message(message.content, node_id, meta.message_type, **kept)
 
     def _roll_call(self, node_ids: list[int]) -> None:
         """Ask nodes who they are."""
@@ -317,11 +287,9 @@ class RunGrid(Grid):
             if owners.setdefault(str(client), own)["key"] != keys[node_id]:
                 self._refused.add(node_id)
                 _log.warning(
-                    "node %d says that it is client %r, a name that belongs to another "
-                    "node's key in %s; it takes no part",
-                    node_id,
-                    name,
-                    self._register,
+                    f"node {node_id} says that it is client {name!r}, a name that "
+                    f"belongs to another node's key in {self._register}; it takes no "
+                    "part"
                 )
         write(self._register, json.dumps(owners, indent=2).encode())
 

@@ -15,7 +15,6 @@ from autoflip_flwr import settings as presets
 from autoflip_flwr.app import data
 from autoflip_flwr.app.folder import check_usable, is_finished, run_directory
 from autoflip_flwr.errors import needs_extra
-from autoflip_flwr.settings import Settings
 
 #: How Flower begins a line of its log.
 _PREFIX = "\x1b[92mINFO \x1b[0m:      "
@@ -30,38 +29,28 @@ def launch(
 ) -> int:
     """Check a run, start it with as many nodes as it asks for, and show its log.
 
-    Ctrl-C stops the run, not only the log.
-
-    Parameters
-    ----------
-    preset : str
-        A name in conf/.
-    words : sequence of str
-        Dotted ``key=value`` overrides.
-    output : str
-        The run's folder; empty: a new one in ``runs/``.
-    resume : bool
-        Go on with the run in that folder.
-
-    Returns
-    -------
-    int
-        0 if the run has finished, 130 if it was stopped, else the status of `flwr run`,
-        or 1.
-
-    Raises
-    ------
-    AutoFlipError
-        If a setting, the data or the folder would end the run with an error.
+    `words` are overrides, `output` is the run's folder (empty: a new one in ``runs/``).
+    Ctrl-C stops the run, not only the log. Returns 0 if the run has finished, 130 if it
+    was stopped, else the status of `flwr run`, or 1. A setting, data or a folder that
+    would end the run is an error before it begins.
     """
+    given = presets.load(preset, shlex.join(words)).flat()
+    for key in ("data.dir", "strategy.names"):
+        if given[key]:  # the SuperLink may have another working directory
+            path = str(Path(given[key]).expanduser().resolve())
+            words = [*words, f"{key}={json.dumps(path, ensure_ascii=False)}"]
     settings = presets.load(preset, shlex.join(words))
-    if settings.data.dir:  # the SuperLink may have another working directory
-        folder = str(Path(settings.data.dir).expanduser().resolve())
-        words = [*words, f"data.dir={json.dumps(folder, ensure_ascii=False)}"]
-        settings = presets.load(preset, shlex.join(words))
     directory = run_directory(output, settings)
     check_usable(directory, resume=resume)
-    _check(settings, own_model=any(word.startswith("model.") for word in words))
+    with needs_extra("app", "autoflip run"):
+        if find_spec("ray") is None:
+            raise ModuleNotFoundError("No module named 'ray'", name="ray")
+    data.divided(settings.data, settings.strategy.min_nodes, seed=settings.seed)
+    # A preset's own model is known to build; torch takes seconds to import.
+    if any(word.startswith("model.") for word in words):
+        from autoflip_flwr.app import build
+
+        build.build_model(settings)
     config = {
         "preset": preset,
         "overrides": shlex.join(words),
@@ -70,15 +59,12 @@ def launch(
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
-        lines = (
-            f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in config.items()
-        )
-        file.write_text("\n".join(lines), encoding="utf-8")
-        nodes = settings.strategy.min_nodes
+        toml = {k: json.dumps(v, ensure_ascii=False) for k, v in config.items()}
+        file.write_text("".join(f"{k} = {v}\n" for k, v in toml.items()), "utf-8")
+        nodes = f"num-supernodes={settings.strategy.min_nodes}"
         status = _flwr_run(
             *(str(_app()), "--stream", "--run-config", str(file)),
-            "--federation-config",
-            f"num-supernodes={nodes} client-resources-num-cpus=1",
+            *("--federation-config", f"{nodes} client-resources-num-cpus=1"),
         )
     if status == _INTERRUPTED:
         print(
@@ -86,28 +72,6 @@ def launch(
             f"repeat the command with --output {shlex.quote(str(directory))} --resume"
         )
     return status or (0 if is_finished(directory) else 1)
-
-
-def _check(settings: Settings, *, own_model: bool) -> None:
-    """Find now what would end the run later: packages, data, division, model."""
-    with needs_extra("app", "autoflip run"):
-        if find_spec("ray") is None:
-            raise ModuleNotFoundError("No module named 'ray'", name="ray")
-    data.load(
-        **settings.data.model_dump(exclude={"holdout"}),
-        num_partitions=settings.strategy.min_nodes,
-        seed=settings.seed,
-    )
-    if own_model:  # a preset's own is known to build; torch takes seconds to import
-        from autoflip_flwr.app import models
-
-        spec = data.spec(settings.data.name)
-        models.build(
-            settings.model.name,
-            num_classes=spec.num_classes,
-            input_shape=spec.input_shape,
-            **settings.model.options(),
-        )
 
 
 def _app() -> Path:

@@ -23,10 +23,12 @@ from autoflip_flwr.app.folder import check_usable, is_finished
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.training import Evaluation
 from autoflip_flwr.errors import SettingsError, needs_extra
+from autoflip_flwr.pruners.store import write
+from autoflip_flwr.server.diagnostics import Diagnostics
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.savings import Savings, megabytes
 from autoflip_flwr.settings import Settings
-from autoflip_flwr.types import Params
+from autoflip_flwr.types import Masks, Params
 
 _log = logging.getLogger("flwr")
 
@@ -38,26 +40,10 @@ _FASTER = 0.95
 
 
 class RunLog:
-    """Writes a run's folder.
+    """Writes a run's folder; one that holds another run is an error.
 
-    Parameters
-    ----------
-    directory : Path
-        What `run_directory` returns.
-    settings : Settings
-    grid : RunGrid
-        Where bytes and seconds are counted.
-    rounds : Rounds or None
-        The state of a pruning strategy; None for a dense one.
-    operations : Operations
-        What a sample costs clients.
-    resume : bool
-        The folder may hold a run that is not finished.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds another run, or a finished one: nothing is overwritten.
+    The grid counts bytes and seconds. `rounds` are those of a pruning strategy, None
+    for a dense one. With `resume` the folder may hold a run that is not finished.
     """
 
     def __init__(
@@ -106,12 +92,10 @@ class RunLog:
         """Note the settings of a new run, over what a try without a round left."""
         (self.directory / "settings.yaml").write_text(self._settings.as_yaml())
         self._metrics.unlink(missing_ok=True)
+        chosen = self._settings
         _log.info(
-            "%s, preset %s, %d rounds; results go to %s",
-            self._settings.strategy.name,
-            self._settings.preset,
-            self._settings.rounds,
-            self.directory,
+            f"{chosen.strategy.name}, preset {chosen.preset}, {chosen.rounds} rounds; "
+            f"results go to {self.directory}"
         )
 
     def state(self) -> dict[str, Any]:
@@ -126,21 +110,24 @@ class RunLog:
         self._started = now - state["seconds"]
         if lines:
             written = self._metrics.read_text().splitlines(keepends=True)
-            _replace(self._metrics, "".join(written[:lines]))
+            write(self._metrics, "".join(written[:lines]).encode())
         else:
             self._metrics.unlink(missing_ok=True)
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of the last round; none of a dense strategy."""
+        return self._rounds.plan.masks if self._rounds and self._rounds.plan else {}
 
     def round(self, server_round: int, evaluation: Evaluation) -> None:
         """Append a line to ``metrics.jsonl``."""
         now, past, rounds = time.monotonic(), self._past, self._rounds
+        diagnostics = rounds.diagnostics if rounds else Diagnostics(signs=False)
         counted, trained = dict(self._grid.sent), self._trained_samples()
         sent, samples = Counter(counted), Counter(trained)
         sent.subtract(past["counted"])
         samples.subtract(past["samples"])
-        masks = rounds.plan.masks if rounds and rounds.plan else {}
-        flops = self._operations.trained(
-            masks, explore=samples["explore"], train=samples["train"]
-        )
+        flops = self._operations.trained(self.masks, **samples)
         row = {
             "round": server_round,
             "accuracy": evaluation.accuracy,
@@ -150,9 +137,9 @@ class RunLog:
             "bytes_down": sent["explore", "down"] + sent["train", "down"],
             "bytes_up": sent["explore", "up"] + sent["train", "up"],
             "bytes_evaluate": sent["evaluate", "down"] + sent["evaluate", "up"],
-            "mask_change": rounds.diagnostics.mask_change if rounds else 0.0,
-            "update_variance": rounds.diagnostics.update_variance if rounds else None,
-            "guidance_cosine": rounds.diagnostics.guidance_cosine if rounds else None,
+            "mask_change": diagnostics.mask_change,
+            "update_variance": diagnostics.update_variance,
+            "guidance_cosine": diagnostics.guidance_cosine,
             "flops": flops,
             "dropped": len(rounds.dropped) if rounds else None,
             "missing": self._grid.missing,
@@ -210,9 +197,7 @@ class RunLog:
             "epsilon_total": self._private.epsilon(DELTA, releases=max(1, most)),
         }
 
-    def finish(
-        self, arrays: Params, *, parameters: int, costs: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def finish(self, arrays: Params, costs: Mapping[str, Any]) -> dict[str, Any]:
         """Write summary, model and mask; return the summary.
 
         `costs` is what `costs.summary` returns.
@@ -220,6 +205,7 @@ class RunLog:
         sent, grid, rounds = self._grid.sent, self._grid, self._rounds
         row = self._past["row"]
         phases = ("explore", "train", "evaluate")
+        parameters = costs["networks"]["dense"]["parameters"]
         summary = {
             "strategy": self._settings.strategy.name,
             "preset": self._settings.preset,
@@ -248,8 +234,7 @@ class RunLog:
             {name: np.ascontiguousarray(value) for name, value in arrays.items()},
             self.directory / "model.safetensors",
         )
-        if rounds is not None and rounds.plan is not None:
-            masks = cast(Any, dict(rounds.plan.masks))
+        if masks := cast(Any, dict(self.masks)):
             np.savez_compressed(self.directory / "mask.npz", **masks)
         if self._settings.log.guidance and rounds is not None:
             guidance = cast(Any, rounds.pruner.guidance())
@@ -257,20 +242,13 @@ class RunLog:
                 np.savez_compressed(self.directory / "guidance.npz", **guidance)
         # Whoever sees it may take the run for finished, so it is there whole or not.
         text = json.dumps(summary, indent=2) + "\n"
-        _replace(self.directory / "summary.json", text)
+        write(self.directory / "summary.json", text.encode())
         shutil.rmtree(self.directory / "guidance", ignore_errors=True)
         (self.directory / ".lock").unlink()
         self._let_go()
         if self._board is not None:
             self._board.close()
         return summary
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole at any time."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _held(directory: Path) -> int:
@@ -288,14 +266,11 @@ def _held(directory: Path) -> int:
 
 
 @contextmanager
-def quiet(*, unless: bool) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Flower's own lines, and those of strategy and masks, out of a run's log.
 
     Warnings stay. A round is a line of `RunLog`.
     """
-    if unless:
-        yield
-        return
     ours = Path(__file__).parents[1]
 
     def tells(record: logging.LogRecord) -> bool:

@@ -2,12 +2,13 @@
 
 import errno
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
-from autoflip_flwr.app import build, costs, training
+from autoflip_flwr.app import build, costs, data, training
 from autoflip_flwr.app.folder import run_directory
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.app.runlog import DELTA, RunLog, log_summary, quiet
@@ -26,14 +27,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def serve(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names."""
     settings = build.settings_of(context.run_config)
-    with quiet(unless=settings.log.verbose):
+    with nullcontext() if settings.log.verbose else quiet():
         _serve(grid, context, settings)
 
 
 def _serve(grid: Grid, context: Context, settings: Settings) -> None:
     model = build.build_model(settings)
     example = build.example_inputs(settings)
-    test = build.held_out(settings)
+    test = data.held_out(settings.data, seed=settings.seed)
     initial = records.record_of(training.state_arrays(model))
     directory = run_directory(str(context.run_config["output-dir"]), settings)
     run_grid = RunGrid(
@@ -43,7 +44,7 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
         names=Path(settings.strategy.names) if settings.strategy.names else None,
         meter=directory / "checkpoints" / "meter.json",
     )
-    strategy = build_strategy(settings, model, example, store=directory / "guidance")
+    strategy = build_strategy(settings, model, example, directory / "guidance")
     rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
     if isinstance(strategy, AutoFLIP):
         strategy.traffic = None  # the grid counts, and remembers what a kill would lose
@@ -71,18 +72,14 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
     chosen = settings.strategy
     connected = run_grid.wait_for(chosen.min_nodes, seconds=chosen.wait)
     build.check_nodes(settings, connected)
-    privacy = build.guidance_privacy(settings)
-    if privacy is not None:
+    if privacy := build.guidance_privacy(settings):
         every = settings.exploration.every
         count = 1 + (settings.rounds - 1) // every if every else 1
+        one, together = (privacy.epsilon(DELTA, releases=n) for n in (1, count))
         _log.info(
-            "each exploration sends guidance that is (%.3g, %g)-differentially private;"
-            " a client's %d together: (%.3g, %g)",
-            privacy.epsilon(DELTA),
-            DELTA,
-            count,
-            privacy.epsilon(DELTA, releases=count),
-            DELTA,
+            f"each exploration sends guidance that is ({one:.3g}, {DELTA:g})-"
+            f"differentially private; a client's {count} together: ({together:.3g}, "
+            f"{DELTA:g})"
         )
     try:
         result = run.start(
@@ -93,11 +90,9 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
             evaluate_fn=evaluate,
         )
         training.load_arrays(model, records.arrays_of(result.arrays))
-        masks = rounds.plan.masks if rounds and rounds.plan else {}
         summary = log.finish(
             training.state_arrays(model),
-            parameters=costs.parameters(model),
-            costs=costs.summary(model, test.x, test.y, masks, settings.training),
+            costs.summary(model, test.x, test.y, log.masks, settings.training),
         )
     except OSError as error:
         if error.errno not in _NO_ROOM:

@@ -4,15 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.serverapp.strategy import (
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedMedian,
-    FedProx,
-    Krum,
-    Strategy,
-)
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
 
 from autoflip_flwr import pruners
@@ -20,35 +13,26 @@ from autoflip_flwr.app.build import EQUAL_WEIGHT
 from autoflip_flwr.server.strategy import AutoFLIP
 from autoflip_flwr.settings import ExplorationSettings, ServerStrategy, Settings
 
-#: Flower's class, and which of our settings are which of its arguments.
-_KINDS: dict[ServerStrategy, tuple[type[FedAvg], dict[str, str]]] = {
-    "fedavg": (FedAvg, {}),
-    "fedavgm": (
-        FedAvgM,
-        {
-            "server_learning_rate": "server_learning_rate",
-            "server_momentum": "server_momentum",
-        },
-    ),
-    "fedadam": (FedAdam, {"server_learning_rate": "eta"}),
-    "fedprox": (FedProx, {"proximal_mu": "proximal_mu"}),
-    "fedmedian": (FedMedian, {}),
-    "krum": (Krum, {"malicious_nodes": "num_malicious_nodes"}),
+#: Flower's class, and the arguments of it that are settings of ours.
+_KINDS: dict[ServerStrategy, tuple[type[FedAvg], tuple[str, ...]]] = {
+    "fedavg": (FedAvg, ()),
+    "fedavgm": (flower.FedAvgM, ("server_learning_rate", "server_momentum")),
+    "fedadam": (flower.FedAdam, ("eta",)),
+    "fedprox": (flower.FedProx, ("proximal_mu",)),
+    "fedmedian": (flower.FedMedian, ()),
+    "krum": (flower.Krum, ("num_malicious_nodes",)),
 }
+#: What these are called with us, where it is not the same.
+_OURS = {"eta": "server_learning_rate", "num_malicious_nodes": "malicious_nodes"}
 
 
 def build_strategy(
     settings: Settings,
     model: nn.Module,
     example_inputs: torch.Tensor,
-    *,
     store: Path | None = None,
 ) -> Strategy:
-    """Return the strategy that a run's settings ask for.
-
-    `example_inputs` is one sample that `model` runs on; `store` is the folder for the
-    explorers' guidance, a temporary one by default.
-    """
+    """Return the strategy of a run; `store` is the folder for explorers' guidance."""
     inner = _inner(settings)
     method = settings.strategy.name
     if method == "fedavg":
@@ -72,7 +56,7 @@ def build_strategy(
 def _inner(settings: Settings) -> FedAvg:
     chosen = settings.strategy
     kind, names = _KINDS[chosen.server]
-    options = {name: getattr(chosen, key) for key, name in names.items()}
+    options = {name: getattr(chosen, _OURS.get(name, name)) for name in names}
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     if not chosen.weighted:
         given["weighted_by_key"] = EQUAL_WEIGHT

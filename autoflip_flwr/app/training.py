@@ -30,24 +30,10 @@ def train(
 ) -> float:
     """Train in place and return the mean loss of the last epoch.
 
-    Parameters
-    ----------
-    model : nn.Module
-    x, y : arrays of shape (N, ...) and (N,)
-        Inputs and int64 labels, N >= 1.
-    settings : TrainingSettings
-    epochs : int
-        Passes over the samples, >= 1.
-    seed : int
-        Decides the order of the samples and everything random in the model.
-    proximal_mu : float
-        FedProx adds ``mu / 2 * ||w - w_start||^2`` to the loss (arXiv:1812.06127,
-        Eq. 2); 0 is plain training.
-
-    Notes
-    -----
-    A last batch of one sample is left out where there are others: BatchNorm cannot
-    train on one value.
+    The seed decides the order of the samples and everything random in the model. A last
+    batch of one sample is left out where there are others: BatchNorm cannot train on
+    one value. FedProx adds ``proximal_mu / 2 * ||w - w_start||^2`` to the loss
+    (arXiv:1812.06127, Eq. 2); 0 is plain training.
     """
     count = len(y)
     if count == 0:
@@ -125,13 +111,7 @@ def evaluate(
 
 
 def load_arrays(model: nn.Module, arrays: Mapping[str, Array]) -> None:
-    """Copy named arrays into a model's state.
-
-    Raises
-    ------
-    ModelError
-        If names or shapes are not the model's.
-    """
+    """Copy named arrays into a model's state."""
     state = {name: torch.from_numpy(np.array(v)) for name, v in arrays.items()}
     try:
         model.load_state_dict(state)
@@ -148,16 +128,11 @@ def state_arrays(model: nn.Module) -> dict[str, Array]:
 
 def optimizer_of(model: nn.Module, settings: TrainingSettings) -> Optimizer:
     """Return a new optimizer over the model's parameters."""
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    kind = kinds.get(settings.optimizer, torch.optim.AdamW)
+    own = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {}
     rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "sgd":
-        kind = _light(torch.optim.SGD)
-        return kind(
-            model.parameters(), rate, momentum=settings.momentum, weight_decay=decay
-        )
-    kind = _light(
-        torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    )
-    return kind(model.parameters(), rate, weight_decay=decay)
+    return _light(kind)(model.parameters(), rate, weight_decay=decay, **own)
 
 
 def _light(kind: type[Optimizer]) -> Callable[..., Optimizer]:

@@ -4,9 +4,11 @@ A figure is a page and a picture, drawn by Vega as in the report. Tables are Mar
 the paper's figures, ours, and why they cannot be compared where they cannot.
 """
 
+import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from statistics import fmean
+from typing import Any, TypeAlias
 
 import altair as alt
 import numpy as np
@@ -15,10 +17,10 @@ from jinja2.utils import htmlsafe_json_dumps
 from numpy.typing import NDArray
 
 from autoflip_flwr import settings as presets
-from autoflip_flwr.app import build
+from autoflip_flwr.app import data
 from autoflip_flwr.app.data.archive import read_npz
 from autoflip_flwr.compare import formats
-from autoflip_flwr.compare.drawing import COMMON, LABELS, by_round, lines
+from autoflip_flwr.compare.charts import COMMON, LABELS, by_round, lines
 from autoflip_flwr.compare.results import (
     Arm,
     CostRow,
@@ -46,48 +48,10 @@ _BINS = 100
 _LEAST = 1e-30
 
 
-class Claim(NamedTuple):
-    """What the paper reports of an experiment, in its own words and digits."""
-
-    compression: str = formats.NONE
-    flops: str = formats.NONE  # Table 1: original, reduced, "reduced" in percent
-    sent: Mapping[str, str] = {}  # Table 2, by strategy
-    processed: Mapping[str, str] = {}  # Table 3, by strategy; parameters
-
-
-#: By preset: Tables 1, 2 and 3.
-CLAIMS = {
-    "paper-mnist": Claim(
-        "1.74",
-        "13.25 G / 5.43 G / 41.62 %",
-        {"autoflip": "3 rounds, 189.45 GB", "fedavg": "58 rounds, 324.43 GB"},
-        {"autoflip": "535 M", "random": "1.43 G"},
-    ),
-    "paper-cifar10": Claim(
-        "2.1",
-        "15.67 G / 7.20 G / 46.44 %",
-        {"autoflip": "27 rounds, 290.26 GB", "fedavg": "39 rounds, 420.27 GB"},
-        {"autoflip": "2.01 G", "random": "3.74 G"},
-    ),
-    "paper-cifar100": Claim(
-        "1.58",
-        "7.83 G / 4.07 G / 52.75 %",
-        {"autoflip": "7 rounds, 712.70 GB", "fedavg": "49 rounds, 1016.40 GB"},
-        {"autoflip": "3.92 G", "random": "9.38 G"},
-    ),
-    "paper-femnist": Claim(
-        "1.8",
-        "19.36 G / 10.08 G / 56.49 %",
-        {"autoflip": "280 rounds, 369.06 GB", "fedavg": "348 rounds, 458.69 GB"},
-        {"autoflip": "15.3 G", "random": "28.3 G"},
-    ),
-    "paper-shakespeare": Claim(
-        "1.8",
-        "10.08 G / 4.43 G / 44.44 %",
-        {"autoflip": "243 rounds, 122.47 GB", "fedavg": "301 rounds, 151.74 GB"},
-        {"autoflip": "5.87 G", "random": "8.34 G"},
-    ),
-}
+#: What the paper reports in its own words and digits, by preset: Table 1 (original,
+#: reduced and "reduced" in percent), 2 (until 90 %) and 3 (parameters), by strategy.
+with (Path(__file__).parent / "claims.csv").open(newline="") as _file:
+    _CLAIMS = {row["preset"]: row for row in csv.DictReader(_file)}
 
 _ACCURACY_NOTE = (
     "The paper's accuracies cannot be compared: its released figures are top-5 on "
@@ -134,26 +98,11 @@ def draw(
     overrides: str = "",
     target: float | None = None,
 ) -> str:
-    """Make a figure or table; return the text to print.
+    """Make the figure or table of a name in `NAMES`; return the text to print.
 
-    Parameters
-    ----------
-    name : str
-        One of `NAMES`.
-    folders : sequence of Path
-        Folders with finished runs. fig6 and fig7 need none.
-    output : Path
-        The folder for figures.
-    overrides : str
-        For fig6 and fig7: dotted ``key=value`` pairs, as for a run.
-    target : float, optional
-        Accuracy for table2 and table3, in [0, 1]; None: the default target of each
-        preset, see `results.default_target`.
-
-    Raises
-    ------
-    SettingsError, DataError
-        If the name is unknown, or runs, or what they need to keep, are missing.
+    Figures go to the folder `output`. All are made from the finished runs in
+    `folders`, but fig6 and fig7, which show a preset with `overrides`. The `target` is
+    that of `results.experiments`.
     """
     if name in _HOLDINGS:
         return _saved(holdings(_HOLDINGS[name], overrides), output, name)
@@ -183,29 +132,27 @@ def _saved(figure: _Figure, output: Path, name: str) -> str:
 
 
 def _curves(*metrics: str, note: str = _ACCURACY_NOTE) -> _Maker:
+    """Draw metrics by round, a column per experiment."""
+
     def made(found: Sequence[Experiment]) -> tuple[_Figure, str]:
-        """Draw metrics by round, a column per experiment."""
         columns, rows = [], []
         for each in found:
             drawn = [row for arm in each.arms for row in by_round(arm, metrics)]
-            data = alt.InlineData(values=drawn)
-            parts = [lines(each, data, metric) for metric in metrics]
+            values = alt.InlineData(values=drawn)
+            parts = [lines(each, values, metric) for metric in metrics]
             columns.append(alt.vconcat(*parts, title=each.preset))
             for arm in each.arms:
-                late = (_late(arm, metric) for metric in metrics)
-                rows.append((each.preset, arm.name, len(arm.runs), *late))
+                row = {"preset": each.preset, "arm": arm.name, "seeds": len(arm.runs)}
+                for metric in metrics:
+                    late = fmean(run.late(metric) for run in arm.runs)
+                    row[f"{LABELS[metric]}, late"] = formats.number(late)
+                rows.append(row)
         own: Any = {"color": "independent", "strokeDash": "independent"}
-        labels = [f"{LABELS[metric]}, late" for metric in metrics]
-        table = _markdown(["preset", "arm", "seeds", *labels], rows)
-        told = "Late: mean over the last tenth of the rounds and over seeds."
-        return alt.hconcat(*columns).resolve_scale(**own), f"{table}\n\n{told} {note}"
+        told = f"Late: mean over the last tenth of the rounds and over seeds. {note}"
+        figure = alt.hconcat(*columns).resolve_scale(**own)
+        return figure, f"{_markdown(rows)}\n\n{told}"
 
     return made
-
-
-def _late(arm: Arm, metric: str) -> str:
-    late = [run.series(metric)[-max(1, len(run.rounds) // 10) :] for run in arm.runs]
-    return formats.number(float(np.mean(late)))
 
 
 # --- Fig. 2 -----------------------------------------------------------------------
@@ -222,9 +169,16 @@ def deviations(found: Sequence[Experiment]) -> tuple[_Figure, str]:
             for low, high, count in np.c_[edges[:-1], edges[1:], counts].tolist()
             if count
         ]
-        kept = [int(np.count_nonzero(values >= cut)) for cut in (0.1, 0.3, 0.5)]
-        told = (f"{values.size / n:.3g} ({n} kept)" if n else "none kept" for n in kept)
-        rows.append((each.preset, values.size, _claim(each).compression, *told))
+        row = {
+            "preset": each.preset,
+            "parameters": values.size,
+            "paper's compression, T_p = 0.3": _claim(each, "compression"),
+        }
+        for cut in (0.1, 0.3, 0.5):
+            n = int(np.count_nonzero(values >= cut))
+            told = f"{values.size / n:.3g} ({n} kept)" if n else "none kept"
+            row[f"ours in value mode, T_p = {cut}"] = told
+        rows.append(row)
     deviation = alt.X("from:Q", title="normalized deviation", bin="binned")
     count = alt.Y("parameters:Q").scale(type="log", domainMin=0.5)
     figure = (
@@ -233,16 +187,13 @@ def deviations(found: Sequence[Experiment]) -> tuple[_Figure, str]:
         .encode(x=deviation, x2="to:Q", y=count, y2=alt.datum(0.5))
         .encode(column=alt.Column("preset:N", title=None))
     )
-    headings = ["preset", "parameters", "paper's compression, T_p = 0.3"]
-    headings += [f"ours in value mode, T_p = {cut}" for cut in (0.1, 0.3, 0.5)]
-    return figure, f"{_markdown(headings, rows)}\n\n{_COMPRESSION_NOTE}"
+    return figure, f"{_markdown(rows)}\n\n{_COMPRESSION_NOTE}"
 
 
 def _with_guidance(experiment: Experiment) -> Run:
-    for arm in experiment.arms:
-        for run in arm.runs:
-            if (run.directory / "guidance.npz").is_file():
-                return run
+    for run in (run for arm in experiment.arms for run in arm.runs):
+        if (run.directory / "guidance.npz").is_file():
+            return run
     raise DataError(
         f"fig2: expected guidance.npz in a run of autoflip on {experiment.preset}, got "
         'none; run it with --overrides "log.guidance=true"'
@@ -266,7 +217,7 @@ _HOLDINGS = {"fig6": "paper-cifar10", "fig7": "paper-cifar100"}
 def holdings(preset: str, overrides: str = "") -> _Figure:
     """Draw who holds how many samples of which class."""
     chosen = presets.load(preset, overrides)
-    parts = build.federated(chosen, chosen.strategy.min_nodes)
+    parts = data.divided(chosen.data, chosen.strategy.min_nodes, seed=chosen.seed)
     rows = [
         {"client": client, "class": label, "samples": count}
         for client in range(parts.num_partitions)
@@ -298,13 +249,17 @@ def flops(found: Sequence[Experiment]) -> tuple[_Figure, str]:
             {"arm": f"{each.preset} {arm.name}", "counted": kind, "operations": value}
             for kind, value in counts.items()
         ]
-        claim, ours = _claim(each), f"{cost.compression:.3g}"
-        row = (each.preset, arm.name, claim.compression, ours, claim.flops)
-        saved = (_left(value, cost.flops_dense) for value in (theory, cost.flops))
-        rows.append((*row, formats.number(cost.flops_dense), *saved))
-    headings = ["preset", "arm", "paper's compression", "ours"]
-    headings += ["paper's FLOPs, all / left / %", "ours, all"]
-    headings += ["left by the paper's count (saved)", "compact (saved)"]
+        row = {
+            "preset": each.preset,
+            "arm": arm.name,
+            "paper's compression": _claim(each, "compression"),
+            "ours": formats.ratio(1, cost.density),
+            "paper's FLOPs, all / left / %": _claim(each, "flops"),
+            "ours, all": formats.number(cost.flops_dense),
+            "left by the paper's count (saved)": _left(theory, cost.flops_dense),
+            "compact (saved)": _left(cost.flops, cost.flops_dense),
+        }
+        rows.append(row)
     operations = alt.X("operations:Q", title="multiply-accumulates of a sample")
     arms = alt.Y("arm:N", sort=None, title=None).axis(labelLimit=0)
     figure = (
@@ -314,44 +269,28 @@ def flops(found: Sequence[Experiment]) -> tuple[_Figure, str]:
         .encode(yOffset=alt.YOffset("counted:N", sort=None))
         .encode(color=alt.Color("counted:N", sort=None))
     )
-    return figure, f"{_markdown(headings, rows)}\n\n{_FLOPS_NOTE}"
+    return figure, f"{_markdown(rows)}\n\n{_FLOPS_NOTE}"
 
 
-def communication(found: Sequence[Experiment]) -> tuple[None, str]:
-    """Make Table 2: what is sent until the target accuracy."""
-    rows = [
-        (
-            each.preset,
-            arm.name,
-            _claim(each).sent.get(arm.settings.strategy.name, formats.NONE),
-            formats.ratio(each.target),
-            formats.number(cost.rounds_to_target),
-            formats.number(cost.communication and _BYTES * cost.communication, "B"),
-            formats.number(cost.bytes_to_target, "B"),
-        )
-        for each, arm, cost in _costs(found)
-    ]
-    headings = ["preset", "arm", "paper", "our target", "our rounds"]
-    headings += ["our cost by the formula", "measured"]
-    return None, f"{_markdown(headings, rows)}\n\n{_COMMUNICATION_NOTE}"
+def until_target(
+    claim: str, columns: Mapping[str, Callable[[CostRow], str]], note: str
+) -> _Maker:
+    """Make Table 2 or 3: what is sent or computed until the target accuracy."""
 
+    def made(found: Sequence[Experiment]) -> tuple[None, str]:
+        rows = [
+            {
+                "preset": each.preset,
+                "arm": arm.name,
+                "paper": _claim(each, f"{claim} {arm.settings.strategy.name}"),
+                "our target": formats.ratio(each.target),
+                **{heading: text(cost) for heading, text in columns.items()},
+            }
+            for each, arm, cost in _costs(found)
+        ]
+        return None, f"{_markdown(rows)}\n\n{note}"
 
-def computation(found: Sequence[Experiment]) -> tuple[None, str]:
-    """Make Table 3: what a client computes until the target accuracy."""
-    rows = [
-        (
-            each.preset,
-            arm.name,
-            _claim(each).processed.get(arm.settings.strategy.name, formats.NONE),
-            formats.ratio(each.target),
-            formats.number(cost.computation),
-            formats.number(cost.flops_trained),
-        )
-        for each, arm, cost in _costs(found)
-    ]
-    headings = ["preset", "arm", "paper", "our target"]
-    headings += ["ours by the formula", "measured, all rounds"]
-    return None, f"{_markdown(headings, rows)}\n\n{_COMPUTATION_NOTE}"
+    return made
 
 
 def _costs(found: Iterable[Experiment]) -> Iterator[tuple[Experiment, Arm, CostRow]]:
@@ -360,8 +299,8 @@ def _costs(found: Iterable[Experiment]) -> Iterator[tuple[Experiment, Arm, CostR
             yield each, arm, cost_row(arm, each.target)
 
 
-def _claim(experiment: Experiment) -> Claim:
-    return CLAIMS.get(experiment.preset, Claim())
+def _claim(experiment: Experiment, what: str) -> str:
+    return _CLAIMS.get(experiment.preset, {}).get(what, formats.NONE)
 
 
 def _left(left: float | None, whole: float | None) -> str:
@@ -371,8 +310,9 @@ def _left(left: float | None, whole: float | None) -> str:
     return f"{formats.number(left)} ({100 * (1 - left / whole):.1f} %)"
 
 
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of one row or more, with their keys as headings."""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
@@ -384,8 +324,25 @@ _FROM_RUNS: dict[str, _Maker] = {
     "fig8": _curves("loss"),
     "fig9": flops,
     "table1": lambda found: (None, flops(found)[1]),
-    "table2": communication,
-    "table3": computation,
+    "table2": until_target(
+        "sent",
+        {
+            "our rounds": lambda cost: formats.number(cost.rounds_to_target),
+            "our cost by the formula": lambda cost: formats.number(
+                cost.communication and _BYTES * cost.communication, "B"
+            ),
+            "measured": lambda cost: formats.number(cost.bytes_to_target, "B"),
+        },
+        _COMMUNICATION_NOTE,
+    ),
+    "table3": until_target(
+        "processed",
+        {
+            "ours by the formula": lambda cost: formats.number(cost.computation),
+            "measured, all rounds": lambda cost: formats.number(cost.flops_trained),
+        },
+        _COMPUTATION_NOTE,
+    ),
     "drift": _curves(
         "guidance_cosine", "variance_of_all", "mask_change", note=_DRIFT_NOTE
     ),

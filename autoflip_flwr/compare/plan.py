@@ -5,50 +5,51 @@ import itertools
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TimeRemainingColumn,
+)
 
 from autoflip_flwr import settings as presets
+from autoflip_flwr.app.folder import is_finished
 from autoflip_flwr.errors import AutoFlipError, SettingsError
 from autoflip_flwr.settings import Settings, StrategyName
 
-STRATEGIES: tuple[StrategyName, ...] = ("fedavg", "autoflip")
 STRATEGY_NAMES: tuple[str, ...] = get_args(StrategyName)
 
 #: Seconds between two updates of the progress.
 _TICK = 0.5
-
-#: (rounds done, rounds of all runs, names of the current runs) -> None
-Progress = Callable[[int, int, str], None]
 
 
 class ComparisonError(AutoFlipError, RuntimeError):
     """Runs of a comparison failed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Planned:
     """One run of a comparison."""
 
     directory: Path
-    preset: str
     overrides: str
     settings: Settings
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended."""
-        return (self.directory / "summary.json").exists()
+        return is_finished(self.directory)
 
     @property
     def partial(self) -> Path:
@@ -69,33 +70,18 @@ def plan(
     preset: str,
     *,
     output: Path,
-    strategies: Sequence[str] = STRATEGIES,
+    strategies: Sequence[str] = ("fedavg", "autoflip"),
     seeds: int | Sequence[int] = 3,
     vary: Mapping[str, Sequence[str]] | None = None,
     overrides: str = "",
 ) -> list[Planned]:
     """List the runs of a comparison: every strategy, variation and seed.
 
-    Parameters
-    ----------
-    preset : str
-        A name in conf/.
-    output : Path
-        A run's folder is ``output/<preset>/<strategy>[,<key>=<value>...]-<seed>``.
-    strategies : sequence of str
-        Values of `strategy.name`.
-    seeds : int or sequence of int
-        The seeds of every arm; a number stands for 0 to `seeds` - 1. At least one.
-    vary : mapping of dotted key -> values, optional
-        All combinations are run. A strategy skips the keys that it does not read.
-    overrides : str
-        Dotted ``key=value`` pairs for all runs.
-
-    Raises
-    ------
-    SettingsError
-        If a strategy or value is unknown or out of range, or a folder holds a finished
-        run of other settings.
+    A run's folder is ``output/<preset>/<strategy>[,<key>=<value>...]-<seed>``. A number
+    of `seeds` stands for 0 to that less 1. All combinations of the values that `vary`
+    has for dotted keys are run; a strategy skips the keys that it does not read.
+    `overrides` are of all runs. A folder that holds a finished run of other settings is
+    an error, as are unknown names and impossible values.
     """
     every_seed = range(seeds) if isinstance(seeds, int) else dict.fromkeys(seeds)
     if not every_seed:
@@ -116,8 +102,7 @@ def plan(
             f"none of {names} reads {unread}; check the spelling, or add a strategy "
             f"that reads it{presets.meant(unread[0], presets.load(preset).flat())}"
         )
-    runs: dict[tuple[Settings, int], Planned] = {}
-    taken: dict[Path, Settings] = {}
+    runs: dict[Settings, Planned] = {}
     for name, values, seed in itertools.product(
         names, itertools.product(*varied.values()), every_seed
     ):
@@ -129,13 +114,16 @@ def plan(
         chosen = shlex.join([f"strategy.name={name}", *words, f"seed={seed}"])
         every = f"{overrides} {chosen}".strip()
         settings = presets.load(preset, every)
+        if settings in runs:
+            continue
         folder = ",".join([name, *words]).replace("/", "_")
-        run = Planned(
-            directory=(output / preset / f"{folder}-{seed}").resolve(),
-            preset=preset,
-            overrides=every,
-            settings=settings,
-        )
+        directory = (output / preset / f"{folder}-{seed}").resolve()
+        if any(directory == one.directory for one in runs.values()):
+            raise SettingsError(
+                f"two runs of different settings would share the folder {directory}; "
+                "put values that differ only in a '/' into two comparisons"
+            )
+        runs[settings] = run = Planned(directory, every, settings)
         if run.finished:
             _check_settings(run, run.directory)
         elif run.directory.exists():
@@ -143,32 +131,15 @@ def plan(
                 f"{run.directory} is in the way: it holds no finished run; move it, or "
                 "name another output"
             )
-        if taken.setdefault(run.directory, settings) != settings:
-            raise SettingsError(
-                f"two runs of different settings would share the folder "
-                f"{run.directory}; put values that differ only in a '/' into two "
-                "comparisons"
-            )
-        runs.setdefault((settings, seed), run)
     return list(runs.values())
 
 
-def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
+def run(planned: Sequence[Planned]) -> None:
     """Do the runs that are not finished, in this process's Ray, on all cores.
 
     A run is written to a ``.partial`` folder, which gets its final name at the end. An
-    interrupted run goes on from its last checkpoint.
-
-    Parameters
-    ----------
-    planned : sequence of Planned
-    progress : callable, optional
-        Called a few times a second.
-
-    Raises
-    ------
-    ComparisonError
-        If runs failed; the others are finished first.
+    interrupted run goes on from its last checkpoint. The terminal shows how far all
+    are. Runs that fail are an error after all others are finished.
     """
     with ExitStack() as locks:
         for folder in sorted({one.directory.parent for one in planned}):
@@ -176,14 +147,14 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
         for one in planned:
             if one.finished:  # perhaps by another comparison since it was planned
                 _check_settings(one, one.directory)
-            elif (one.partial / "summary.json").exists():  # killed before the rename
+            elif is_finished(one.partial):  # killed before the rename
                 _check_settings(one, one.partial)
                 one.partial.rename(one.directory)
         left = [one for one in planned if not one.finished]
         if not left:
             return
-        with _ray() as cores:
-            failed = _run_all(planned, left, cores, progress)
+        with _ray() as cores, _bar() as bar:
+            failed = _run_all(planned, left, cores, bar)
     if failed:
         reasons = "\n".join(f"{one.partial}: {_reason(error)}" for one, error in failed)
         raise ComparisonError(
@@ -192,15 +163,12 @@ def run(planned: Sequence[Planned], progress: Progress | None = None) -> None:
 
 
 def _run_all(
-    planned: Sequence[Planned],
-    left: Sequence[Planned],
-    cores: int,
-    progress: Progress | None,
+    planned: Sequence[Planned], left: Sequence[Planned], cores: int, bar: Progress
 ) -> list[tuple[Planned, Exception]]:
     """Do the runs that are left; return the failed ones."""
     import ray
 
-    total = sum(one.settings.rounds for one in planned)
+    shown = bar.add_task("", total=sum(one.settings.rounds for one in planned))
     waiting = list(left)[::-1]
     failed: list[tuple[Planned, Exception]] = []
     running: dict[Any, Planned] = {}
@@ -217,10 +185,9 @@ def _run_all(
                     one.partial.rename(one.directory)
                 except Exception as error:
                     failed.append((one, error))
-            if progress:
-                rounds = sum(one.rounds_done() for one in planned)
-                names = ", ".join(one.directory.name for one in running.values())
-                progress(rounds, total, names)
+            rounds = sum(one.rounds_done() for one in planned)
+            names = ", ".join(one.directory.name for one in running.values())
+            bar.update(shown, completed=rounds, description=names)
     finally:
         for task in running:
             ray.cancel(task, force=True)
@@ -274,7 +241,7 @@ def _start(run: Planned) -> Any:
         shutil.rmtree(run.partial, ignore_errors=True)
     run.partial.mkdir(parents=True, exist_ok=True)
     config = {
-        "preset": run.preset,
+        "preset": run.settings.preset,
         "overrides": run.overrides,
         "output-dir": str(run.partial),
         "resume": True,
@@ -322,34 +289,20 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"
 
 
-@contextmanager
-def bar() -> Iterator[Progress]:
-    """Show a progress bar on the terminal."""
-    columns = (
+def _bar() -> Progress:
+    return Progress(
         "{task.percentage:3.0f} %",
         BarColumn(),
         MofNCompleteColumn(),
         "rounds,",
         TimeRemainingColumn(),
         "left; {task.description}",
+        console=Console(stderr=True),
     )
-    with Bar(*columns, console=Console(stderr=True)) as shown:
-        task = shown.add_task("starting", total=None)
-
-        def update(done: int, total: int, running: str) -> None:
-            shown.update(task, completed=done, total=total, description=running)
-
-        yield update
 
 
 def parse_seeds(text: str) -> int | list[int]:
-    """Read how many seeds, ``3``, or which, ``11,12,13``.
-
-    Raises
-    ------
-    SettingsError
-        If the text has another form.
-    """
+    """Read how many seeds, ``3``, or which, ``11,12,13``."""
     words = text.split(",")
     if not all(word.strip().isdecimal() for word in words):
         raise SettingsError(
@@ -361,30 +314,12 @@ def parse_seeds(text: str) -> int | list[int]:
 
 
 def parse_vary(words: Iterable[str]) -> dict[str, list[str]]:
-    """Read ``key=value,value,...``; a value may be a list in brackets.
-
-    Raises
-    ------
-    SettingsError
-        If a word has another form.
-    """
-    varied = {}
+    """Read ``key=value,value,...``; a value may be a list in brackets."""
+    varied: dict[str, list[str]] = {}
     for word in words:
         key, _, text = word.partition("=")
-        values = [value for value in _split(text) if value]
+        values = re.findall(r"(?:\[[^]]*\]|[^,])+", text)
         if not (key and values):
             raise SettingsError(f"--vary: expected key=value,value,..., got {word!r}")
-        varied[key] = values
+        varied.setdefault(key, []).extend(values)
     return varied
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside of brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts

@@ -9,19 +9,17 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from autoflip_flwr import settings
 from autoflip_flwr.errors import DataError, SettingsError
 from autoflip_flwr.settings import Settings
-
-Series: TypeAlias = NDArray[np.float64]
 
 _REMEDY = "run it again, or move the folder away"
 
@@ -76,6 +74,11 @@ class Summary(_Record):
     samples: Mapping[str, FiniteFloat] = {}
     seconds: Mapping[str, FiniteFloat] = {}
 
+    @property
+    def kept(self) -> float:
+        """Parameters that the last mask keeps."""
+        return self.kept_parameters or self.density * self.parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -83,7 +86,7 @@ class Run:
 
     directory: Path
     settings: Settings
-    rounds: tuple[Round, ...]
+    rounds: list[Round]
     summary: Summary
 
     @property
@@ -91,28 +94,33 @@ class Run:
         """Whether other runs were on the machine: `compare` leaves Flower's log."""
         return (self.directory / "log.txt").exists()
 
-    def series(self, key: str) -> Series:
+    def series(self, key: str) -> NDArray[np.float64]:
         """Return a metric by round, NaN where a round has none.
 
-        Besides the keys of a line: ``megabytes`` sent and ``operations`` trained until
-        the round's end, exploration included, and ``variance_of_all`` parameters'
-        updates, of which those of pruned ones do not vary.
+        Besides the keys of a line: ``bytes`` and ``megabytes`` sent, and ``operations``
+        trained, until the round's end, exploration included but not the roll call,
+        which no line counts; and ``variance_of_all`` parameters' updates, of which
+        those of pruned ones do not vary.
         """
+        if key == "bytes":
+            ways = [self.series(f"bytes_{way}") for way in ("down", "up", "evaluate")]
+            return np.cumsum(np.nan_to_num(ways).sum(axis=0))
         if key == "megabytes":
-            return self.bytes_sent() / 1e6
+            return self.series("bytes") / 1e6
         if key == "operations":
             return np.cumsum(self.series("flops"))
         if key == "variance_of_all":
             return self.series("update_variance") * self.series("density")
         return np.array([getattr(row, key) for row in self.rounds], np.float64)
 
-    def bytes_sent(self) -> Series:
-        """Return all bytes sent until each round's end, exploration included.
+    def late(self, key: str) -> float:
+        """Return a metric's mean over the last tenth of the rounds, one at least."""
+        return float(self.series(key)[-math.ceil(len(self.rounds) / 10) :].mean())
 
-        Without the roll call before the first round, which no line counts.
-        """
-        keys = ("bytes_down", "bytes_up", "bytes_evaluate")
-        return np.cumsum(np.nan_to_num([self.series(key) for key in keys]).sum(axis=0))
+    def first_with(self, accuracy: float) -> int | None:
+        """Return the place of the first round that is at least so accurate."""
+        hits = np.flatnonzero(self.series("accuracy") >= accuracy)
+        return int(hits[0]) if len(hits) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +141,7 @@ class Experiment:
     """The arms of one preset, and the accuracy at which their costs are compared."""
 
     preset: str
-    arms: tuple[Arm, ...]
+    arms: list[Arm]
     target: float | None  # None: no arm knows its accuracy
 
 
@@ -160,7 +168,6 @@ class CostRow:
 
     # From parameters and settings, as papers count.
     density: float  # kept / all parameters, after the last round
-    compression: float  # all / kept
     communication: float | None  # kept x rounds to target x clients x sample rate
     computation: float | None  # parameters that a client processes, see `_processed`
     flops_dense: float | None  # thop's, one sample through the whole network
@@ -177,33 +184,22 @@ class CostRow:
 
 
 def read_run(directory: Path) -> Run:
-    """Read the folder of a finished run.
-
-    Raises
-    ------
-    SettingsError
-        If settings.yaml is missing or does not hold settings.
-    DataError
-        If metrics.jsonl or summary.json is missing or incomplete.
-    """
+    """Read the folder of a finished run; whatever is missing or torn is an error."""
+    metrics, summary = directory / "metrics.jsonl", directory / "summary.json"
     try:
         chosen = settings.read(directory / "settings.yaml")
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        whole = summary.read_text(encoding="utf-8")
     except SettingsError as error:
         raise SettingsError(f"run folder {directory}: {error}") from error
-    path = directory / "metrics.jsonl"
-    lines = enumerate(_text(path).splitlines(), start=1)
-    rounds = tuple(_parsed(Round, text, f"{path}, line {n}") for n, text in lines)
-    if not rounds:
-        raise DataError(f"{path}: expected a line a round, got none; {_REMEDY}")
-    path = directory / "summary.json"
-    return Run(directory, chosen, rounds, _parsed(Summary, _text(path), str(path)))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"expected {path}, got {error}; {_REMEDY}") from error
+        raise DataError(f"run folder {directory}: {error}; {_REMEDY}") from error
+    if not lines:
+        raise DataError(f"{metrics}: expected a line a round, got none; {_REMEDY}")
+    rounds = [
+        _parsed(Round, each, f"{metrics}, line {n}") for n, each in enumerate(lines, 1)
+    ]
+    return Run(directory, chosen, rounds, _parsed(Summary, whole, str(summary)))
 
 
 def _parsed(record: type[_R], text: str, where: str) -> _R:
@@ -224,12 +220,8 @@ def _parsed(record: type[_R], text: str, where: str) -> _R:
 def find_runs(directories: Iterable[Path]) -> list[Run]:
     """Read every finished run at or below the directories, sorted by folder.
 
-    Folders whose name ends in ``.partial`` hold unfinished runs and are left out.
-
-    Raises
-    ------
-    SettingsError, DataError
-        If a run's files are incomplete, or a directory holds no finished run.
+    Folders whose name ends in ``.partial`` hold unfinished runs and are left out. A
+    directory without any finished run is a `DataError`.
     """
     folders: dict[Path, Path] = {}
     for directory in directories:
@@ -250,16 +242,14 @@ def find_runs(directories: Iterable[Path]) -> list[Run]:
 def experiments(runs: Iterable[Run], target: float | None = None) -> list[Experiment]:
     """Group runs by preset, sorted, and each preset's runs into arms.
 
-    Parameters
-    ----------
-    runs : iterable of Run
-    target : float, optional
-        Accuracy at which costs are compared; None: `default_target` of each preset.
+    Costs are compared at the target accuracy; None: `default_target` of each preset.
     """
-    ordered = sorted(runs, key=lambda run: run.settings.preset)
+    by_preset: dict[str, list[Run]] = {}
+    for run in runs:
+        by_preset.setdefault(run.settings.preset, []).append(run)
     result = []
-    for preset, group in groupby(ordered, key=lambda run: run.settings.preset):
-        members = tuple(arms(group))
+    for preset in sorted(by_preset):
+        members = arms(by_preset[preset])
         goal = default_target(members) if target is None else target
         result.append(Experiment(preset, members, goal))
     return result
@@ -274,16 +264,15 @@ def arms(runs: Iterable[Run]) -> list[Arm]:
     """
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
-        key = json.dumps(telling(run.settings))
-        groups.setdefault(key, {})[run.settings.seed] = run
-    by_strategy: dict[str, list[tuple[dict[str, Any], dict[int, Run]]]] = {}
-    for key, seeds in groups.items():
-        own = json.loads(key)
-        by_strategy.setdefault(own["strategy.name"], []).append((own, seeds))
+        own = run.settings.identity()
+        del own["preset"], own["seed"]
+        groups.setdefault(json.dumps(own), {})[run.settings.seed] = run
+    every = [(json.loads(key), seeds) for key, seeds in groups.items()]
+    strategies = {own["strategy.name"] for own, _ in every}
     result = []
-    for strategy in sorted(by_strategy, key=lambda name: (name != "fedavg", name)):
-        members = by_strategy[strategy]
-        keys = differing([own for own, _ in members])
+    for strategy in sorted(strategies, key=lambda name: (name != "fedavg", name)):
+        members = [each for each in every if each[0]["strategy.name"] == strategy]
+        keys = differing(own for own, _ in members)
         members.sort(key=lambda member: [_sortable(member[0][key]) for key in keys])
         for own, seeds in members:
             name = " ".join([strategy, *(f"{k}={as_override(own[k])}" for k in keys)])
@@ -303,24 +292,18 @@ def differing(values: Iterable[Mapping[str, Any]]) -> list[str]:
     return [key for key in first if any(other[key] != first[key] for other in others)]
 
 
-def flat(chosen: Settings) -> dict[str, Any]:
-    """Return the settings by their dotted names, without the preset's name."""
-    return {key: value for key, value in chosen.flat().items() if key != "preset"}
-
-
-def telling(chosen: Settings) -> dict[str, Any]:
-    """Return the settings that tell one arm from another."""
-    values = chosen.identity().items()
-    return {key: value for key, value in values if key not in ("preset", "seed")}
-
-
 def as_override(value: Any) -> str:
     """Return a setting's value as an override writes it: ``0.3``, ``[4,8]``."""
     if isinstance(value, list):
         return f"[{','.join(map(as_override, value))}]"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(value)
+    if isinstance(value, str):
+        try:
+            plain = not value or yaml.safe_load(value) == value
+        except (yaml.YAMLError, ValueError):  # `*bias`: overrides take it for a text
+            plain = True
+        if plain:
+            return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def mean_and_error(values: Sequence[float]) -> Estimate:
@@ -340,77 +323,49 @@ def default_target(members: Iterable[Arm]) -> float | None:
     the mean over the last tenth of the rounds (one at least) and over the seeds. A
     single seed may still miss the target. None if no arm knows its accuracy.
     """
-    late = [
-        statistics.fmean(
-            run.series("accuracy")[-math.ceil(len(run.rounds) / 10) :].mean()
-            for run in arm.runs
-        )
-        for arm in members
-    ]
+    late = [statistics.fmean(r.late("accuracy") for r in arm.runs) for arm in members]
     known = [value for value in late if not math.isnan(value)]
     return 0.99 * statistics.median_low(known) if known else None
 
 
-def rounds_to(run: Run, target: float) -> int | None:
-    """Return the first round whose accuracy is at least the target; None if none is."""
-    index = _index_of(run, target)
-    return None if index is None else run.rounds[index].round
-
-
-def bytes_to(run: Run, target: float) -> int | None:
-    """Return all bytes sent until the end of that round, exploration included."""
-    index = _index_of(run, target)
-    return None if index is None else int(run.bytes_sent()[index])
-
-
-def _index_of(run: Run, target: float) -> int | None:
-    hits = np.flatnonzero(run.series("accuracy") >= target)
-    return int(hits[0]) if len(hits) else None
-
-
 def cost_row(arm: Arm, target: float | None) -> CostRow:
     """Return what an arm costs, as papers count it and as it was measured."""
-    runs, strategy = arm.runs, arm.settings.strategy
+    runs, chosen = arm.runs, arm.settings
     summaries = [run.summary for run in runs]
     sent = [summary.bytes for summary in summaries]
     goal = math.inf if target is None else target
-    rounds = [rounds_to(run, goal) for run in runs]
-    kept = [s.kept_parameters or s.density * s.parameters for s in summaries]
-    shares = [k / s.parameters for k, s in zip(kept, summaries, strict=True)]
-    density = statistics.fmean(shares)
-    rate, clients = strategy.fraction_train, strategy.min_nodes
+    places = [(run, run.first_with(goal)) for run in runs]
+    rounds = [None if at is None else run.rounds[at].round for run, at in places]
+    clients = chosen.strategy.min_nodes * chosen.strategy.fraction_train
     return CostRow(
         name=arm.name,
         seeds=len(runs),
         accuracy=_estimate(s.accuracy for s in summaries),
         rounds_to_target=_estimate(rounds),
         reached=sum(n is not None for n in rounds),
-        density=density,
-        compression=1 / density if density else math.inf,
+        density=statistics.fmean(s.kept / s.parameters for s in summaries),
         communication=_mean(
-            n and k * n * clients * rate for k, n in zip(kept, rounds, strict=True)
+            n and s.kept * n * clients for s, n in zip(summaries, rounds, strict=True)
         ),
         computation=_mean(
-            n and _processed(arm.settings, s.parameters, k, n)
-            for s, k, n in zip(summaries, kept, rounds, strict=True)
+            n and _processed(chosen, s, n)
+            for s, n in zip(summaries, rounds, strict=True)
         ),
         flops_dense=_mean(s.flops.get("dense") for s in summaries),
         flops=_mean(s.flops.get("pruned") for s in summaries),
-        bytes_to_target=_estimate(bytes_to(run, goal) for run in runs),
+        bytes_to_target=_estimate(
+            None if at is None else run.series("bytes")[at] for run, at in places
+        ),
         bytes_total=mean_and_error([b.total for b in sent]),
         bytes_explore=statistics.fmean(b.explore_down + b.explore_up for b in sent),
         bytes_dense=statistics.fmean(b.dense_equivalent for b in sent),
         flops_trained=_estimate(s.flops.get("trained") for s in summaries),
-        samples=_estimate(
-            sum(s.samples.values()) if s.samples else None for s in summaries
-        ),
+        samples=_estimate(sum(s.samples.values()) or None for s in summaries),
         seconds=_estimate(s.seconds.get("total") for s in summaries),
     )
 
 
-def _processed(
-    settings: Settings, parameters: float, kept: float, rounds: int
-) -> float:
+def _processed(settings: Settings, summary: Summary, rounds: int) -> float:
     """Count what a client processes up to a round, as the paper's Appendix F does.
 
     Parameters x epochs x sample rate: all parameters in each epoch of an exploration,
@@ -422,7 +377,7 @@ def _processed(
         explored = 1 + ((rounds - 1) // exploration.every if exploration.every else 0)
     share = exploration.epochs * exploration.fraction * explored
     trained = settings.training.epochs * rounds * strategy.fraction_train
-    return parameters * share + kept * trained
+    return summary.parameters * share + summary.kept * trained
 
 
 def _estimate(values: Iterable[float | None]) -> Estimate | None:

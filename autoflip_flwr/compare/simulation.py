@@ -38,13 +38,8 @@ _QUEUED = 2
 class RayGrid(Grid):
     """A Grid whose nodes are Ray tasks, one per core.
 
-    Parameters
-    ----------
-    num_nodes : int
-    run_config : mapping
-        The run config of both apps, as with `flwr run`.
-    client_app : callable
-        Returns the app of a node.
+    `run_config` is that of both apps, as with `flwr run`; `client_app` returns the app
+    of a node.
     """
 
     def __init__(
@@ -55,7 +50,6 @@ class RayGrid(Grid):
     ) -> None:
         become_task()
         self._client_app = client_app
-        self._run = empty_run()
         self._waiting: deque[Message] = deque()
         self._running: dict[Any, Message] = {}  # task -> the message it answers
         self._contexts: dict[int, Context] = {}
@@ -141,14 +135,11 @@ class RayGrid(Grid):
         """Create a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    @property
-    def run(self) -> Run:
-        """The run, an empty one unless it is set."""
-        return self._run
+    run: Run = empty_run()
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
-        self._run = run
+        self.run = run
 
 
 @ray.remote(num_cpus=1, max_retries=0)
@@ -168,18 +159,10 @@ def simulate(num_nodes: int, run_config: Mapping[str, Any], log: str) -> Any:
     """Start one run; return the Ray task of its ServerApp.
 
     The ServerApp takes no core and runs on this machine, so its files are here.
-
-    Parameters
-    ----------
-    num_nodes : int
-    run_config : mapping
-        With `preset`, `overrides` and `output-dir`.
-    log : str
-        Path of the file for Flower's log.
+    Flower's log goes to the file `log`.
     """
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
+    node_id = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return _serve.options(scheduling_strategy=here).remote(num_nodes, run_config, log)
 
 

@@ -28,7 +28,7 @@ COSTS: Columns = [
     ("FLOPs\ntrained", lambda row: formats.number(row.flops_trained)),
 ]
 AS_PAPERS_COUNT: Columns = [
-    ("compression", lambda row: formats.ratio(row.compression)),
+    ("compression", lambda row: formats.ratio(1, row.density)),
     ("parameters to target", lambda row: formats.number(row.communication)),
     ("parameters processed", lambda row: formats.number(row.computation)),
     ("FLOPs of a sample", lambda row: formats.number(row.flops)),

@@ -24,12 +24,10 @@ def verdicts(experiment: Experiment) -> list[str]:
 
 
 def _beside(arm: Arm, base: Arm) -> str:
-    theirs = {run.settings.seed: run.summary for run in base.runs}
-    both = [
-        (r.summary, theirs[r.settings.seed])
-        for r in arm.runs
-        if r.settings.seed in theirs
-    ]
+    ours, theirs = (
+        {run.settings.seed: run.summary for run in each.runs} for each in (arm, base)
+    )
+    both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     if not both:
         return f"no seed in common with {base.name}, so no comparison"
     sent = [(a.bytes.total, b.bytes.total) for a, b in both]

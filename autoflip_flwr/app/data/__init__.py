@@ -2,7 +2,7 @@
 
 from autoflip_flwr.app.data.base import Samples
 from autoflip_flwr.app.data.federated import (
-    Federated,
+    divided,
     held_out,
     load,
     load_node,
@@ -10,4 +10,4 @@ from autoflip_flwr.app.data.federated import (
     spec,
 )
 
-__all__ = ["Federated", "Samples", "held_out", "load", "load_node", "names", "spec"]
+__all__ = ["Samples", "divided", "held_out", "load", "load_node", "names", "spec"]

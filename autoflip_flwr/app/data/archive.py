@@ -17,11 +17,8 @@ LEAST, RATIO = 1 << 30, 100
 def read_npz(path: Path, keys: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
     """Read arrays of an ``.npz`` file, all of them by default; never a pickle.
 
-    Raises
-    ------
-    DataError
-        If the file is missing, broken or has not all `keys`, or if it inflates to more
-        than a GiB and 100 times its size.
+    A file that is missing, broken or without some of the `keys` is a `DataError`, and
+    so is one that inflates to more than a GiB and 100 times its size.
     """
     try:
         with path.open("rb") as file:

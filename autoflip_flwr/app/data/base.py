@@ -18,18 +18,13 @@ from autoflip_flwr.errors import DataError
 class Samples:
     """Samples ready for ``torch.from_numpy``.
 
-    Attributes
-    ----------
-    x : NDArray
-        Images: float32 (N, C, H, W), in [0, 1] and then normalised per channel
-        with the dataset's fixed mean and standard deviation (see `SPECS`).
-        Text: int64 (N, 80), indices of letters.
-    y : NDArray[np.int64]
-        Labels, (N,), in ``0 .. num_classes - 1``.
+    Images are float32 (N, C, H, W), in [0, 1] and then normalised per channel with the
+    dataset's fixed mean and standard deviation (see `SPECS`). Text is int64 (N, 80),
+    indices of letters.
     """
 
     x: NDArray[Any]
-    y: NDArray[np.int64]
+    y: NDArray[np.int64]  # (N,), in 0 .. num_classes - 1
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -38,30 +33,15 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What is fixed about a dataset, wherever its files come from.
-
-    Attributes
-    ----------
-    name : str
-    num_classes : int
-        Labels are ``0 .. num_classes - 1``.
-    input_shape : tuple[int, ...]
-        Of one sample: (C, H, W) for images, (80,) for text.
-    mean, std : tuple[float, ...]
-        One value per channel, for pixels in [0, 1]; empty: not normalised.
-    white : int
-        The largest pixel of a ``uint8`` image, mapped to 1.0.
-    source : str
-        Where its files come from.
-    """
+    """What is fixed about a dataset, wherever its files come from."""
 
     name: str
-    num_classes: int
-    input_shape: tuple[int, ...]
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    white: int = 255
-    source: str = ""
+    num_classes: int  # labels are 0 .. num_classes - 1
+    input_shape: tuple[int, ...]  # of one sample: (C, H, W) for images, (80,) for text
+    mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...] = ()  # empty as `mean`: not normalised
+    white: int = 255  # the largest pixel of a uint8 image, mapped to 1.0
+    source: str = ""  # where its files come from
 
     @property
     def is_text(self) -> bool:

@@ -20,16 +20,7 @@ _TRAIN, _TEST = 1, 2  # streams of randomness that subsets are drawn from
 class Federated:
     """A dataset divided among clients, as `load` returns it.
 
-    Attributes
-    ----------
-    name : str
-    num_classes : int
-    input_shape : tuple[int, ...]
-        Of one sample: (C, H, W) for images, (80,) for text.
-    num_partitions : int
-        Number of clients.
-    sizes : tuple[int, ...]
-        Each client's number of training samples, all at least 1.
+    `sizes` are the clients' numbers of training samples, all at least 1.
     """
 
     def __init__(
@@ -41,7 +32,6 @@ class Federated:
         self._dataset = dataset
         self._partitions = partitions
         self._test_rows = test_rows
-        self.name = dataset.spec.name
         self.num_classes = dataset.spec.num_classes
         self.input_shape = dataset.spec.input_shape
         self.num_partitions = len(partitions)
@@ -56,13 +46,7 @@ class Federated:
         return self._dataset.test.take(self._test_rows, self._dataset.spec)
 
     def partition(self, partition_id: int) -> Samples:
-        """Return one client's training samples, converted anew on every call.
-
-        Raises
-        ------
-        SettingsError
-            If `partition_id` is not in ``0 .. num_partitions - 1``.
-        """
+        """Return one client's training samples, converted anew on every call."""
         if not 0 <= partition_id < self.num_partitions:
             raise SettingsError(
                 f"partition_id must be 0..{self.num_partitions - 1}, got {partition_id}"
@@ -72,13 +56,7 @@ class Federated:
 
 
 def spec(name: str) -> Spec:
-    """Return what is fixed about a dataset: classes, shape of a sample.
-
-    Raises
-    ------
-    SettingsError
-        If the name is unknown; lists the known ones.
-    """
+    """Return what is fixed about a dataset: classes, shape of a sample."""
     if name not in SPECS:
         raise SettingsError(
             f"unknown dataset {name!r}; known: {list(SPECS)}{meant(name, SPECS)}"
@@ -146,6 +124,12 @@ def load(
     )
 
 
+def divided(settings: DataSettings, num_partitions: int, *, seed: int) -> Federated:
+    """Load the data of a run, divided among clients; see `load`."""
+    chosen = settings.model_dump(exclude={"holdout", "label_noise"})
+    return load(**chosen, num_partitions=num_partitions, seed=seed)
+
+
 def held_out(settings: DataSettings, *, seed: int) -> Samples:
     """Load the test samples alone, the same as those of `load`."""
     dataset = _dataset(settings)
@@ -153,34 +137,18 @@ def held_out(settings: DataSettings, *, seed: int) -> Samples:
     return dataset.test.take(rows, dataset.spec)
 
 
-def load_node(
-    name: str, path: str | Path, *, max_samples: int | None = None
-) -> Samples:
+def load_node(name: str, path: str | Path) -> Samples:
     """Load all training samples at `path`: a real node with its own data.
 
-    Parameters
-    ----------
-    name : str
-        One of `names`: it fixes shape, classes and normalisation.
-    path : str or Path
-        An ``.npz`` with ``x_train`` and ``y_train`` (any image dataset), or what
-        `load` takes as `dir`; of LEAF's folders only ``train/`` is needed.
-    max_samples : int, optional
-        Use so many of a fixed shuffle, at least 1; None: all, in their own order.
-
-    Raises
-    ------
-    SettingsError
-        If `name` is unknown, `path` is empty or `max_samples` is below 1.
-    DataError
-        If files are missing or broken; the message names them.
+    `name` fixes shape, classes and normalisation. At `path` are an ``.npz`` with
+    ``x_train`` and ``y_train`` (any image dataset), or what `load` takes as `dir`; of
+    LEAF's folders only ``train/`` is needed.
     """
     known = spec(name)
-    chosen = DataSettings(name=name, dir=_resolved(path), max_samples=max_samples)
-    if not chosen.dir:
+    if not path:
         raise SettingsError("a node with data of its own needs their path, got none")
-    train = _read_node(known, Path(chosen.dir), "train")
-    return train.take(_subset(len(train), chosen.max_samples, 0, _TRAIN), known)
+    train = _read_node(known, Path(_resolved(path)), "train")
+    return train.take(np.arange(len(train)), known)
 
 
 @lru_cache(maxsize=16)

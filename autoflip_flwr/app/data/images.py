@@ -153,8 +153,7 @@ def _torchvision(spec: Spec) -> Any:
     with needs_extra("app", f"torchvision's layout of {spec.name}"):
         from torchvision import datasets
 
-    known = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
-    return known.get(spec.name, datasets.MNIST)
+    return getattr(datasets, spec.name.upper())
 
 
 def _cifar_root(spec: Spec, path: Path) -> Path | None:

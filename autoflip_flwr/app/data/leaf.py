@@ -118,10 +118,9 @@ def _text(spec: Spec, x: Any, y: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     return letters, encode_letters(y, length=1)[:, 0].astype(np.int64)
 
 
-def _numbered(names: Sequence[Any]) -> NDArray[np.int64]:
+def _numbered(names: Sequence[str]) -> NDArray[np.int64]:
     """Replace each name by its place among the sorted, distinct names."""
-    places = {name: place for place, name in enumerate(sorted(set(names)))}
-    return np.fromiter((places[name] for name in names), np.int64, count=len(names))
+    return np.unique(np.array(names, object), return_inverse=True)[1]
 
 
 def read_hub(spec: Spec, hub: str) -> Dataset:

@@ -6,13 +6,15 @@ gets at least one, or the settings are refused.
 
 import math
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import SettingsError, needs_extra
 from autoflip_flwr.settings import AtLeastOne, Count, DataSettings
+
+Ints: TypeAlias = NDArray[np.int64]
 
 
 class Division(DataSettings):
@@ -24,11 +26,8 @@ class Division(DataSettings):
 
 
 def divide(
-    labels: NDArray[np.int64],
-    division: Division,
-    *,
-    users: NDArray[np.int64] | None = None,
-) -> list[NDArray[np.int64]]:
+    labels: Ints, division: Division, *, users: Ints | None = None
+) -> list[Ints]:
     """Divide samples among clients; all randomness follows from the seed.
 
     ``iid``: equal shares of a shuffle. ``pathological``: each client holds
@@ -37,24 +36,9 @@ def divide(
     clients differ. ``natural``: by user; user i of n (in order) goes to client
     ``i mod num_partitions``.
 
-    Parameters
-    ----------
-    labels : NDArray[np.int64]
-        Of all samples, (N,).
-    division : Division
-    users : NDArray[np.int64], optional
-        Whose each sample is, (N,). Only for natural.
-
-    Returns
-    -------
-    list[NDArray[np.int64]]
-        For each client the indices of its samples: disjoint, none empty, together
-        ``0 .. N - 1``.
-
-    Raises
-    ------
-    SettingsError
-        If the settings are impossible for these samples.
+    `labels` and `users` (only for natural) are those of all N samples. Returns for each
+    client the indices of its samples: disjoint, none empty, together ``0 .. N - 1``.
+    What is impossible for these samples is a `SettingsError`.
     """
     count = division.num_partitions
     if count > len(labels):
@@ -81,9 +65,7 @@ def divide(
     return [order[rows] for rows in places]
 
 
-def _flowers(
-    kind: str, labels: NDArray[np.int64], division: Division, **options: Any
-) -> list[NDArray[np.int64]]:
+def _flowers(kind: str, labels: Ints, division: Division, **options: Any) -> list[Ints]:
     """Run a partitioner of Flower Datasets on nothing but places and labels."""
     # Imported here, as it takes seconds: a node with its own data does not need it.
     with needs_extra("app", "dividing data among clients"):
@@ -104,9 +86,7 @@ def _flowers(
     ]
 
 
-def _pathological(
-    labels: NDArray[np.int64], division: Division
-) -> list[NDArray[np.int64]]:
+def _pathological(labels: Ints, division: Division) -> list[Ints]:
     clients, per_client = division.num_partitions, division.classes_per_client
     num_classes = len(np.unique(labels))
     if per_client > num_classes:
@@ -140,9 +120,7 @@ def _pathological(
         ) from error
 
 
-def _pathological_few(
-    labels: NDArray[np.int64], division: Division
-) -> list[NDArray[np.int64]]:
+def _pathological_few(labels: Ints, division: Division) -> list[Ints]:
     """Give client i the next `classes_per_client` classes of a shuffled circle.
 
     With fewer clients than classes none of PathologicalPartitioner's modes makes
@@ -151,7 +129,7 @@ def _pathological_few(
     count, per_client = division.num_partitions, division.classes_per_client
     classes = np.random.default_rng([division.seed, 3]).permutation(np.unique(labels))
     turns = np.arange(count * per_client)
-    places: list[list[NDArray[np.int64]]] = [[] for _ in range(count)]
+    places: list[list[Ints]] = [[] for _ in range(count)]
     for place, label in enumerate(classes):
         clients = turns[place :: len(classes)] // per_client
         shares = np.array_split(np.flatnonzero(labels == label), len(clients))
@@ -161,9 +139,7 @@ def _pathological_few(
     return [np.sort(np.concatenate(shares)) for shares in places]
 
 
-def _dirichlet(
-    labels: NDArray[np.int64], division: Division
-) -> list[NDArray[np.int64]]:
+def _dirichlet(labels: Ints, division: Division) -> list[Ints]:
     try:
         with warnings.catch_warnings():
             # each of its ten attempts warns; the last one's failure is our error
@@ -185,9 +161,7 @@ def _dirichlet(
         ) from error
 
 
-def _natural(
-    users: NDArray[Any] | None, num_partitions: int
-) -> list[NDArray[np.int64]]:
+def _natural(users: Ints | None, num_partitions: int) -> list[Ints]:
     if users is None:
         raise SettingsError(
             "partition 'natural' needs a dataset that says whose each sample is "

@@ -17,19 +17,8 @@ def xavier_normal_(
     included, gets mean 0 and variance ``2 / (fan_in + fan_out)``; every bias gets
     zeros. An LSTM or GRU stacks the matrices of its gates in one parameter: each gate
     is drawn as a matrix of its own, else its fan would be several times too large.
-    Normalization layers, and vectors that are no biases, stay as they are.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model to change.
-    generator : torch.Generator, default None
-        The source of randomness; None is torch's global one.
-
-    Returns
-    -------
-    nn.Module
-        The same model.
+    Normalization layers, and vectors that are no biases, stay as they are. Without a
+    generator torch's global randomness is used.
     """
     for module in model.modules():
         if isinstance(module, _NORMS):

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, ValidationError, validate_call
 from torch import nn
 
-from autoflip_flwr.app.models import text, vision
+from autoflip_flwr.app.models import networks
 from autoflip_flwr.app.models.initial import xavier_normal_
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.settings import meant
@@ -16,14 +16,14 @@ from autoflip_flwr.settings import meant
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     make.__name__: make
     for make in (
-        vision.cnn,
-        vision.cnn_bn,
-        vision.cnn6,
-        vision.mnist_cnn,
-        vision.efficientnet_b3,
-        vision.resnet50,
-        vision.femnist_cnn,
-        text.char_lstm,
+        networks.cnn,
+        networks.cnn_bn,
+        networks.cnn6,
+        networks.mnist_cnn,
+        networks.efficientnet_b3,
+        networks.resnet50,
+        networks.femnist_cnn,
+        networks.char_lstm,
     )
 }
 
