@@ -13,7 +13,7 @@ from autoflip_flwr import units
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
-from autoflip_flwr.units.surgery import ExampleInputs
+from autoflip_flwr.units.inputs import ExampleInputs
 from autoflip_flwr.wire import records
 
 

@@ -17,14 +17,8 @@ from autoflip_flwr.units.compaction import (
     pays,
 )
 from autoflip_flwr.units.graph import trace
-from autoflip_flwr.units.surgery import (
-    ExampleInputs,
-    expand,
-    kept_indices,
-    shrink,
-    small_masks,
-    tensors_of,
-)
+from autoflip_flwr.units.inputs import ExampleInputs, tensors_of
+from autoflip_flwr.units.surgery import expand, kept_indices, shrink, small_masks
 
 __all__ = [
     "PAYS",

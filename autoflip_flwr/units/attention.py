@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.units import layers
-from autoflip_flwr.units.heads import PartialAttention, PartialWindowAttention
-from autoflip_flwr.units.paths import join, put
+from autoflip_flwr.units.layers import join
+from autoflip_flwr.units.partial import PartialAttention, PartialWindowAttention
 
 #: The modules that make queries, keys, values and the output. One that makes several
 #: of them stands there several times.
@@ -85,12 +85,12 @@ def resize(small: nn.Module, path: str, whole: Heads) -> None:
         if isinstance(vars(holder).get(name), int):
             setattr(holder, name, getattr(holder, name) * left // columns)
     if isinstance(module, nn.MultiheadAttention):
-        put(small, path, PartialAttention(module))
+        small.set_submodule(path, PartialAttention(module))
         for parent, encoder in small.named_modules():
             if isinstance(encoder, nn.TransformerEncoder) and path.startswith(parent):
                 encoder.use_nested_tensor = False  # for torch's own attention alone
     elif type(module).__name__ == "ShiftedWindowAttention":
-        put(small, path, PartialWindowAttention(module))
+        small.set_submodule(path, PartialWindowAttention(module))
 
 
 def _heads(path: str, module: nn.Module) -> Heads | None:

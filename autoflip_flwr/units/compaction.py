@@ -11,7 +11,8 @@ from autoflip_flwr.method.structured import Keep, Limits, Units
 from autoflip_flwr.types import Masks, Scores
 from autoflip_flwr.units import enforce
 from autoflip_flwr.units.graph import trace
-from autoflip_flwr.units.surgery import ExampleInputs, shrink, small_masks
+from autoflip_flwr.units.inputs import ExampleInputs
+from autoflip_flwr.units.surgery import shrink, small_masks
 
 #: Share of the operations, at most, for which a compact model is made.
 PAYS = 0.8

@@ -24,6 +24,11 @@ _KNOWN = (
 )
 
 
+def join(path: str, name: str) -> str:
+    """Return the full name of a tensor or module below a path."""
+    return f"{path}.{name}" if path and name else path or name
+
+
 def check(path: str, module: nn.Module) -> None:
     """Refuse a module with parameters that we have no rule for (`ModelError`)."""
     own = dict(module.named_parameters(recurse=False))

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from autoflip_flwr.units.paths import put
-
 Rows: TypeAlias = NDArray[np.int64]
 
 
@@ -83,7 +81,7 @@ def replace(model: nn.Module) -> dict[str, nn.RNNBase]:
         if isinstance(module, nn.RNNBase)
     }
     for path, module in originals.items():
-        put(model, path, _StandIn(module))
+        model.set_submodule(path, _StandIn(module))
     return originals
 
 

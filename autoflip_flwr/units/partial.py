@@ -1,10 +1,64 @@
-"""Attention of which some heads are missing, in modules that ask for all of them."""
+"""Modules that compute what the whole ones do, without channels that are all zeros."""
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
+
+
+class PartialNorm(nn.Module):
+    """LayerNorm or GroupNorm; mean and variance are over the missing channels, too.
+
+    Parameters
+    ----------
+    whole : nn.LayerNorm or nn.GroupNorm
+        Holds the weights of the channels that are there; its sizes are still the
+        whole's. A `LayerNorm2d`, as torchvision and timm name theirs, has its channels
+        in dimension 1.
+    channels : int array
+        Which of the whole's channels are there.
+    """
+
+    def __init__(
+        self, whole: nn.LayerNorm | nn.GroupNorm, channels: NDArray[np.int64]
+    ) -> None:
+        super().__init__()
+        if isinstance(whole, nn.GroupNorm):
+            self.width, self.groups, self._dim = whole.num_channels, whole.num_groups, 1
+        else:
+            self.width, self.groups = whole.normalized_shape[0], 0
+            self._dim = 1 if type(whole).__name__ == "LayerNorm2d" else -1
+        self.eps = whole.eps
+        self.weight, self.bias = whole.weight, whole.bias
+        self.affine = True
+        there = torch.from_numpy(channels).to(self.weight.device)
+        self.register_buffer("_there", there, persistent=False)
+        self.training = whole.training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an array of the shape of `x`."""
+        x, weight = self._widened(x, self._dim), self._widened(self.weight, 0)
+        bias = None if self.bias is None else self._widened(self.bias, 0)
+        if self.groups:
+            x = functional.group_norm(x, self.groups, weight, bias, self.eps)
+        else:
+            x = x.movedim(self._dim, -1)
+            x = functional.layer_norm(x, [self.width], weight, bias, self.eps)
+            x = x.movedim(-1, self._dim)
+        return x.index_select(self._dim, self.get_buffer("_there"))
+
+    def _widened(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Put zeros where channels are missing."""
+        shape = list(x.shape)
+        shape[dim] = self.width
+        return x.new_zeros(shape).index_copy(dim, self.get_buffer("_there"), x)
+
+    def extra_repr(self) -> str:
+        """Show what mean and variance are over."""
+        return f"{self.width}, groups={self.groups}, eps={self.eps}"
 
 
 class PartialAttention(nn.MultiheadAttention):
