@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import GuidanceError, SettingsError
-from autoflip_flwr.types import Combination, Float32, Guidance, Normalization, Params
+from autoflip_flwr.types import (
+    Combination,
+    Float32,
+    FloatArray,
+    Guidance,
+    Normalization,
+    Params,
+)
 
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
@@ -76,17 +83,22 @@ class Statistics:
     high: dict[str, float]  # largest value of each tensor
 
 
-def statistics(matrix: Guidance) -> Statistics:
-    """Compute mean and extremes of one local matrix."""
-    count = sum(values.size for values in matrix.values())
+def statistics(matrix: Iterable[tuple[str, FloatArray]]) -> Statistics:
+    """Compute mean and extremes of one local matrix, of which one tensor is read a time.
+
+    A tensor without entries has the extremes 0.
+    """
+    total, count = 0.0, 0
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+    for name, values in matrix:
+        total += float(values.sum(dtype=np.float64))
+        count += values.size
+        low[name] = float(values.min()) if values.size else 0.0
+        high[name] = float(values.max()) if values.size else 0.0
     if count == 0:
         raise GuidanceError("expected guidance for at least one parameter, got none")
-    total = sum(float(values.sum(dtype=np.float64)) for values in matrix.values())
-    return Statistics(
-        mean=total / count,
-        low={n: float(v.min()) if v.size else 0.0 for n, v in matrix.items()},
-        high={n: float(v.max()) if v.size else 0.0 for n, v in matrix.items()},
-    )
+    return Statistics(mean=total / count, low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +304,7 @@ def combine(
         _check_names(first, matrix)
         for name, values in first.items():
             _check_shape(name, values.shape, matrix[name].shape)
-    every = [statistics(matrix) for matrix in explorers]
+    every = [statistics(matrix.items()) for matrix in explorers]
     dense = [Dense(matrix) for matrix in explorers]
     weights: list[float] = []
     if combination == "clipped-mean":

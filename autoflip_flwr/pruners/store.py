@@ -267,9 +267,7 @@ class Answers:
             return
         body = b"".join([_EXAMPLES.pack(examples), answer.frame, answer.signs or b""])
         path, checksum = self._write(f"{node_id}.answer", body)
-        self._results[node_id] = Measured(
-            path, checksum, self._shapes, examples, statistics_of(guidance)
-        )
+        self._keep(node_id, path, checksum, examples, guidance)
 
     def get(self, node_id: int) -> Measured | None:
         """Return a node's valid answer of this round, or None."""
@@ -306,10 +304,19 @@ class Answers:
             return
         (examples,) = _EXAMPLES.unpack_from(body)
         frame = body[_EXAMPLES.size : _EXAMPLES.size + frame_bytes(self._shapes)]
-        guidance = dequantize(frame, self._shapes)
-        self._results[node_id] = Measured(
-            path, checksum, self._shapes, examples, statistics_of(guidance)
-        )
+        self._keep(node_id, path, checksum, examples, dequantize(frame, self._shapes))
+
+    def _keep(
+        self,
+        node_id: int,
+        path: Path,
+        checksum: int,
+        examples: float,
+        guidance: QuantizedGuidance,
+    ) -> None:
+        tables, codes = guidance.tables, guidance.codes
+        found = statistics((name, tables[name][codes[name]]) for name in codes)
+        self._results[node_id] = Measured(path, checksum, self._shapes, examples, found)
 
     def _write(self, name: str, body: bytes) -> tuple[Path, int]:
         path, checksum = self._directory / f"{self._round}-{name}", zlib.crc32(body)
@@ -372,16 +379,3 @@ def _delete(directory: Path, *patterns: str) -> None:
     for pattern in patterns:
         for path in directory.glob(pattern):
             path.unlink()
-
-
-def statistics_of(guidance: QuantizedGuidance) -> Statistics:
-    """Return mean and extremes; only one dense tensor is in memory at a time."""
-    total, count = 0.0, 0
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
-    for name, codes in guidance.codes.items():
-        own = statistics({name: guidance.tables[name][codes]})
-        total += own.mean * codes.size
-        count += codes.size
-        low[name], high[name] = own.low[name], own.high[name]
-    return Statistics(mean=total / count, low=low, high=high)

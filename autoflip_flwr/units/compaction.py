@@ -142,8 +142,11 @@ def _used_if_it_pays(
     model: nn.Module, masks: Masks, example_inputs: ExampleInputs
 ) -> tuple[Masks, Units, Keep] | None:
     masks = enforce.resolve(model, masks)
-    if not loses_units(masks) or any(p._backward_hooks for p in model.parameters()):
-        return None  # hooks would not see the smaller model's gradients
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    if any(getattr(p, each) for p in model.parameters() for each in hooks):
+        return None  # they would not see the smaller model's gradients
+    if not loses_units(masks):
+        return None
     try:
         units = trace(model, example_inputs)
     except ModelError as error:
