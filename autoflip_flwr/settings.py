@@ -55,7 +55,8 @@ Several = Annotated[
 ]
 
 
-def _kebab(name: str) -> str:
+def kebab(name: str) -> str:
+    """Return a setting's name in presets."""
     return name.replace("_", "-")
 
 
@@ -67,7 +68,7 @@ class Group(BaseModel):
         strict=True,
         extra="forbid",
         allow_inf_nan=False,
-        alias_generator=_kebab,
+        alias_generator=kebab,
         validate_by_name=True,
         validate_by_alias=True,
     )
@@ -551,12 +552,12 @@ def _explained(
     whole = group.model_json_schema()
 
     def written(prefix: str, name: str) -> str:
-        return name.replace("-", "_") if code else f"{prefix}{_kebab(name)}"
+        return name.replace("-", "_") if code else f"{prefix}{kebab(name)}"
 
     unknown: dict[str, list[str]] = {}
     texts = []
     for each in error.errors():
-        path = [_kebab(part) for part in each["loc"] if isinstance(part, str)]
+        path = [kebab(part) for part in each["loc"] if isinstance(part, str)]
         schema, prefix = whole, ""
         while path and "$ref" in (inner := schema["properties"].get(path[0], {})):
             schema = whole["$defs"][inner["$ref"].rpartition("/")[2]]

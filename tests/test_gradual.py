@@ -10,7 +10,7 @@ from inprocess import LocalGrid, net, run, toy_app
 from preparing import prepared
 
 from autoflip_flwr import AutoFLIP, Checkpointed, Magnitude, Pruner, PruningSettings
-from autoflip_flwr.method.gradual import density
+from autoflip_flwr.method.schedule import density
 from autoflip_flwr.method.mask import density as density_of
 
 NODES = [11, 12, 13]

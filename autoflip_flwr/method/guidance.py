@@ -84,7 +84,7 @@ class Statistics:
 
 
 def statistics(matrix: Iterable[tuple[str, FloatArray]]) -> Statistics:
-    """Compute mean and extremes of one local matrix, of which one tensor is read a time.
+    """Compute mean and extremes of one local matrix, reading one tensor at a time.
 
     A tensor without entries has the extremes 0.
     """

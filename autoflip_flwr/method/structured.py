@@ -43,19 +43,14 @@ class Group:
     width: int = 1  # channels that each of them has: those of a head, else one
 
     @property
-    def stop(self) -> int:
-        """Number behind its last unit."""
-        return self.start + self.size
-
-    @property
     def units(self) -> slice:
         """The group's units among all."""
-        return slice(self.start, self.stop)
+        return slice(self.start, self.start + self.size)
 
     @property
     def numbers(self) -> range:
         """The numbers of its units."""
-        return range(self.start, self.stop)
+        return range(self.start, self.start + self.size)
 
 
 #: Groups that lose units together, and the rows of units that lose equally many.
@@ -175,7 +170,6 @@ class Units:
         units by it loses the least of the scores' sum for a number of parameters. A
         weight between two units counts for both.
         """
-        total, size = np.zeros(self.count), np.zeros(self.count)
         places = [
             (name, dim, owner + 1)  # 0 stands for no unit
             for name, dimensions in self.parameters.items()
@@ -184,18 +178,15 @@ class Units:
         ]
 
         def sums(place: tuple[str, int, Numbers]) -> NDArray[np.float64]:
-            name, dim, _ = place
+            name, dim, owner = place
             score = np.asarray(scores[name])
             others = tuple(d for d in range(score.ndim) if d != dim)
-            return np.asarray(score.sum(axis=others, dtype=np.float64))
+            along = score.sum(axis=others, dtype=np.float64)
+            return np.asarray(np.bincount(owner, along, self.count + 1)[1:], float)
 
-        for (name, _, owner), along in zip(
-            places, parallel_map(sums, places), strict=True
-        ):
-            each = np.size(scores[name]) // max(1, owner.size)
-            total += np.bincount(owner, along, self.count + 1)[1:]
-            size += each * np.bincount(owner, minlength=self.count + 1)[1:]
-        return total / np.maximum(size, 1)
+        total = sum(parallel_map(sums, places), start=np.zeros(self.count))
+        size = self._totals({n: 1 for n in self.parameters if n in scores})
+        return np.asarray(total / np.maximum(size, 1))
 
     def per_cost(self, scores: Scores) -> NDArray[np.float64]:
         """Return each unit's score, relative to its group's, over what it costs.
@@ -208,13 +199,9 @@ class Units:
         for group in self.groups:
             means[group.units] /= max(float(means[group.units].mean()), 1e-30)
         sizes = {n: 1 for n in self.parameters if n in scores}
-        cost = sum(
-            self._totals(entries) / max(1, total)
-            for entries, total in (
-                (self.uses, self.operations()),
-                (sizes, sum(math.prod(self.shapes[n]) for n in sizes)),
-            )
-        )
+        size = sum(math.prod(self.shapes[name]) for name in sizes)
+        cost = self._totals(self.uses) / max(1, self.operations())
+        cost += self._totals(sizes) / max(1, size)
         return np.asarray(means / np.maximum(cost / 2, 1e-30))
 
     def _totals(self, per_entry: Mapping[str, float]) -> NDArray[np.float64]:
@@ -290,32 +277,14 @@ class Units:
             keep[going[: ends[steps]]] = False
             return keep
 
-        def pruned(steps: int) -> int:
-            return self.pruned(kept(steps), scores)
-
-        steps = bisect_right(range(1, len(ends)), budget, key=pruned)
-        if operations is not None:
-
-            def saved(count: int) -> int:
-                return -self.operations(kept(count))
-
-            steps = bisect_left(range(steps), -operations, key=saved)
-        return kept(steps)
-
-    def prune(
-        self,
-        scores: Scores,
-        *,
-        budget: int,
-        limits: Limits = Limits(),
-        means: NDArray[np.float64] | None = None,
-        operations: float | None = None,
-    ) -> dict[str, NDArray[np.bool_]]:
-        """Return the mask that prunes what `choose` does not keep."""
-        keep = self.choose(
-            scores, budget=budget, limits=limits, means=means, operations=operations
+        steps = bisect_right(
+            range(1, len(ends)), budget, key=lambda n: self.pruned(kept(n), scores)
         )
-        return self.masks(keep, scores)
+        if operations is not None:
+            steps = bisect_left(
+                range(steps), -operations, key=lambda n: -self.operations(kept(n))
+            )
+        return kept(steps)
 
     def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
         """Count the parameters that whole units can prune, at most."""

@@ -15,13 +15,16 @@ from autoflip_flwr.errors import (
     SettingsError,
     by_reason,
 )
-from autoflip_flwr.method.exchange import EVERY, adjusted, cosine_share, due, top
 from autoflip_flwr.method.mean import WeightedMean
+from autoflip_flwr.method.schedule import cosine_share, due
 from autoflip_flwr.pruners.base import Ask, FixedPruner, Problem
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
 from autoflip_flwr.settings import BaselineSettings
-from autoflip_flwr.types import Float32, Masks, Nodes, Params
+from autoflip_flwr.types import Float32, Mask, Masks, Nodes, Params
+
+#: Default number of rounds from one adjustment to the next.
+EVERY = 10
 
 
 class GradientPruner(FixedPruner):
@@ -253,3 +256,34 @@ def layer_budgets(
         if budgets.sum() < kept and budgets[index] < sizes[index]:
             budgets[index] += 1
     return dict(zip(shapes, budgets.tolist(), strict=True))
+
+
+def adjusted(keep: Mask, size: Float32, gradient: Float32, share: float) -> Mask:
+    """Drop the smallest kept weights of a tensor and grow as many others.
+
+    A weight that was dropped may grow again at once.
+
+    Parameters
+    ----------
+    keep : bool array
+        The tensor's mask.
+    size, gradient : float32 array
+        Magnitudes of weights and gradients, of the same shape.
+    share : float
+        Share of the kept weights to drop, in [0, 1].
+    """
+    kept = int(np.count_nonzero(keep))
+    count = int(share * kept)
+    if count == 0:
+        return keep
+    stay = top(np.where(keep, size, -np.inf).astype(np.float32), kept - count)
+    grown = top(np.where(stay, -np.inf, gradient).astype(np.float32), count)
+    return stay | grown
+
+
+def top(scores: Float32, count: int) -> Mask:
+    """Keep the `count` largest entries; among equal entries the first win."""
+    keep = np.zeros(scores.size, np.bool_)
+    order = np.argsort(-scores.reshape(-1), kind="stable")
+    keep[order[:count]] = True
+    return keep.reshape(scores.shape)

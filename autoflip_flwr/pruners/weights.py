@@ -262,4 +262,4 @@ def _scales(
 
 def _members(owner: NDArray[np.int64], group: Group) -> Mask:
     """Tell which entries belong to the units of a group."""
-    return (owner >= group.start) & (owner < group.stop)
+    return (owner >= group.start) & (owner < group.start + group.size)

@@ -80,7 +80,7 @@ def mask_units(
     units = trace(model, example_inputs)
     budget = int(share * sum(np.size(score) for score in scores.values()))
     units.check_budget(scores, budget=budget, limits=limits)
-    return units.prune(scores, budget=budget, limits=limits)
+    return units.masks(units.choose(scores, budget=budget, limits=limits), scores)
 
 
 def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn.Module:
