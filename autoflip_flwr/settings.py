@@ -612,10 +612,8 @@ def _expected(schema: dict[str, Any]) -> str:
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
     if high is not None:
-        left, right = (
-            "[" if "minimum" in schema else "(",
-            "]" if "maximum" in schema else ")",
-        )
+        left = "[" if "minimum" in schema else "("
+        right = "]" if "maximum" in schema else ")"
         return f"{text} in {left}{low:g}, {high:g}{right}"
     if low is not None:
         return f"{text} {'>=' if 'minimum' in schema else '>'} {low:g}"

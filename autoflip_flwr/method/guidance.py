@@ -155,20 +155,6 @@ class LocalMatrix(Protocol):
         """Return a reader of one tensor's flat values times `factor`, clipped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """Local guidance as arrays, a `LocalMatrix`."""
-
-    arrays: Guidance
-
-    def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
-        """See `LocalMatrix`."""
-        flat = np.asarray(self.arrays[name]).reshape(-1)
-        return lambda part, out: np.minimum(
-            np.multiply(flat[part], factor, out=out, dtype=out.dtype), most, out=out
-        )
-
-
 def add_normalized(
     total: NDArray[Any],
     name: str,
@@ -234,7 +220,9 @@ def clipped(rescale: Rescaling, weights: Sequence[float]) -> Rescaling:
     )
 
 
-def middle(stack: Float32, *, combination: Combination, trim: float = 0.2) -> Float32:
+def middle(
+    stack: FloatArray, *, combination: Combination, trim: float = 0.2
+) -> Float32:
     """Combine explorers' values per entry so that a few explorers have little effect.
 
     Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
@@ -242,7 +230,7 @@ def middle(stack: Float32, *, combination: Combination, trim: float = 0.2) -> Fl
 
     Parameters
     ----------
-    stack : float32 array
+    stack : floating array
         One row per explorer, normalized.
     combination : {"mean", "median", "trimmed-mean"}
     trim : float
@@ -290,7 +278,7 @@ def combine(
     Notes
     -----
     For matrices in memory, in notebooks and as the tests' oracle. A run's explorers are
-    on disk: `AutoFlipPruner` calls the same `rescaling`, `add_normalized` and `middle`.
+    on disk: `AutoFlipPruner` sums their codes, with `rescaling` and `add_normalized`.
     """
     if combination != "mean" and normalization != "client":
         raise SettingsError(
@@ -305,28 +293,28 @@ def combine(
         for name, values in first.items():
             _check_shape(name, values.shape, matrix[name].shape)
     every = [statistics(matrix.items()) for matrix in explorers]
-    dense = [Dense(matrix) for matrix in explorers]
-    weights: list[float] = []
+
+    def rows(name: str) -> NDArray[np.float64]:
+        """Return the normalized values of a tensor, one row per explorer."""
+        rows = []
+        for one, matrix in zip(every, explorers, strict=True):
+            of = [one] if normalization == "client" else every
+            scale = rescaling(of, name, normalization=normalization)
+            flat = np.asarray(matrix[name], np.float64).reshape(-1)
+            rows.append(sum(scale.scales) * flat + scale.offset)
+        clipped = combination == "clipped-mean"
+        return np.minimum(rows, CLIP if clipped else math.inf)
+
+    weights = np.ones((len(explorers), 1))
     if combination == "clipped-mean":
-        sizes = {name: values.size for name, values in first.items()}
-        pairs = zip(dense, every, strict=True)
-        weights = [clipped_weight(matrix, sizes, one.mean) for matrix, one in pairs]
+        shares = np.concatenate([rows(name) for name in first], axis=1).mean(axis=1)
+        silent = np.array([one.mean <= _LEAST for one in every])
+        weights[:, 0] = np.where(silent, 1, FLAT / np.maximum(shares, FLAT))
     combined: dict[str, Float32] = {}
     for name, values in first.items():
-        if combination in SUMS:
-            total: NDArray[Any] = np.zeros(values.size, np.float64)
-            rescale = rescaling(every, name, normalization=normalization)
-            if weights:
-                rescale = clipped(rescale, weights)
-            add_normalized(total, name, dense, rescale)
-        else:
-            rows = np.zeros((len(dense), values.size), np.float32)
-            for row, one, local in zip(rows, every, dense, strict=True):
-                alone = rescaling([one], name, normalization="client")
-                add_normalized(row, name, [local], alone)
-            total = middle(rows, combination=combination, trim=trim)
+        made = middle(weights * rows(name), combination=combination, trim=trim)
         # Rounding can make the least value slightly negative.
-        combined[name] = np.maximum(total, 0).astype(np.float32).reshape(values.shape)
+        combined[name] = np.maximum(made, 0).reshape(values.shape)
     return combined
 
 

@@ -29,20 +29,10 @@ class GuidancePrivacy:
     def protect(
         self, guidance: Guidance, rng: np.random.Generator | None = None
     ) -> dict[str, Float32]:
-        """Return guidance that may leave the client.
+        """Return guidance that may leave the client; its negative entries become zero.
 
-        Parameters
-        ----------
-        guidance : mapping of name -> float array
-            >= 0.
-        rng : Generator, optional
-            For tests. By default the seed is secret: a server that knows the seed can
-            subtract the noise.
-
-        Returns
-        -------
-        dict of name -> float32 array
-            >= 0: negative entries are set to zero.
+        By default the seed of `rng` is secret: a server that knows it can subtract the
+        noise.
         """
         rng = rng or np.random.default_rng(secrets.randbits(128))
         squares = sum(

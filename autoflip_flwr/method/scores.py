@@ -1,7 +1,6 @@
 """From guidance to a score per parameter."""
 
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -36,12 +35,8 @@ def weight_size(initial: Array) -> Float32:
 
 #: Name of a score -> function of (guidance, initial weights) of one tensor; that of
 #: ``staged`` for the first mask.
-SCORES: MappingProxyType[ScoreName, Callable[[Float32, Array], Float32]] = (
-    MappingProxyType(
-        {
-            "guidance": guidance_score,
-            "saliency": saliency_score,
-            "staged": saliency_score,
-        }
-    )
-)
+SCORES: Mapping[ScoreName, Callable[[Float32, Array], Float32]] = {
+    "guidance": guidance_score,
+    "saliency": saliency_score,
+    "staged": saliency_score,
+}

@@ -252,20 +252,10 @@ class Units:
     ) -> Keep:
         """Choose the units to keep, so that at most `budget` parameters are pruned.
 
-        Units go in the order of their scores, the lowest first, until the next one
-        would prune too much, or `operations` are reached.
-
-        Parameters
-        ----------
-        scores : mapping of name -> array
-            Parameters without a score keep their groups whole.
-        budget : int
-        limits : Limits
-        means : float64 array, optional
-            A score per unit instead of `means(scores)`.
-        operations : float, optional
-            No more units go where the model needs at most so many
-            multiply-accumulates.
+        Units go in the order of their scores (`means`, by default those of `scores`),
+        the lowest first, until the next one would prune too much, or the model needs at
+        most `operations` multiply-accumulates. Parameters without a score keep their
+        groups whole.
         """
         if means is None:
             means = self.means(scores)
@@ -330,13 +320,7 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
     ) -> None:
-        """Refuse a budget for which groups would have to lose all their units.
-
-        Raises
-        ------
-        MaskError
-            With the most that whole units can prune, and what limits it.
-        """
+        """Refuse a budget for which groups would lose all their units (`MaskError`)."""
         names = list(prunable)
         most = self.most(names, limits)
         if budget > most:
@@ -360,14 +344,9 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
     ) -> None:
-        """Refuse a share of the dense operations that is out of reach.
+        """Refuse a share of the dense operations out of reach (`MaskError`).
 
         Units go by their operations, or by those per parameter, whichever saves more.
-
-        Raises
-        ------
-        MaskError
-            With the least share that can be reached, and what limits it.
         """
         names = list(prunable)
         scores = {name: np.zeros(self.shapes[name], np.float32) for name in names}
@@ -398,13 +377,7 @@ class Units:
         return masks
 
     def used(self, masks: Masks) -> Keep:
-        """Tell which units a mask leaves anything of.
-
-        Raises
-        ------
-        MaskError
-            If a shape is not the parameter's, or a group has lost all its units.
-        """
+        """Tell which units a mask leaves anything of, one or more of each group."""
         used = np.ones(self.count, np.bool_)
         for group in self.groups:
             used[group.units] = False

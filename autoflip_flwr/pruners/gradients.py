@@ -222,17 +222,8 @@ def layer_budgets(
 
     A layer's density is proportional to the sum of its dimensions over their product
     (arXiv:1911.11134, section 3), at most 1. A layer keeps at least the share `floor`
-    and one weight. Vectors are kept whole.
-
-    Returns
-    -------
-    dict of name -> int
-        Their sum is `kept`.
-
-    Raises
-    ------
-    MaskError
-        If `kept` is too small for the vectors and the minimum of every layer.
+    and one weight. Vectors are kept whole. If `kept` is too small for all that, the
+    error is a MaskError.
     """
     sizes = np.array([math.prod(shape) for shape in shapes.values()], np.int64)
     whole = np.array([len(shape) < 2 for shape in shapes.values()])
@@ -259,18 +250,10 @@ def layer_budgets(
 
 
 def adjusted(keep: Mask, size: Float32, gradient: Float32, share: float) -> Mask:
-    """Drop the smallest kept weights of a tensor and grow as many others.
+    """Drop a share of the smallest kept weights of a tensor and grow as many others.
 
-    A weight that was dropped may grow again at once.
-
-    Parameters
-    ----------
-    keep : bool array
-        The tensor's mask.
-    size, gradient : float32 array
-        Magnitudes of weights and gradients, of the same shape.
-    share : float
-        Share of the kept weights to drop, in [0, 1].
+    They grow where the gradient is largest; one that was dropped may grow again at
+    once. `size` and `gradient` are magnitudes.
     """
     kept = int(np.count_nonzero(keep))
     count = int(share * kept)

@@ -95,14 +95,7 @@ class GuidanceStore:
     def codes(
         self, node_ids: Sequence[int], name: str, block: int
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Read one tensor of many nodes, one block at a time.
-
-        Yields
-        ------
-        start : int
-            First entry of the block in the flat tensor.
-        codes : uint8 array, shape (nodes, <= block)
-        """
+        """Yield blocks of a flat tensor: the first entry, codes of (nodes, entries)."""
         sizes = [math.prod(shape) for shape in self._shapes.values()]
         index = list(self._shapes).index(name)
         offset = _FRAME_AT + HEADER_BYTES * len(sizes) + sum(sizes[:index])
@@ -120,8 +113,7 @@ class GuidanceStore:
 
     def means(self) -> list[float]:
         """Return the means of all nodes' guidance."""
-        means: list[float] = self._numbers[: len(self), 0].tolist()
-        return means
+        return list(self._numbers[: len(self), 0].tolist())
 
     def overall(self) -> Statistics:
         """Return mean and extremes over all nodes, of which there is at least one."""

@@ -40,13 +40,7 @@ class Random(FixedPruner):
 
 
 class WeightsPruner(FixedPruner):
-    """Prunes by the server's weights, once, after some dense rounds.
-
-    Parameters
-    ----------
-    dense_rounds : int
-        Rounds without a mask before pruning, >= 0.
-    """
+    """Prunes by the server's weights, once, after `dense_rounds` without a mask."""
 
     every_round = False
 

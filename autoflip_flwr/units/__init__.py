@@ -14,7 +14,6 @@ from autoflip_flwr.units.compaction import (
     loses_units,
     mask_units,
     operations_left,
-    pays,
 )
 from autoflip_flwr.units.graph import trace
 from autoflip_flwr.units.inputs import ExampleInputs, tensors_of
@@ -31,7 +30,6 @@ __all__ = [
     "loses_units",
     "mask_units",
     "operations_left",
-    "pays",
     "shrink",
     "small_masks",
     "tensors_of",

@@ -43,30 +43,15 @@ _Place = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The heads of one attention module.
+    """The heads of one attention module."""
 
-    Attributes
-    ----------
-    count : int
-        Heads of keys and values, each with the query heads that read it.
-    width : int
-        Columns of the output matrix that belong to each.
-    output : str
-        Name of the output matrix.
-    owners : tuple of (tensor name, dimension, int array)
-        The head of each index.
-    projections : frozenset of str
-        Paths of the modules between the heads and the model's other channels.
-    holder : str
-        Path of the module that knows the number of heads.
-    """
-
-    count: int
-    width: int
-    output: str
+    count: int  # heads of keys and values, each with the query heads that read it
+    width: int  # columns of the output matrix that belong to each
+    output: str  # name of the output matrix
+    #: Tensor, dimension, the head of each index along it.
     owners: tuple[tuple[str, int, NDArray[np.int64]], ...]
-    projections: frozenset[str]
-    holder: str
+    projections: frozenset[str]  # modules between the heads and the other channels
+    holder: str  # path of the module that knows the number of heads
 
 
 def find(model: nn.Module) -> dict[str, Heads]:

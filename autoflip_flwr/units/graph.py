@@ -39,21 +39,11 @@ _cache: dict[Hashable, Units | ModelError] = {}  # the latest used last
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
-    """Return the units of a model.
+    """Return the units of a model, of which copies run on its device, in both modes.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is: copies of it are run on its device, in both modes.
-    example_inputs : torch.Tensor, or tuple of arguments of the model
-        One sample is enough. Equal models (classes, sizes, inputs) are traced once
-        in a process.
-
-    Returns
-    -------
-    Units
-        Without the units that make the model's outputs, and those that we cannot
-        take out exactly; `Units.whole` says which and why.
+    Units that make the model's outputs, and those that we cannot take out exactly, are
+    left whole; `Units.whole` says which and why. One sample as example is enough. Equal
+    models (classes, sizes, inputs) are traced once in a process.
 
     Raises
     ------

@@ -114,12 +114,7 @@ def reason_to_stay_whole(module: Any, out: bool) -> str | None:
 def tensors(module: nn.Module, out: bool) -> Iterator[tuple[str, int]]:
     """Yield the names and dimensions of tensors that a channel is an index of.
 
-    Parameters
-    ----------
-    module : nn.Module
-        Any but recurrent ones.
-    out : bool
-        Output channels, else input channels.
+    Of output channels, else (not `out`) of input channels; not of recurrent modules.
     """
     if isinstance(module, nn.Embedding):
         yield "weight", 1

@@ -26,19 +26,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts multiply-accumulates of a model that runs while this is entered.
 
     Attention then shows its products: torch's fused kernels are off. Causal attention
-    counts all pairs of tokens.
-
-    Parameters
-    ----------
-    model : nn.Module
-    places : mapping of module -> label
-        Modules of it to tell apart.
-
-    Attributes
-    ----------
-    made : Counter of (label, parameter)
-        The label is that of the innermost labelled module which was running; the
-        parameter is the matrix in the product. Each is None where there is none.
+    counts all pairs of tokens. `made` counts by label, in `places`, of the innermost
+    labelled module that was running, and by the name of the matrix in the product. Each
+    is None where there is none.
     """
 
     def __init__(self, model: nn.Module, places: Mapping[nn.Module, str]) -> None:
@@ -96,25 +86,11 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def operations(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
-    """Count the multiply-accumulates of a forward pass (see `Products`).
+    """Count the multiply-accumulates of a forward pass of all inputs, by module's path.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is: a copy is run, in evaluation mode.
-    example_inputs : torch.Tensor, or tuple of arguments of the model
-        All of them are counted: give one sample for the operations of a sample.
-
-    Returns
-    -------
-    dict of str to int
-        By the module's path, what its children do included; ``""`` is the model.
-        Attention's products count, element-wise operations and embeddings do not.
-
-    Raises
-    ------
-    ModelError
-        If the model does not run on the inputs.
+    What a module's children do counts for it, too; ``""`` is the model, of which a copy
+    is run in evaluation mode. Attention's products count, element-wise operations and
+    embeddings do not. A model that does not run on the inputs is a `ModelError`.
     """
     copied = copy.deepcopy(model).eval()
     for parameter in copied.parameters():  # or fused kernels, which are not counted

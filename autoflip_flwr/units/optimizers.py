@@ -18,16 +18,10 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 class Gradients:
-    """What `gradients_of` saw, one float32 array per parameter, in the model's order.
-
-    Attributes
-    ----------
-    steps : int
-        Steps an optimizer would have taken.
-    """
+    """What `gradients_of` saw: a float32 array per parameter, in the model's order."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps = 0  # that an optimizer would have taken
         self._sums: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
 
@@ -66,11 +60,6 @@ def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
     Inside the block a step of an optimizer that holds exactly parameters of these
     shapes in this order changes nothing: whatever trains the model passes over the
     data at fixed weights. Any other optimizer is left alone.
-
-    Parameters
-    ----------
-    shapes : sequence of tuple of int
-        Of the trainable parameters, in the model's order.
     """
     seen = Gradients()
 

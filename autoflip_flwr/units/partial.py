@@ -12,14 +12,9 @@ from torch.nn import functional
 class PartialNorm(nn.Module):
     """LayerNorm or GroupNorm; mean and variance are over the missing channels, too.
 
-    Parameters
-    ----------
-    whole : nn.LayerNorm or nn.GroupNorm
-        Holds the weights of the channels that are there; its sizes are still the
-        whole's. A `LayerNorm2d`, as torchvision and timm name theirs, has its channels
-        in dimension 1.
-    channels : int array
-        Which of the whole's channels are there.
+    The weights of `whole` are those of the `channels` that are there, its sizes the
+    whole's. A `LayerNorm2d`, as torchvision and timm name theirs, has its channels in
+    dimension 1.
     """
 
     def __init__(
@@ -64,12 +59,9 @@ class PartialNorm(nn.Module):
 class PartialAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention with heads that are narrower than its width demands.
 
-    Parameters
-    ----------
-    whole : nn.MultiheadAttention
-        Its tensors and `num_heads` are those of the heads that are there; `head_dim`
-        and `embed_dim` are the whole's. Attention weights are averaged over the heads
-        that are there.
+    Tensors and `num_heads` of `whole` are those of the heads that are there, its
+    `head_dim` and `embed_dim` the whole's. Attention weights are averaged over the
+    heads that are there.
     """
 
     def __init__(self, whole: nn.MultiheadAttention) -> None:
@@ -133,13 +125,7 @@ class PartialAttention(nn.MultiheadAttention):
 
 
 class PartialWindowAttention(nn.Module):
-    """Torchvision's ShiftedWindowAttention, of which some heads are missing.
-
-    Parameters
-    ----------
-    whole : nn.Module
-        Its tensors and `num_heads` are those of the heads that are there.
-    """
+    """Torchvision's ShiftedWindowAttention, of which some heads are missing."""
 
     qkv: nn.Linear
     proj: nn.Linear

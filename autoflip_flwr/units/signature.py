@@ -1,5 +1,6 @@
 """Tell models apart that may compute something else, for the cache of traces."""
 
+import hashlib
 import io
 import pickle
 import types
@@ -32,7 +33,7 @@ def signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
         pickler.dump((parameters, arguments(example_inputs)))
     except Exception:  # a setting of a type that cannot be written; a lazy module
         return None
-    return written.getvalue(), tuple(pickler.code)
+    return hashlib.sha256(written.getbuffer()).digest(), tuple(pickler.code)
 
 
 class _Pickler(pickle.Pickler):

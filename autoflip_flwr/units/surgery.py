@@ -29,23 +29,11 @@ def twin(
 
 
 def shrink(model: nn.Module, units: Units, keep: Keep) -> nn.Module:
-    """Return a copy without the units that are not kept.
+    """Return a copy without the units that are not kept, of the same names.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is.
-    units : Units
-        The units of the model (`trace`).
-    keep : bool array of one per unit
-        Recurrent layers of one module stay equally wide: where one keeps more units
-        than another, the other is filled up with some that are not kept.
-
-    Returns
-    -------
-    nn.Module
-        Of the model's classes and parameter names, its tensors smaller. Normalization
-        over channels still counts the missing ones, as zeros.
+    Recurrent layers of one module stay equally wide: where one keeps more units than
+    another, the other is filled up with some that are not kept. Normalization over
+    channels still counts the missing ones, as zeros.
     """
     kept = units.indices(units.levelled(keep))
 
