@@ -400,20 +400,11 @@ def about(preset: str) -> dict[str, str]:
 
 
 def load(preset: str, overrides: str = "") -> Settings:
-    """Read a preset and apply overrides.
+    """Read a preset, a name in conf/, and apply overrides.
 
-    Parameters
-    ----------
-    preset : str
-        A name in conf/.
-    overrides : str
-        Dotted ``key=value`` pairs separated by spaces, applied last; values in
-        YAML, quoted where they hold spaces: ``rounds=3 data.dir="my data"``.
-
-    Raises
-    ------
-    SettingsError
-        Names the key, what was expected and what is known.
+    These are dotted ``key=value`` pairs separated by spaces; values in YAML, quoted
+    where they hold spaces: ``rounds=3 data.dir="my data"``. A SettingsError names the
+    key, what was expected and what is known.
     """
     if preset not in presets():
         raise SettingsError(
@@ -444,13 +435,7 @@ def _overridden(values: dict[str, Any], preset: str, overrides: str) -> Settings
 
 
 def read(path: Path) -> Settings:
-    """Read the resolved settings that a run wrote.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such file, or it holds something else.
-    """
+    """Read the resolved settings that a run wrote, else raise a SettingsError."""
     try:
         values = _yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

@@ -149,7 +149,7 @@ def rescaling(
 
 
 class LocalMatrix(Protocol):
-    """One explorer's local guidance, dense or with one byte per parameter."""
+    """One explorer's local guidance."""
 
     def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
         """Return a reader of one tensor's flat values times `factor`, clipped."""
@@ -165,12 +165,7 @@ def add_normalized(
 ) -> None:
     """Add ``weight * (sum_k scale_k * G_k + offset)``, the sum of Eq. 3, to `total`.
 
-    Parameters
-    ----------
-    total : floating array of shape (size,)
-        Flat values of the tensor `name`; the sum has its dtype.
-    matrices : sequence of LocalMatrix
-        One per scale of `rescale`.
+    `total` are the flat values of the tensor `name`; the sum has their dtype.
     """
     limits = rescale.most or [math.inf] * len(matrices)
     readers = [
@@ -189,14 +184,8 @@ def clipped_weight(matrix: LocalMatrix, sizes: Mapping[str, int], mean: float) -
     """Return what an explorer's clipped entries count for: 1, or less if they are flat.
 
     With all its weight spread over a fifth of the entries, none would be clipped, and
-    such an explorer would outweigh the others.
-
-    Parameters
-    ----------
-    sizes : mapping of name -> int
-        Number of entries of each tensor.
-    mean : float
-        Of the explorer's whole matrix.
+    such an explorer would outweigh the others. `sizes` are the numbers of entries of
+    the tensors, `mean` is that of the whole matrix.
     """
     if mean <= _LEAST:
         return 1.0
@@ -226,15 +215,8 @@ def middle(
     """Combine explorers' values per entry so that a few explorers have little effect.
 
     Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
-    (arXiv:1803.01498, Definitions 1 and 2).
-
-    Parameters
-    ----------
-    stack : floating array
-        One row per explorer, normalized.
-    combination : {"mean", "median", "trimmed-mean"}
-    trim : float
-        Share of the rows to leave out at each end, in [0, 0.5).
+    (arXiv:1803.01498, Definitions 1 and 2). `stack` has one row per explorer,
+    normalized; a trimmed mean leaves out the share `trim` of the rows at each end.
     """
     if combination == "median":
         return np.asarray(np.median(stack, axis=0), np.float32)

@@ -1,6 +1,4 @@
-"""What changes from round to round: densities, exchanges of weights."""
-
-import math
+"""What changes from round to round."""
 
 
 def density(server_round: int, *, first: float, final: float, rounds: int) -> float:
@@ -19,16 +17,3 @@ def density(server_round: int, *, first: float, final: float, rounds: int) -> fl
 def due(server_round: int, every: int) -> bool:
     """Tell whether this round is the first of another `every` rounds."""
     return server_round > 1 and (server_round - 1) % every == 0
-
-
-def cosine_share(first: float, server_round: int, *, until: int | None) -> float:
-    """Return the share to exchange: a cosine from `first` in round 1 to 0.
-
-    After round `until` it is 0. Without `until` it is always `first`.
-    """
-    if until is None:
-        return first
-    if server_round > until:
-        return 0.0
-    past = (server_round - 1) / max(1, until)
-    return first / 2 * (1 + math.cos(math.pi * past))

@@ -75,40 +75,24 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """The units of a model.
+    """The units of a model, numbered through all groups in their order.
 
-    Attributes
-    ----------
-    groups : tuple of Group
-        Groups that may lose units. Units are numbered through all groups in their
-        order; groups that are left whole keep their numbers.
-    parameters : Owners
-        Which unit an index along a parameter's dimension belongs to. An entry of a
-        weight belongs to at most two units: its row's and its column's.
-    buffers : Owners
-        The same for buffers, which have no mask.
-    shapes : mapping of name -> shape
-        Of all tensors in the model's state.
-    uses : mapping of name -> int
-        How often a weight is used for the example inputs: the pixels a convolution
-        makes, the steps of a recurrent layer.
-    level : tuple of tuples of int arrays
-        Sets of rows of units that must stay equally long: the layers of one
-        `nn.LSTM` share one hidden size.
-    whole : mapping of module name -> reason
-        What is left whole.
-    columns : frozenset of str
-        Weights whose own channels lie along dimension 1, not 0: embeddings and
-        transposed convolutions.
+    Groups that are left whole keep their numbers. An entry of a weight belongs to at
+    most two units: its row's and its column's.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # that may lose units
     parameters: Owners
-    buffers: Owners
-    shapes: Mapping[str, tuple[int, ...]]
+    buffers: Owners  # which have no mask
+    shapes: Mapping[str, tuple[int, ...]]  # of all tensors in the model's state
+    #: How often a weight is used for the example inputs: the pixels a convolution
+    #: makes, the steps of a recurrent layer.
     uses: Mapping[str, float] = field(default_factory=dict)
+    #: Rows of units that must stay equally long: the layers of one `nn.LSTM`.
     level: tuple[tuple[Numbers, ...], ...] = ()
-    whole: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)  # module left whole -> why
+    #: Weights whose own channels lie along dimension 1, not 0: of embeddings and
+    #: transposed convolutions.
     columns: frozenset[str] = frozenset()
 
     @property
@@ -314,11 +298,7 @@ class Units:
         return going, size_of[by_mean]
 
     def check_budget(
-        self,
-        prunable: Iterable[str],
-        *,
-        budget: int,
-        limits: Limits = Limits(),
+        self, prunable: Iterable[str], *, budget: int, limits: Limits = Limits()
     ) -> None:
         """Refuse a budget for which groups would lose all their units (`MaskError`)."""
         names = list(prunable)

@@ -9,14 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autoflip_flwr.errors import (
-    ExplorationError,
-    MaskError,
-    SettingsError,
-    by_reason,
-)
+from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError, by_reason
 from autoflip_flwr.method.mean import WeightedMean
-from autoflip_flwr.method.schedule import cosine_share, due
+from autoflip_flwr.method.schedule import due
 from autoflip_flwr.pruners.base import Ask, FixedPruner, Problem
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
@@ -212,7 +207,13 @@ class FedDST(GradientPruner):
         return self._chosen
 
     def _share(self, server_round: int) -> float:
-        return cosine_share(self.replaced, server_round, until=self.until)
+        """Return the share to exchange: always the same without an end."""
+        if self.until is None:
+            return self.replaced
+        if server_round > self.until:
+            return 0.0
+        past = (server_round - 1) / max(1, self.until)
+        return self.replaced / 2 * (1 + math.cos(math.pi * past))
 
 
 def layer_budgets(

@@ -34,15 +34,9 @@ _SLOTS = 3
 class GuidanceStore:
     """Local guidance by node id, on disk, one byte per parameter.
 
-    Memory holds one row of numbers per explorer: the mean, and two per tensor.
-
-    Parameters
-    ----------
-    directory : Path
-        Created when needed. Files are written atomically. A node's new frame does not
-        overwrite its last two, because the kept checkpoints may need them.
-    shapes : mapping of name -> shape
-        The prunable parameters, in order.
+    Memory holds one row of numbers per explorer: the mean, and two per tensor. Files
+    are written atomically. A node's new frame does not overwrite its last two, because
+    the kept checkpoints may need them. `shapes` are those of the prunable parameters.
     """
 
     def __init__(self, directory: Path, shapes: Shapes) -> None:
@@ -217,8 +211,7 @@ class Answers:
     """The answers of one round, written to disk as they arrive.
 
     A server that is killed during an exploration later asks only the nodes whose
-    answers are missing. Memory does not grow with the size of the answers. The
-    parameters are those of `GuidanceStore`.
+    answers are missing. Memory does not grow with the size of the answers.
     """
 
     def __init__(self, directory: Path, shapes: Shapes) -> None:
@@ -295,8 +288,8 @@ class Answers:
             self._results[node_id] = body.decode(errors="replace")
             return
         (examples,) = _EXAMPLES.unpack_from(body)
-        frame = body[_EXAMPLES.size : _EXAMPLES.size + frame_bytes(self._shapes)]
-        self._keep(node_id, path, checksum, examples, dequantize(frame, self._shapes))
+        guidance = _read(path, self._shapes)
+        self._keep(node_id, path, checksum, examples, guidance)
 
     def _keep(
         self,

@@ -35,23 +35,10 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     optimizer that holds them, and on exit: whatever momentum, weight decay or
     second moments an optimizer carries, no step leaves a pruned weight behind.
 
-    Parameters
-    ----------
-    model : nn.Module
-    masks : mapping of name -> bool array
-        True = keep. Names as in ``model.named_parameters()``, or the positions in
-        ``model.state_dict()`` as text, as Flower's older API numbers arrays.
-
-    Raises
-    ------
-    MaskError
-        If a name is not a parameter of the model, or a shape differs.
-
-    Notes
-    -----
-    The cost is one pass over the parameters per step, and a copy of the mask in the
-    parameters' size. Gradients stay those of the dense model: where a norm over all
-    gradients matters (clipping), pruned entries still count in it.
+    Names are those of ``model.named_parameters()``, or see `resolve`. The cost is one
+    pass over the parameters per step, and a copy of the mask in the parameters' size.
+    Gradients stay those of the dense model: where a norm over all gradients matters
+    (clipping), pruned entries still count in it.
     """
     pruned = _pruned(model, masks)
     for each in pruned.values():
@@ -86,19 +73,11 @@ def marked(values: Array, keep: Mask) -> Array:
 def enforce_unseen(masks: Masks) -> Iterator[set[str]]:
     """Do what `enforce` does for a model that only its optimizers have shown.
 
-    Parameters
-    ----------
-    masks : mapping of name -> bool array
-        A parameter whose negative zeros, when an optimizer first steps, are exactly
-        what one of these masks prunes has been loaded from `marked` weights. It stays
-        zero there. So names, order, groups, wrappers and layers that are frozen or of
-        another model do not matter.
-
-    Yields
-    ------
-    set of str
-        After the block: the names of the masks that training has kept, here or in an
-        `enforce` inside.
+    A parameter whose negative zeros, when an optimizer first steps, are exactly what
+    one of these masks prunes has been loaded from `marked` weights. It stays zero
+    there. So names, order, groups, wrappers and layers that are frozen or of another
+    model do not matter. The yielded set has, after the block, the names of the masks
+    that training has kept, here or in an `enforce` inside.
     """
     names: dict[tuple[int, ...], dict[bytes, list[str]]] = {}
     for name, keep in masks.items():
@@ -148,12 +127,9 @@ def _zeroed_by_steps(pruned: Mapping[nn.Parameter, "_Pruned | None"]) -> Iterato
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Refuse changes to a model while a smaller one stands in for it.
+    """Refuse changes to a model while a smaller one stands in for it (`MaskError`).
 
-    Raises
-    ------
-    MaskError
-        In an optimizer's step, or at the end: what it learned would be lost.
+    In an optimizer's step, or at the end: what it learned would be lost.
     """
     advice = (
         "whole model, but a smaller one is trained in its place; inside the block, "
@@ -211,9 +187,10 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
     """Return masks under the names of ``model.named_parameters()``.
 
-    Numbers stand for positions in ``model.state_dict()``, and a tied weight keeps what
-    all its names keep. Names need not agree in what `torch.compile`, DataParallel, DDP
-    and PEFT add to them, nor in one prefix, where the masks are those of a part.
+    Numbers stand for positions in ``model.state_dict()``, as in Flower's older API, and
+    a tied weight keeps what all its names keep. Names need not agree in what
+    `torch.compile`, DataParallel, DDP and PEFT add to them, nor in one prefix, where
+    the masks are those of a part.
 
     Raises
     ------

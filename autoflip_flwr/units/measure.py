@@ -14,12 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoflip_flwr.errors import ModelError
-from autoflip_flwr.units.inputs import (
-    ExampleInputs,
-    arguments,
-    described,
-    first_line,
-)
+from autoflip_flwr.units.inputs import ExampleInputs, arguments, described, first_line
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]

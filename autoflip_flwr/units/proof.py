@@ -44,14 +44,15 @@ def prove(model: nn.Module, example_inputs: ExampleInputs, units: Units) -> Unit
     """
     if not units.groups:
         return units
-    trial = _Trial(model, example_inputs)
-    reasons: dict[str, str] = {}
-    for groups, reason in trial.failing(units, units.clusters()):
-        for group in groups:
-            reasons[group.name] = f"the graph cannot follow its channels: {reason}"
-    if not reasons:
-        return units
-    _log.warning("left whole: %s", reasons)
+    reasons = {
+        group.name: f"the graph cannot follow its channels: {reason}"
+        for groups, reason in _Trial(model, example_inputs).failing(
+            units, units.clusters()
+        )
+        for group in groups
+    }
+    if reasons:
+        _log.warning("left whole: %s", reasons)
     return units.without(reasons)
 
 
