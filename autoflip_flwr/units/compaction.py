@@ -70,9 +70,13 @@ def mask_units(
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, score in scores.items():
         if name not in shapes or np.shape(score) != shapes[name]:
+            expected = (
+                f"of shape {shapes[name]}"
+                if name in shapes
+                else f"of a parameter, one of {list(shapes)}"
+            )
             raise MaskError(
-                f"{name}: expected a score of shape {shapes.get(name)}, got "
-                f"{np.shape(score)}; the parameters are {list(shapes)}"
+                f"{name}: expected a score {expected}, got shape {np.shape(score)}"
             )
     units = trace(model, example_inputs)
     budget = int(share * sum(np.size(score) for score in scores.values()))
