@@ -10,9 +10,8 @@ from autoflip_flwr.types import Array, Float32, ScoreName
 SALIENCY_OFFSET = 1e-4
 
 
-def guidance_score(guidance: Float32, initial: Array) -> Float32:
+def guidance_score(guidance: Float32, _: Array) -> Float32:
     """Return the guidance itself, the paper's score (arXiv:2405.10271, Eq. 4)."""
-    del initial
     return guidance
 
 
