@@ -35,17 +35,21 @@ class PartialNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return an array of the shape of `x`."""
-        x, weight = self._widened(x, self._dim), self._widened(self.weight, 0)
-        bias = None if self.bias is None else self._widened(self.bias, 0)
-        if self.groups:
-            x = functional.group_norm(x, self.groups, weight, bias, self.eps)
-        else:
+        if not self.groups:  # the zeros may stand anywhere
             x = x.movedim(self._dim, -1)
-            x = functional.layer_norm(x, [self.width], weight, bias, self.eps)
-            x = x.movedim(-1, self._dim)
-        return x.index_select(self._dim, self.get_buffer("_there"))
+            missing = (0, self.width - x.shape[-1])
+            weight = functional.pad(self.weight, missing)
+            bias = None if self.bias is None else functional.pad(self.bias, missing)
+            normal = functional.layer_norm(
+                functional.pad(x, missing), [self.width], weight, bias, self.eps
+            )
+            return normal[..., : x.shape[-1]].movedim(-1, self._dim)
+        weight, bias = self._widened(self.weight), self._widened(self.bias)
+        x = self._widened(x, 1)
+        x = functional.group_norm(x, self.groups, weight, bias, self.eps)
+        return x.index_select(1, self.get_buffer("_there"))
 
-    def _widened(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+    def _widened(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """Put zeros where channels are missing."""
         shape = list(x.shape)
         shape[dim] = self.width
