@@ -55,7 +55,8 @@ Several = Annotated[
 ]
 
 
-def _kebab(name: str) -> str:
+def kebab(name: str) -> str:
+    """Return a setting's name in presets."""
     return name.replace("_", "-")
 
 
@@ -67,7 +68,7 @@ class Group(BaseModel):
         strict=True,
         extra="forbid",
         allow_inf_nan=False,
-        alias_generator=_kebab,
+        alias_generator=kebab,
         validate_by_name=True,
         validate_by_alias=True,
     )
@@ -399,20 +400,11 @@ def about(preset: str) -> dict[str, str]:
 
 
 def load(preset: str, overrides: str = "") -> Settings:
-    """Read a preset and apply overrides.
+    """Read a preset, a name in conf/, and apply overrides.
 
-    Parameters
-    ----------
-    preset : str
-        A name in conf/.
-    overrides : str
-        Dotted ``key=value`` pairs separated by spaces, applied last; values in
-        YAML, quoted where they hold spaces: ``rounds=3 data.dir="my data"``.
-
-    Raises
-    ------
-    SettingsError
-        Names the key, what was expected and what is known.
+    These are dotted ``key=value`` pairs separated by spaces; values in YAML, quoted
+    where they hold spaces: ``rounds=3 data.dir="my data"``. A SettingsError names the
+    key, what was expected and what is known.
     """
     if preset not in presets():
         raise SettingsError(
@@ -443,13 +435,7 @@ def _overridden(values: dict[str, Any], preset: str, overrides: str) -> Settings
 
 
 def read(path: Path) -> Settings:
-    """Read the resolved settings that a run wrote.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such file, or it holds something else.
-    """
+    """Read the resolved settings that a run wrote, else raise a SettingsError."""
     try:
         values = _yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -551,12 +537,12 @@ def _explained(
     whole = group.model_json_schema()
 
     def written(prefix: str, name: str) -> str:
-        return name.replace("-", "_") if code else f"{prefix}{_kebab(name)}"
+        return name.replace("-", "_") if code else f"{prefix}{kebab(name)}"
 
     unknown: dict[str, list[str]] = {}
     texts = []
     for each in error.errors():
-        path = [_kebab(part) for part in each["loc"] if isinstance(part, str)]
+        path = [kebab(part) for part in each["loc"] if isinstance(part, str)]
         schema, prefix = whole, ""
         while path and "$ref" in (inner := schema["properties"].get(path[0], {})):
             schema = whole["$defs"][inner["$ref"].rpartition("/")[2]]
@@ -611,10 +597,8 @@ def _expected(schema: dict[str, Any]) -> str:
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
     if high is not None:
-        left, right = (
-            "[" if "minimum" in schema else "(",
-            "]" if "maximum" in schema else ")",
-        )
+        left = "[" if "minimum" in schema else "("
+        right = "]" if "maximum" in schema else ")"
         return f"{text} in {left}{low:g}, {high:g}{right}"
     if low is not None:
         return f"{text} {'>=' if 'minimum' in schema else '>'} {low:g}"

@@ -19,7 +19,7 @@ from autoflip_flwr import AutoFLIP, PruningSettings, units
 from autoflip_flwr.app import costs
 from autoflip_flwr.method.structured import Limits
 from autoflip_flwr.units.enforce import enforce
-from autoflip_flwr.units.heads import PartialAttention
+from autoflip_flwr.units.partial import PartialAttention
 
 
 def groups(model: nn.Module, x: torch.Tensor) -> dict[str, tuple[int, int]]:

@@ -44,7 +44,7 @@ from autoflip_flwr.pruners.gradients import (
     PruneFL,
 )
 from autoflip_flwr.settings import BaselineSettings
-from autoflip_flwr.units import enforce as enforcing
+from autoflip_flwr.units import optimizers
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire import records as wire
 
@@ -570,7 +570,7 @@ def test_a_step_with_a_closure_moves_nothing_and_shows_its_gradient():
         loss.backward()
         return loss
 
-    with enforcing.gradients_of([(2,)]) as seen:
+    with optimizers.gradients_of([(2,)]) as seen:
         optimizer.step(closure)
     assert_array_equal(weight.detach(), [1, 1])
     assert_array_equal(seen.mean(), [[3, 1]])

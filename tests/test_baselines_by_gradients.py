@@ -35,7 +35,7 @@ from autoflip_flwr.pruners.gradients import (
     layer_budgets,
 )
 from autoflip_flwr.settings import BaselineSettings
-from autoflip_flwr.units import enforce as enforcing
+from autoflip_flwr.units import optimizers
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire import records as wire
 from autoflip_flwr.wire.manifest import Manifest
@@ -365,7 +365,7 @@ def test_gradients_are_the_losses_own_and_nothing_moves(make):
         {k: torch.as_tensor(v).clone() for k, v in state.items() if v is not None}
         for state in optimizer.state.values()
     ]
-    with enforcing.gradients_of(shapes_of(model)) as seen:
+    with optimizers.gradients_of(shapes_of(model)) as seen:
         step_over(model, optimizer)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -387,7 +387,7 @@ def test_gradients_are_the_losses_own_and_nothing_moves(make):
 def test_the_mean_of_squares_is_not_the_square_of_the_mean():
     weight = nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = torch.optim.SGD([weight], 0.1)
-    with enforcing.gradients_of([(2,)]) as seen:
+    with optimizers.gradients_of([(2,)]) as seen:
         for slope in ([3.0, 1.0], [-1.0, 1.0]):
             optimizer.zero_grad()
             (weight * torch.tensor(slope)).sum().backward()
@@ -400,7 +400,7 @@ def test_other_optimizers_are_left_alone_while_gradients_are_collected():
     model, other = small_net(), nn.Linear(2, 2)
     before = other.weight.detach().clone()
     optimizer = torch.optim.SGD(other.parameters(), 0.1)
-    with enforcing.gradients_of(shapes_of(model)) as seen:
+    with optimizers.gradients_of(shapes_of(model)) as seen:
         other(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     assert seen.steps == 0
@@ -410,7 +410,7 @@ def test_other_optimizers_are_left_alone_while_gradients_are_collected():
 def test_a_parameter_without_a_gradient_has_zeros():
     used, idle = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([used, idle], 0.1)
-    with enforcing.gradients_of([(2,), (3,)]) as seen:
+    with optimizers.gradients_of([(2,), (3,)]) as seen:
         used.sum().backward()
         optimizer.step()
     assert_array_equal(seen.mean()[0], [1, 1])
@@ -421,7 +421,7 @@ def test_a_parameter_without_a_gradient_has_zeros():
 def test_gradients_of_other_types_are_summed_as_float32(dtype):
     weight = nn.Parameter(torch.ones(2, dtype=dtype))
     optimizer = torch.optim.SGD([weight], 0.1)
-    with enforcing.gradients_of([(2,)]) as seen:
+    with optimizers.gradients_of([(2,)]) as seen:
         (weight * 3).sum().backward()
         optimizer.step()
     assert_array_equal(seen.mean(), [[3, 3]])
@@ -429,10 +429,28 @@ def test_gradients_of_other_types_are_summed_as_float32(dtype):
     assert seen.mean()[0].dtype == np.float32
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_changes_no_gradient(fused):
+    """A fused optimizer gets scaled gradients, and is called for those to skip."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with optimizers.gradients_of([(2,)]) as seen:
+        for slope in (3.0, np.inf, 5.0):
+            scaler.scale((weight * slope).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert seen.steps == 2
+    assert_array_equal(seen.mean(), [[4, 4]])
+    assert_array_equal(seen.mean_square(), [[17, 17]])
+    assert_array_equal(weight.detach(), [1, 1])
+
+
 def test_sparse_gradients_count_where_they_are():
     table = nn.Embedding(3, 2, sparse=True)
     optimizer = torch.optim.SparseAdam(list(table.parameters()), 0.1)
-    with enforcing.gradients_of([(3, 2)]) as seen:
+    with optimizers.gradients_of([(3, 2)]) as seen:
         table(torch.tensor([1, 1])).sum().backward()
         optimizer.step()
     assert_array_equal(seen.mean()[0], [[0, 0], [2, 2], [0, 0]])

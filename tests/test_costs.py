@@ -10,7 +10,7 @@ from autoflip_flwr.app import costs
 from autoflip_flwr.app.models import build
 from autoflip_flwr.errors import MaskError, ModelError
 from autoflip_flwr.settings import TrainingSettings
-from autoflip_flwr.units.norms import PartialLayerNorm
+from autoflip_flwr.units.partial import PartialNorm
 
 
 def keep(model, share=None, seed=0):
@@ -178,7 +178,7 @@ def test_masks_of_another_form_are_errors(mask, message):
 def test_normalization_over_missing_channels_is_counted_like_any():
     norm = nn.LayerNorm(8)
     dense = costs.flops(nn.Sequential(nn.Linear(4, 8), norm), torch.zeros(1, 4))
-    partial = nn.Sequential(nn.Linear(4, 8), PartialLayerNorm(norm))
+    partial = nn.Sequential(nn.Linear(4, 8), PartialNorm(norm, np.arange(8)))
     assert costs.flops(partial, torch.zeros(1, 4)) == dense
 
 

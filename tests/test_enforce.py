@@ -11,7 +11,8 @@ from tiny import assert_zero_where_pruned, masks_of, network, step, weights
 from torch import nn
 
 from autoflip_flwr.errors import MaskError
-from autoflip_flwr.units.enforce import Continued, enforce, trainable_names
+from autoflip_flwr.units.enforce import enforce, trainable_names
+from autoflip_flwr.units.optimizers import Continued
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),

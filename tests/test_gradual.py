@@ -10,8 +10,8 @@ from inprocess import LocalGrid, net, run, toy_app
 from preparing import prepared
 
 from autoflip_flwr import AutoFLIP, Checkpointed, Magnitude, Pruner, PruningSettings
-from autoflip_flwr.method.gradual import density
 from autoflip_flwr.method.mask import density as density_of
+from autoflip_flwr.method.schedule import density
 
 NODES = [11, 12, 13]
 

@@ -266,7 +266,7 @@ def test_a_matrix_without_parameters_is_an_error(nothing):
 
 
 def test_statistics_are_the_mean_of_all_and_the_extremes_of_each():
-    found = statistics(matrix(w=[1.0, 2.0, 6.0], b=[3.0]))
+    found = statistics(matrix(w=[1.0, 2.0, 6.0], b=[3.0]).items())
     assert found.mean == 3.0  # (1 + 2 + 6 + 3) / 4
     assert found.low == {"w": 1.0, "b": 3.0}
     assert found.high == {"w": 6.0, "b": 3.0}

@@ -265,9 +265,10 @@ def test_a_tied_weight_is_masked_under_any_of_its_names():
         assert small.two.weight is small.one.weight
 
 
-def test_hooks_on_parameters_keep_the_model_whole():
+@pytest.mark.parametrize("kind", ["hook", "post_accumulate_grad_hook"])
+def test_hooks_on_parameters_keep_the_model_whole(kind):
     model = net()
-    model[0].weight.register_hook(lambda gradient: gradient * 0)
+    getattr(model[0].weight, f"register_{kind}")(lambda gradient: None)
     with masked(model, some_masks(model), ONE) as trained:
         assert trained is model
 

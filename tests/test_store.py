@@ -43,11 +43,23 @@ def test_what_is_put_comes_back(store):
 
 def test_statistics_are_those_of_the_dense_matrix(store):
     store.put(7, measured(frame(7), SHAPES))
-    expected = statistics(codec.dequantize(frame(7), SHAPES).dense())
+    expected = statistics(codec.dequantize(frame(7), SHAPES).dense().items())
     found = store.statistics(7)
     assert_allclose(found.mean, expected.mean, rtol=1e-6)
     assert found.low == expected.low
     assert found.high == expected.high
+
+
+def test_a_tensor_without_entries_is_no_reason_to_fail(tmp_path):
+    shapes = {"w": (2,), "empty": (0, 3)}
+    guidance = {"w": np.ones(2, np.float32), "empty": np.ones((0, 3), np.float32)}
+    answers = Answers(tmp_path, shapes)
+    answers.begin(1)
+    answers.put(7, Answer(codec.quantize(guidance)))
+    found = answers.get(7)
+    assert found is not None
+    assert found.statistics.mean == 1
+    assert found.statistics.high == {"w": 1, "empty": 0}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +113,9 @@ def test_a_later_frame_replaces_the_earlier(store, tmp_path):
     assert len(store) == 1
     expected = codec.dequantize(frame(2), SHAPES).dense()
     assert_array_equal(store.get(7).dense()["w"], expected["w"])
-    assert_allclose(store.statistics(7).mean, statistics(expected).mean, rtol=1e-6)
+    assert_allclose(
+        store.statistics(7).mean, statistics(expected.items()).mean, rtol=1e-6
+    )
 
 
 def test_two_frames_before_stay_on_the_disk_for_earlier_checkpoints(store, tmp_path):

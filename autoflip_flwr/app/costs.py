@@ -25,9 +25,8 @@ from autoflip_flwr.errors import ModelError, needs_extra
 from autoflip_flwr.settings import TrainingSettings
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
-from autoflip_flwr.units.measure import kept_for_backward
-from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
-from autoflip_flwr.units.products import Products
+from autoflip_flwr.units.measure import Products, kept_for_backward
+from autoflip_flwr.units.partial import PartialNorm
 
 with needs_extra("app", "counting operations"), warnings.catch_warnings():
     # thop compares versions with distutils, which is deprecated.
@@ -41,10 +40,8 @@ _Info: TypeAlias = tuple[float, float, Mapping[str, Any]]
 #: Timed steps, after one that is not.
 _STEPS = 3
 
-#: thop's rule for normalization, for the layers that stand in for it.
-_RULES = dict.fromkeys(
-    (PartialLayerNorm, PartialGroupNorm), thop.vision.basic_hooks.count_normalization
-)
+#: thop's rule for normalization, for what stands in for it.
+_RULES = {PartialNorm: thop.vision.basic_hooks.count_normalization}
 
 
 def parameters(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from autoflip_flwr import units
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import enforce
-from autoflip_flwr.units.surgery import ExampleInputs
+from autoflip_flwr.units.inputs import ExampleInputs
 from autoflip_flwr.wire import records
 
 
@@ -55,7 +55,7 @@ def masked(
         Without a mask (exploration, plain FedAvg) nothing is pruned.
     example_inputs : torch.Tensor, or tuple of arguments of the model, optional
         One sample that the model runs on. With it the block gets a physically smaller
-        model if that pays (`units.pays`). At its end `model` gets the weights.
+        model if that pays (`units.PAYS`). At its end `model` gets the weights.
 
     Yields
     ------

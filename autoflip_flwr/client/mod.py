@@ -11,7 +11,7 @@ from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.method import guidance
 from autoflip_flwr.method.privacy import GuidancePrivacy
 from autoflip_flwr.types import Guidance, Params
-from autoflip_flwr.units import enforce
+from autoflip_flwr.units import enforce, optimizers
 from autoflip_flwr.wire import codec, records
 from autoflip_flwr.wire.flower import ClientAppCallable
 
@@ -181,13 +181,13 @@ class AutoFlipMod:
         config_key, config = records.only_config(message.content)
         key, _ = _model_of(message)
         best, stale, done = math.inf, 0, 0
-        optimizers = enforce.Continued()
+        continued = optimizers.Continued()
         trained: Params = initial
         while True:
             message.content[config_key] = ConfigRecord(
                 {**config, records.EPOCH: done, records.EPOCHS: asked.epochs}
             )
-            with optimizers.call():
+            with continued.call():
                 reply = call_next(message, context)
             if reply.has_error():
                 return reply, trained, done
@@ -254,7 +254,7 @@ def _gradient(
 ) -> tuple[Message, Guidance]:
     """Let the app go through its data at fixed weights; measure the gradients."""
     trainable = [entry for entry in asked.manifest.entries if entry.trainable]
-    with enforce.gradients_of([entry.shape for entry in trainable]) as seen:
+    with optimizers.gradients_of([entry.shape for entry in trainable]) as seen:
         reply = call_next(message, context)
     if reply.has_error():
         return reply, {}

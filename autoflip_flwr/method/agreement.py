@@ -4,7 +4,7 @@ The definition is ours: the paper's later version names "client agreement" witho
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from autoflip_flwr.types import Float32, Guidance, Masks, Mode, Scores
 
 #: Weight of the earlier rounds in the exponential average.
 MEMORY = 0.8
-
-_Arrays: TypeAlias = dict[str, Float32]
 
 
 class Votes:
@@ -36,7 +34,7 @@ class Votes:
         *,
         threshold: float,
         mode: Mode,
-    ) -> _Arrays:
+    ) -> dict[str, Float32]:
         """Add the votes of new explorers and return the shares, in [0, 1].
 
         `guidance` returns the dense guidance of an explorer, which is overwritten.
@@ -85,7 +83,7 @@ class Signs:
             self._seen[name][keep] = True
             start = stop
 
-    def of(self) -> _Arrays | None:
+    def of(self) -> dict[str, Float32] | None:
         """Return the averages, in [0, 1]; None before the first round."""
         count = sum(int(np.count_nonzero(seen)) for seen in self._seen.values())
         if not count:
@@ -100,7 +98,7 @@ class Signs:
 
 def mixed(
     scores: Scores, agreement: Mapping[str, Float32], *, weight: float
-) -> _Arrays:
+) -> dict[str, Float32]:
     """Mix scores with an agreement in [0, 1].
 
     ``(1 - weight) * s / (s + m) + weight * agreement`` with the scores' mean `m`. The

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import GuidanceError, SettingsError
-from autoflip_flwr.types import Combination, Float32, Guidance, Normalization, Params
+from autoflip_flwr.types import (
+    Combination,
+    Float32,
+    FloatArray,
+    Guidance,
+    Normalization,
+    Params,
+)
 
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
@@ -76,17 +83,22 @@ class Statistics:
     high: dict[str, float]  # largest value of each tensor
 
 
-def statistics(matrix: Guidance) -> Statistics:
-    """Compute mean and extremes of one local matrix."""
-    count = sum(values.size for values in matrix.values())
+def statistics(matrix: Iterable[tuple[str, FloatArray]]) -> Statistics:
+    """Compute mean and extremes of one local matrix, reading one tensor at a time.
+
+    A tensor without entries has the extremes 0.
+    """
+    total, count = 0.0, 0
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+    for name, values in matrix:
+        total += float(values.sum(dtype=np.float64))
+        count += values.size
+        low[name] = float(values.min()) if values.size else 0.0
+        high[name] = float(values.max()) if values.size else 0.0
     if count == 0:
         raise GuidanceError("expected guidance for at least one parameter, got none")
-    total = sum(float(values.sum(dtype=np.float64)) for values in matrix.values())
-    return Statistics(
-        mean=total / count,
-        low={n: float(v.min()) if v.size else 0.0 for n, v in matrix.items()},
-        high={n: float(v.max()) if v.size else 0.0 for n, v in matrix.items()},
-    )
+    return Statistics(mean=total / count, low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,24 +149,10 @@ def rescaling(
 
 
 class LocalMatrix(Protocol):
-    """One explorer's local guidance, dense or with one byte per parameter."""
+    """One explorer's local guidance."""
 
     def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
         """Return a reader of one tensor's flat values times `factor`, clipped."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """Local guidance as arrays, a `LocalMatrix`."""
-
-    arrays: Guidance
-
-    def scaled(self, name: str, factor: float, *, most: float = math.inf) -> Values:
-        """See `LocalMatrix`."""
-        flat = np.asarray(self.arrays[name]).reshape(-1)
-        return lambda part, out: np.minimum(
-            np.multiply(flat[part], factor, out=out, dtype=out.dtype), most, out=out
-        )
 
 
 def add_normalized(
@@ -167,12 +165,7 @@ def add_normalized(
 ) -> None:
     """Add ``weight * (sum_k scale_k * G_k + offset)``, the sum of Eq. 3, to `total`.
 
-    Parameters
-    ----------
-    total : floating array of shape (size,)
-        Flat values of the tensor `name`; the sum has its dtype.
-    matrices : sequence of LocalMatrix
-        One per scale of `rescale`.
+    `total` are the flat values of the tensor `name`; the sum has their dtype.
     """
     limits = rescale.most or [math.inf] * len(matrices)
     readers = [
@@ -191,14 +184,8 @@ def clipped_weight(matrix: LocalMatrix, sizes: Mapping[str, int], mean: float) -
     """Return what an explorer's clipped entries count for: 1, or less if they are flat.
 
     With all its weight spread over a fifth of the entries, none would be clipped, and
-    such an explorer would outweigh the others.
-
-    Parameters
-    ----------
-    sizes : mapping of name -> int
-        Number of entries of each tensor.
-    mean : float
-        Of the explorer's whole matrix.
+    such an explorer would outweigh the others. `sizes` are the numbers of entries of
+    the tensors, `mean` is that of the whole matrix.
     """
     if mean <= _LEAST:
         return 1.0
@@ -222,19 +209,14 @@ def clipped(rescale: Rescaling, weights: Sequence[float]) -> Rescaling:
     )
 
 
-def middle(stack: Float32, *, combination: Combination, trim: float = 0.2) -> Float32:
+def middle(
+    stack: FloatArray, *, combination: Combination, trim: float = 0.2
+) -> Float32:
     """Combine explorers' values per entry so that a few explorers have little effect.
 
     Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
-    (arXiv:1803.01498, Definitions 1 and 2).
-
-    Parameters
-    ----------
-    stack : float32 array
-        One row per explorer, normalized.
-    combination : {"mean", "median", "trimmed-mean"}
-    trim : float
-        Share of the rows to leave out at each end, in [0, 0.5).
+    (arXiv:1803.01498, Definitions 1 and 2). `stack` has one row per explorer,
+    normalized; a trimmed mean leaves out the share `trim` of the rows at each end.
     """
     if combination == "median":
         return np.asarray(np.median(stack, axis=0), np.float32)
@@ -278,7 +260,7 @@ def combine(
     Notes
     -----
     For matrices in memory, in notebooks and as the tests' oracle. A run's explorers are
-    on disk: `AutoFlipPruner` calls the same `rescaling`, `add_normalized` and `middle`.
+    on disk: `AutoFlipPruner` sums their codes, with `rescaling` and `add_normalized`.
     """
     if combination != "mean" and normalization != "client":
         raise SettingsError(
@@ -292,29 +274,29 @@ def combine(
         _check_names(first, matrix)
         for name, values in first.items():
             _check_shape(name, values.shape, matrix[name].shape)
-    every = [statistics(matrix) for matrix in explorers]
-    dense = [Dense(matrix) for matrix in explorers]
-    weights: list[float] = []
+    every = [statistics(matrix.items()) for matrix in explorers]
+
+    def rows(name: str) -> NDArray[np.float64]:
+        """Return the normalized values of a tensor, one row per explorer."""
+        rows = []
+        for one, matrix in zip(every, explorers, strict=True):
+            of = [one] if normalization == "client" else every
+            scale = rescaling(of, name, normalization=normalization)
+            flat = np.asarray(matrix[name], np.float64).reshape(-1)
+            rows.append(sum(scale.scales) * flat + scale.offset)
+        clipped = combination == "clipped-mean"
+        return np.minimum(rows, CLIP if clipped else math.inf)
+
+    weights = np.ones((len(explorers), 1))
     if combination == "clipped-mean":
-        sizes = {name: values.size for name, values in first.items()}
-        pairs = zip(dense, every, strict=True)
-        weights = [clipped_weight(matrix, sizes, one.mean) for matrix, one in pairs]
+        shares = np.concatenate([rows(name) for name in first], axis=1).mean(axis=1)
+        silent = np.array([one.mean <= _LEAST for one in every])
+        weights[:, 0] = np.where(silent, 1, FLAT / np.maximum(shares, FLAT))
     combined: dict[str, Float32] = {}
     for name, values in first.items():
-        if combination in SUMS:
-            total: NDArray[Any] = np.zeros(values.size, np.float64)
-            rescale = rescaling(every, name, normalization=normalization)
-            if weights:
-                rescale = clipped(rescale, weights)
-            add_normalized(total, name, dense, rescale)
-        else:
-            rows = np.zeros((len(dense), values.size), np.float32)
-            for row, one, local in zip(rows, every, dense, strict=True):
-                alone = rescaling([one], name, normalization="client")
-                add_normalized(row, name, [local], alone)
-            total = middle(rows, combination=combination, trim=trim)
+        made = middle(weights * rows(name), combination=combination, trim=trim)
         # Rounding can make the least value slightly negative.
-        combined[name] = np.maximum(total, 0).astype(np.float32).reshape(values.shape)
+        combined[name] = np.maximum(made, 0).reshape(values.shape)
     return combined
 
 

@@ -20,19 +20,10 @@ def far_off(
     others: Sequence[float] = (),
     idle: float = math.inf,
 ) -> dict[int, str]:
-    """Return an error text for each size that is far above the median.
+    """Return an error text for each size that is more than `limit` times the median.
 
-    Parameters
-    ----------
-    what : str
-        The verb for a size in the text: ``moved``.
-    sizes : mapping of key -> float
-    limit : float or None
-        Largest accepted multiple of the median, >= 1; None: accept all.
-    others : sequence of float
-        Earlier sizes, which count in the median.
-    idle : float
-        Largest accepted size where the median is 0.
+    Without a limit all are accepted. Earlier sizes, the `others`, count in the median;
+    where it is 0, `idle` is the largest accepted size. `what` is the verb: ``moved``.
     """
     every = [*sizes.values(), *others]
     if limit is None or len(every) < FEW:

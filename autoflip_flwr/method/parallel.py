@@ -13,14 +13,11 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MAX_WORKERS = 8
-
 
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
-        max_workers=min(os.cpu_count() or 1, _MAX_WORKERS),
-        thread_name_prefix="autoflip",
+        max_workers=min(os.cpu_count() or 1, 8), thread_name_prefix="autoflip"
     )
 
 

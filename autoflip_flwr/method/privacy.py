@@ -29,20 +29,10 @@ class GuidancePrivacy:
     def protect(
         self, guidance: Guidance, rng: np.random.Generator | None = None
     ) -> dict[str, Float32]:
-        """Return guidance that may leave the client.
+        """Return guidance that may leave the client; its negative entries become zero.
 
-        Parameters
-        ----------
-        guidance : mapping of name -> float array
-            >= 0.
-        rng : Generator, optional
-            For tests. By default the seed is secret: a server that knows the seed can
-            subtract the noise.
-
-        Returns
-        -------
-        dict of name -> float32 array
-            >= 0: negative entries are set to zero.
+        By default the seed of `rng` is secret: a server that knows it can subtract the
+        noise.
         """
         rng = rng or np.random.default_rng(secrets.randbits(128))
         squares = sum(
@@ -66,15 +56,10 @@ class GuidancePrivacy:
         Exact for the Gaussian mechanism: Balle and Wang, Improving the Gaussian
         Mechanism for Differential Privacy (arXiv:1805.06530, Theorem 8).
 
-        Parameters
-        ----------
-        delta : float
-        releases : int
-            Number of explorations of the client.
-        replace : bool
-            Whether a neighbouring data set replaces the client's data. The guidance is
-            not negative, so it changes by at most sqrt(2) times `clip`. Otherwise the
-            neighbour leaves the client out, a change of at most `clip`.
+        `releases` are the explorations of the client. With `replace` a neighbouring
+        data set replaces the client's data: the guidance is not negative, so it changes
+        by at most sqrt(2) times `clip`. Otherwise the neighbour leaves the client out,
+        a change of at most `clip`.
         """
         if not 0 < delta < 1:
             raise SettingsError(f"privacy: expected delta in (0, 1), got {delta}")

@@ -1,7 +1,6 @@
 """From guidance to a score per parameter."""
 
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -11,9 +10,8 @@ from autoflip_flwr.types import Array, Float32, ScoreName
 SALIENCY_OFFSET = 1e-4
 
 
-def guidance_score(guidance: Float32, initial: Array) -> Float32:
+def guidance_score(guidance: Float32, _: Array) -> Float32:
     """Return the guidance itself, the paper's score (arXiv:2405.10271, Eq. 4)."""
-    del initial
     return guidance
 
 
@@ -36,12 +34,8 @@ def weight_size(initial: Array) -> Float32:
 
 #: Name of a score -> function of (guidance, initial weights) of one tensor; that of
 #: ``staged`` for the first mask.
-SCORES: MappingProxyType[ScoreName, Callable[[Float32, Array], Float32]] = (
-    MappingProxyType(
-        {
-            "guidance": guidance_score,
-            "saliency": saliency_score,
-            "staged": saliency_score,
-        }
-    )
-)
+SCORES: Mapping[ScoreName, Callable[[Float32, Array], Float32]] = {
+    "guidance": guidance_score,
+    "saliency": saliency_score,
+    "staged": saliency_score,
+}

@@ -43,19 +43,14 @@ class Group:
     width: int = 1  # channels that each of them has: those of a head, else one
 
     @property
-    def stop(self) -> int:
-        """Number behind its last unit."""
-        return self.start + self.size
-
-    @property
     def units(self) -> slice:
         """The group's units among all."""
-        return slice(self.start, self.stop)
+        return slice(self.start, self.start + self.size)
 
     @property
     def numbers(self) -> range:
         """The numbers of its units."""
-        return range(self.start, self.stop)
+        return range(self.start, self.start + self.size)
 
 
 #: Groups that lose units together, and the rows of units that lose equally many.
@@ -80,40 +75,24 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """The units of a model.
+    """The units of a model, numbered through all groups in their order.
 
-    Attributes
-    ----------
-    groups : tuple of Group
-        Groups that may lose units. Units are numbered through all groups in their
-        order; groups that are left whole keep their numbers.
-    parameters : Owners
-        Which unit an index along a parameter's dimension belongs to. An entry of a
-        weight belongs to at most two units: its row's and its column's.
-    buffers : Owners
-        The same for buffers, which have no mask.
-    shapes : mapping of name -> shape
-        Of all tensors in the model's state.
-    uses : mapping of name -> int
-        How often a weight is used for the example inputs: the pixels a convolution
-        makes, the steps of a recurrent layer.
-    level : tuple of tuples of int arrays
-        Sets of rows of units that must stay equally long: the layers of one
-        `nn.LSTM` share one hidden size.
-    whole : mapping of module name -> reason
-        What is left whole.
-    columns : frozenset of str
-        Weights whose own channels lie along dimension 1, not 0: embeddings and
-        transposed convolutions.
+    Groups that are left whole keep their numbers. An entry of a weight belongs to at
+    most two units: its row's and its column's.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # that may lose units
     parameters: Owners
-    buffers: Owners
-    shapes: Mapping[str, tuple[int, ...]]
+    buffers: Owners  # which have no mask
+    shapes: Mapping[str, tuple[int, ...]]  # of all tensors in the model's state
+    #: How often a weight is used for the example inputs: the pixels a convolution
+    #: makes, the steps of a recurrent layer.
     uses: Mapping[str, float] = field(default_factory=dict)
+    #: Rows of units that must stay equally long: the layers of one `nn.LSTM`.
     level: tuple[tuple[Numbers, ...], ...] = ()
-    whole: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)  # module left whole -> why
+    #: Weights whose own channels lie along dimension 1, not 0: of embeddings and
+    #: transposed convolutions.
     columns: frozenset[str] = frozenset()
 
     @property
@@ -175,7 +154,6 @@ class Units:
         units by it loses the least of the scores' sum for a number of parameters. A
         weight between two units counts for both.
         """
-        total, size = np.zeros(self.count), np.zeros(self.count)
         places = [
             (name, dim, owner + 1)  # 0 stands for no unit
             for name, dimensions in self.parameters.items()
@@ -184,18 +162,15 @@ class Units:
         ]
 
         def sums(place: tuple[str, int, Numbers]) -> NDArray[np.float64]:
-            name, dim, _ = place
+            name, dim, owner = place
             score = np.asarray(scores[name])
             others = tuple(d for d in range(score.ndim) if d != dim)
-            return np.asarray(score.sum(axis=others, dtype=np.float64))
+            along = score.sum(axis=others, dtype=np.float64)
+            return np.asarray(np.bincount(owner, along, self.count + 1)[1:], float)
 
-        for (name, _, owner), along in zip(
-            places, parallel_map(sums, places), strict=True
-        ):
-            each = np.size(scores[name]) // max(1, owner.size)
-            total += np.bincount(owner, along, self.count + 1)[1:]
-            size += each * np.bincount(owner, minlength=self.count + 1)[1:]
-        return total / np.maximum(size, 1)
+        total = sum(parallel_map(sums, places), start=np.zeros(self.count))
+        size = self._totals({n: 1 for n in self.parameters if n in scores})
+        return np.asarray(total / np.maximum(size, 1))
 
     def per_cost(self, scores: Scores) -> NDArray[np.float64]:
         """Return each unit's score, relative to its group's, over what it costs.
@@ -208,13 +183,9 @@ class Units:
         for group in self.groups:
             means[group.units] /= max(float(means[group.units].mean()), 1e-30)
         sizes = {n: 1 for n in self.parameters if n in scores}
-        cost = sum(
-            self._totals(entries) / max(1, total)
-            for entries, total in (
-                (self.uses, self.operations()),
-                (sizes, sum(math.prod(self.shapes[n]) for n in sizes)),
-            )
-        )
+        size = sum(math.prod(self.shapes[name]) for name in sizes)
+        cost = self._totals(self.uses) / max(1, self.operations())
+        cost += self._totals(sizes) / max(1, size)
         return np.asarray(means / np.maximum(cost / 2, 1e-30))
 
     def _totals(self, per_entry: Mapping[str, float]) -> NDArray[np.float64]:
@@ -265,20 +236,10 @@ class Units:
     ) -> Keep:
         """Choose the units to keep, so that at most `budget` parameters are pruned.
 
-        Units go in the order of their scores, the lowest first, until the next one
-        would prune too much, or `operations` are reached.
-
-        Parameters
-        ----------
-        scores : mapping of name -> array
-            Parameters without a score keep their groups whole.
-        budget : int
-        limits : Limits
-        means : float64 array, optional
-            A score per unit instead of `means(scores)`.
-        operations : float, optional
-            No more units go where the model needs at most so many
-            multiply-accumulates.
+        Units go in the order of their scores (`means`, by default those of `scores`),
+        the lowest first, until the next one would prune too much, or the model needs at
+        most `operations` multiply-accumulates. Parameters without a score keep their
+        groups whole.
         """
         if means is None:
             means = self.means(scores)
@@ -290,32 +251,14 @@ class Units:
             keep[going[: ends[steps]]] = False
             return keep
 
-        def pruned(steps: int) -> int:
-            return self.pruned(kept(steps), scores)
-
-        steps = bisect_right(range(1, len(ends)), budget, key=pruned)
-        if operations is not None:
-
-            def saved(count: int) -> int:
-                return -self.operations(kept(count))
-
-            steps = bisect_left(range(steps), -operations, key=saved)
-        return kept(steps)
-
-    def prune(
-        self,
-        scores: Scores,
-        *,
-        budget: int,
-        limits: Limits = Limits(),
-        means: NDArray[np.float64] | None = None,
-        operations: float | None = None,
-    ) -> dict[str, NDArray[np.bool_]]:
-        """Return the mask that prunes what `choose` does not keep."""
-        keep = self.choose(
-            scores, budget=budget, limits=limits, means=means, operations=operations
+        steps = bisect_right(
+            range(1, len(ends)), budget, key=lambda n: self.pruned(kept(n), scores)
         )
-        return self.masks(keep, scores)
+        if operations is not None:
+            steps = bisect_left(
+                range(steps), -operations, key=lambda n: -self.operations(kept(n))
+            )
+        return kept(steps)
 
     def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
         """Count the parameters that whole units can prune, at most."""
@@ -355,19 +298,9 @@ class Units:
         return going, size_of[by_mean]
 
     def check_budget(
-        self,
-        prunable: Iterable[str],
-        *,
-        budget: int,
-        limits: Limits = Limits(),
+        self, prunable: Iterable[str], *, budget: int, limits: Limits = Limits()
     ) -> None:
-        """Refuse a budget for which groups would have to lose all their units.
-
-        Raises
-        ------
-        MaskError
-            With the most that whole units can prune, and what limits it.
-        """
+        """Refuse a budget for which groups would lose all their units (`MaskError`)."""
         names = list(prunable)
         most = self.most(names, limits)
         if budget > most:
@@ -391,14 +324,9 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
     ) -> None:
-        """Refuse a share of the dense operations that is out of reach.
+        """Refuse a share of the dense operations out of reach (`MaskError`).
 
         Units go by their operations, or by those per parameter, whichever saves more.
-
-        Raises
-        ------
-        MaskError
-            With the least share that can be reached, and what limits it.
         """
         names = list(prunable)
         scores = {name: np.zeros(self.shapes[name], np.float32) for name in names}
@@ -429,13 +357,7 @@ class Units:
         return masks
 
     def used(self, masks: Masks) -> Keep:
-        """Tell which units a mask leaves anything of.
-
-        Raises
-        ------
-        MaskError
-            If a shape is not the parameter's, or a group has lost all its units.
-        """
+        """Tell which units a mask leaves anything of, one or more of each group."""
         used = np.ones(self.count, np.bool_)
         for group in self.groups:
             used[group.units] = False

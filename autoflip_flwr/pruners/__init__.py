@@ -6,7 +6,6 @@ imports neither torch nor Flower.
 """
 
 from collections.abc import Callable
-from typing import get_args
 
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.pruners.autoflip import AutoFlipPruner
@@ -21,13 +20,12 @@ from autoflip_flwr.pruners.weights import (
     Random,
     Similarity,
 )
-from autoflip_flwr.settings import BaselineSettings
+from autoflip_flwr.settings import BaselineSettings, kebab, reads
 from autoflip_flwr.types import MethodName
 
 __all__ = [
     "L1",
     "L2",
-    "METHODS",
     "SSFL",
     "Ask",
     "AutoFlipPruner",
@@ -43,32 +41,26 @@ __all__ = [
     "build",
 ]
 
-METHODS: tuple[MethodName, ...] = get_args(MethodName)
-
-_JUDGES_WEIGHTS: dict[MethodName, Callable[..., Pruner]] = {
+_PRUNERS: dict[MethodName, Callable[..., Pruner]] = {
+    "autoflip": AutoFlipPruner,
+    "random": Random,
     "magnitude": Magnitude,
     "l1": L1,
     "l2": L2,
     "similarity": Similarity,
     "bn": BatchNormScale,
     "eflprune": EFLPrune,
+    "ssfl": SSFL,
+    "prunefl": PruneFL,
+    "feddst": FedDST,
 }
 
 
 def build(method: MethodName, settings: BaselineSettings | None = None) -> Pruner:
     """Return the pruner of a method, by its name in presets."""
-    if method not in METHODS:
-        raise SettingsError(f"unknown method {method!r}; known: {list(METHODS)}")
-    chosen = settings or BaselineSettings()
-    every = {} if chosen.every is None else {"every": chosen.every}
-    if method in _JUDGES_WEIGHTS:
-        return _JUDGES_WEIGHTS[method](dense_rounds=chosen.dense_rounds)
-    if method == "random":
-        return Random()
-    if method == "ssfl":
-        return SSFL()
-    if method == "prunefl":
-        return PruneFL(**every)
-    if method == "feddst":
-        return FedDST(**every, replaced=chosen.replaced, until=chosen.until)
-    return AutoFlipPruner()
+    if method not in _PRUNERS:
+        raise SettingsError(f"unknown method {method!r}; known: {list(_PRUNERS)}")
+    values = (settings or BaselineSettings()).model_dump(exclude_none=True)
+    return _PRUNERS[method](
+        **{k: v for k, v in values.items() if reads(method, f"baselines.{kebab(k)}")}
+    )

@@ -12,7 +12,6 @@ import numpy as np
 
 from autoflip_flwr.errors import ExplorationError, GuidanceError, by_reason
 from autoflip_flwr.method import agreement as agreements
-from autoflip_flwr.method.exchange import due
 from autoflip_flwr.method.guidance import (
     SUMS,
     LocalMatrix,
@@ -25,6 +24,7 @@ from autoflip_flwr.method.guidance import (
     rescaling,
 )
 from autoflip_flwr.method.parallel import parallel_map
+from autoflip_flwr.method.schedule import due
 from autoflip_flwr.method.scores import SCORES, weight_size
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured

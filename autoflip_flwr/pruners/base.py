@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.method import mask as masking
-from autoflip_flwr.method.gradual import density
+from autoflip_flwr.method.schedule import density
 from autoflip_flwr.method.structured import Limits, Units
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
@@ -236,14 +236,15 @@ class Pruner(ABC):
         settings = self.settings
         unit_masks = None
         if unit_budget:
-            limits = limits_of(settings)
-            unit_masks = self.known_units().prune(
+            units = self.known_units()
+            keep = units.choose(
                 scores,
                 budget=unit_budget,
-                limits=limits,
+                limits=limits_of(settings),
                 means=unit_scores,
                 operations=operations,
             )
+            unit_masks = units.masks(keep, scores)
         masks = masking.from_scores(
             scores,
             threshold=settings.threshold if threshold is None else threshold,

@@ -9,19 +9,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autoflip_flwr.errors import (
-    ExplorationError,
-    MaskError,
-    SettingsError,
-    by_reason,
-)
-from autoflip_flwr.method.exchange import EVERY, adjusted, cosine_share, due, top
+from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError, by_reason
 from autoflip_flwr.method.mean import WeightedMean
+from autoflip_flwr.method.schedule import due
 from autoflip_flwr.pruners.base import Ask, FixedPruner, Problem
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.pruners.weights import but_vectors, magnitudes
 from autoflip_flwr.settings import BaselineSettings
-from autoflip_flwr.types import Float32, Masks, Nodes, Params
+from autoflip_flwr.types import Float32, Mask, Masks, Nodes, Params
+
+#: Default number of rounds from one adjustment to the next.
+EVERY = 10
 
 
 class GradientPruner(FixedPruner):
@@ -209,7 +207,13 @@ class FedDST(GradientPruner):
         return self._chosen
 
     def _share(self, server_round: int) -> float:
-        return cosine_share(self.replaced, server_round, until=self.until)
+        """Return the share to exchange: always the same without an end."""
+        if self.until is None:
+            return self.replaced
+        if server_round > self.until:
+            return 0.0
+        past = (server_round - 1) / max(1, self.until)
+        return self.replaced / 2 * (1 + math.cos(math.pi * past))
 
 
 def layer_budgets(
@@ -219,17 +223,8 @@ def layer_budgets(
 
     A layer's density is proportional to the sum of its dimensions over their product
     (arXiv:1911.11134, section 3), at most 1. A layer keeps at least the share `floor`
-    and one weight. Vectors are kept whole.
-
-    Returns
-    -------
-    dict of name -> int
-        Their sum is `kept`.
-
-    Raises
-    ------
-    MaskError
-        If `kept` is too small for the vectors and the minimum of every layer.
+    and one weight. Vectors are kept whole. If `kept` is too small for all that, the
+    error is a MaskError.
     """
     sizes = np.array([math.prod(shape) for shape in shapes.values()], np.int64)
     whole = np.array([len(shape) < 2 for shape in shapes.values()])
@@ -253,3 +248,26 @@ def layer_budgets(
         if budgets.sum() < kept and budgets[index] < sizes[index]:
             budgets[index] += 1
     return dict(zip(shapes, budgets.tolist(), strict=True))
+
+
+def adjusted(keep: Mask, size: Float32, gradient: Float32, share: float) -> Mask:
+    """Drop a share of the smallest kept weights of a tensor and grow as many others.
+
+    They grow where the gradient is largest; one that was dropped may grow again at
+    once. `size` and `gradient` are magnitudes.
+    """
+    kept = int(np.count_nonzero(keep))
+    count = int(share * kept)
+    if count == 0:
+        return keep
+    stay = top(np.where(keep, size, -np.inf).astype(np.float32), kept - count)
+    grown = top(np.where(stay, -np.inf, gradient).astype(np.float32), count)
+    return stay | grown
+
+
+def top(scores: Float32, count: int) -> Mask:
+    """Keep the `count` largest entries; among equal entries the first win."""
+    keep = np.zeros(scores.size, np.bool_)
+    order = np.argsort(-scores.reshape(-1), kind="stable")
+    keep[order[:count]] = True
+    return keep.reshape(scores.shape)

@@ -34,15 +34,9 @@ _SLOTS = 3
 class GuidanceStore:
     """Local guidance by node id, on disk, one byte per parameter.
 
-    Memory holds one row of numbers per explorer: the mean, and two per tensor.
-
-    Parameters
-    ----------
-    directory : Path
-        Created when needed. Files are written atomically. A node's new frame does not
-        overwrite its last two, because the kept checkpoints may need them.
-    shapes : mapping of name -> shape
-        The prunable parameters, in order.
+    Memory holds one row of numbers per explorer: the mean, and two per tensor. Files
+    are written atomically. A node's new frame does not overwrite its last two, because
+    the kept checkpoints may need them. `shapes` are those of the prunable parameters.
     """
 
     def __init__(self, directory: Path, shapes: Shapes) -> None:
@@ -95,14 +89,7 @@ class GuidanceStore:
     def codes(
         self, node_ids: Sequence[int], name: str, block: int
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Read one tensor of many nodes, one block at a time.
-
-        Yields
-        ------
-        start : int
-            First entry of the block in the flat tensor.
-        codes : uint8 array, shape (nodes, <= block)
-        """
+        """Yield blocks of a flat tensor: the first entry, codes of (nodes, entries)."""
         sizes = [math.prod(shape) for shape in self._shapes.values()]
         index = list(self._shapes).index(name)
         offset = _FRAME_AT + HEADER_BYTES * len(sizes) + sum(sizes[:index])
@@ -120,8 +107,7 @@ class GuidanceStore:
 
     def means(self) -> list[float]:
         """Return the means of all nodes' guidance."""
-        means: list[float] = self._numbers[: len(self), 0].tolist()
-        return means
+        return list(self._numbers[: len(self), 0].tolist())
 
     def overall(self) -> Statistics:
         """Return mean and extremes over all nodes, of which there is at least one."""
@@ -225,8 +211,7 @@ class Answers:
     """The answers of one round, written to disk as they arrive.
 
     A server that is killed during an exploration later asks only the nodes whose
-    answers are missing. Memory does not grow with the size of the answers. The
-    parameters are those of `GuidanceStore`.
+    answers are missing. Memory does not grow with the size of the answers.
     """
 
     def __init__(self, directory: Path, shapes: Shapes) -> None:
@@ -267,9 +252,7 @@ class Answers:
             return
         body = b"".join([_EXAMPLES.pack(examples), answer.frame, answer.signs or b""])
         path, checksum = self._write(f"{node_id}.answer", body)
-        self._results[node_id] = Measured(
-            path, checksum, self._shapes, examples, statistics_of(guidance)
-        )
+        self._keep(node_id, path, checksum, examples, guidance)
 
     def get(self, node_id: int) -> Measured | None:
         """Return a node's valid answer of this round, or None."""
@@ -305,11 +288,20 @@ class Answers:
             self._results[node_id] = body.decode(errors="replace")
             return
         (examples,) = _EXAMPLES.unpack_from(body)
-        frame = body[_EXAMPLES.size : _EXAMPLES.size + frame_bytes(self._shapes)]
-        guidance = dequantize(frame, self._shapes)
-        self._results[node_id] = Measured(
-            path, checksum, self._shapes, examples, statistics_of(guidance)
-        )
+        guidance = _read(path, self._shapes)
+        self._keep(node_id, path, checksum, examples, guidance)
+
+    def _keep(
+        self,
+        node_id: int,
+        path: Path,
+        checksum: int,
+        examples: float,
+        guidance: QuantizedGuidance,
+    ) -> None:
+        tables, codes = guidance.tables, guidance.codes
+        found = statistics((name, tables[name][codes[name]]) for name in codes)
+        self._results[node_id] = Measured(path, checksum, self._shapes, examples, found)
 
     def _write(self, name: str, body: bytes) -> tuple[Path, int]:
         path, checksum = self._directory / f"{self._round}-{name}", zlib.crc32(body)
@@ -372,16 +364,3 @@ def _delete(directory: Path, *patterns: str) -> None:
     for pattern in patterns:
         for path in directory.glob(pattern):
             path.unlink()
-
-
-def statistics_of(guidance: QuantizedGuidance) -> Statistics:
-    """Return mean and extremes; only one dense tensor is in memory at a time."""
-    total, count = 0.0, 0
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
-    for name, codes in guidance.codes.items():
-        own = statistics({name: guidance.tables[name][codes]})
-        total += own.mean * codes.size
-        count += codes.size
-        low[name], high[name] = own.low[name], own.high[name]
-    return Statistics(mean=total / count, low=low, high=high)

@@ -40,13 +40,7 @@ class Random(FixedPruner):
 
 
 class WeightsPruner(FixedPruner):
-    """Prunes by the server's weights, once, after some dense rounds.
-
-    Parameters
-    ----------
-    dense_rounds : int
-        Rounds without a mask before pruning, >= 0.
-    """
+    """Prunes by the server's weights, once, after `dense_rounds` without a mask."""
 
     every_round = False
 
@@ -262,4 +256,4 @@ def _scales(
 
 def _members(owner: NDArray[np.int64], group: Group) -> Mask:
     """Tell which entries belong to the units of a group."""
-    return (owner >= group.start) & (owner < group.stop)
+    return (owner >= group.start) & (owner < group.start + group.size)

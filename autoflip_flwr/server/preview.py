@@ -27,8 +27,8 @@ from autoflip_flwr.server.savings import amount
 from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import ExampleInputs, compact_if_it_pays, tensors_of, trace
+from autoflip_flwr.units.layers import join
 from autoflip_flwr.units.measure import backward_bytes, operations
-from autoflip_flwr.units.paths import join
 from autoflip_flwr.wire import codec, records
 
 #: What is suggested: a share of the operations, and of the clients that explore.

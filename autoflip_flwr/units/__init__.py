@@ -1,9 +1,10 @@
 """What needs a PyTorch model: its units, smaller models, masks kept in training.
 
 `graph` finds the units (`layers` and `recurrent` say what a channel is in each kind of
-module), `proof` tries them, `surgery` takes them out and puts them back, `compaction`
-says when that pays, `enforce` keeps pruned weights at zero. May import `method`,
-`types` and `errors`; knows torch, not Flower.
+module, `attention` where heads are), `proof` tries them, `surgery` takes them out and
+puts them back (`partial` has the modules that need it), `compaction` says when that
+pays. `enforce` keeps pruned weights at zero, `optimizers` reads gradients, `measure`
+counts. May import `method`, `types` and `errors`; knows torch, not Flower.
 """
 
 from autoflip_flwr.method.structured import Units
@@ -14,17 +15,10 @@ from autoflip_flwr.units.compaction import (
     loses_units,
     mask_units,
     operations_left,
-    pays,
 )
 from autoflip_flwr.units.graph import trace
-from autoflip_flwr.units.surgery import (
-    ExampleInputs,
-    expand,
-    kept_indices,
-    shrink,
-    small_masks,
-    tensors_of,
-)
+from autoflip_flwr.units.inputs import ExampleInputs, tensors_of
+from autoflip_flwr.units.surgery import expand, kept_indices, shrink, small_masks
 
 __all__ = [
     "PAYS",
@@ -37,7 +31,6 @@ __all__ = [
     "loses_units",
     "mask_units",
     "operations_left",
-    "pays",
     "shrink",
     "small_masks",
     "tensors_of",

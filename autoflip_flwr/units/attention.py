@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.units import layers
-from autoflip_flwr.units.heads import PartialAttention, PartialWindowAttention
-from autoflip_flwr.units.paths import join, put
+from autoflip_flwr.units.layers import join
+from autoflip_flwr.units.partial import PartialAttention, PartialWindowAttention
 
 #: The modules that make queries, keys, values and the output. One that makes several
 #: of them stands there several times.
@@ -43,30 +43,15 @@ _Place = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The heads of one attention module.
+    """The heads of one attention module."""
 
-    Attributes
-    ----------
-    count : int
-        Heads of keys and values, each with the query heads that read it.
-    width : int
-        Columns of the output matrix that belong to each.
-    output : str
-        Name of the output matrix.
-    owners : tuple of (tensor name, dimension, int array)
-        The head of each index.
-    projections : frozenset of str
-        Paths of the modules between the heads and the model's other channels.
-    holder : str
-        Path of the module that knows the number of heads.
-    """
-
-    count: int
-    width: int
-    output: str
+    count: int  # heads of keys and values, each with the query heads that read it
+    width: int  # columns of the output matrix that belong to each
+    output: str  # name of the output matrix
+    #: Tensor, dimension, the head of each index along it.
     owners: tuple[tuple[str, int, NDArray[np.int64]], ...]
-    projections: frozenset[str]
-    holder: str
+    projections: frozenset[str]  # modules between the heads and the other channels
+    holder: str  # path of the module that knows the number of heads
 
 
 def find(model: nn.Module) -> dict[str, Heads]:
@@ -85,12 +70,12 @@ def resize(small: nn.Module, path: str, whole: Heads) -> None:
         if isinstance(vars(holder).get(name), int):
             setattr(holder, name, getattr(holder, name) * left // columns)
     if isinstance(module, nn.MultiheadAttention):
-        put(small, path, PartialAttention(module))
+        small.set_submodule(path, PartialAttention(module))
         for parent, encoder in small.named_modules():
             if isinstance(encoder, nn.TransformerEncoder) and path.startswith(parent):
                 encoder.use_nested_tensor = False  # for torch's own attention alone
     elif type(module).__name__ == "ShiftedWindowAttention":
-        put(small, path, PartialWindowAttention(module))
+        small.set_submodule(path, PartialWindowAttention(module))
 
 
 def _heads(path: str, module: nn.Module) -> Heads | None:

@@ -7,13 +7,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
-from autoflip_flwr.method.structured import Keep, Limits, Units
+from autoflip_flwr.method.structured import Limits
 from autoflip_flwr.types import Masks, Scores
 from autoflip_flwr.units import enforce
 from autoflip_flwr.units.graph import trace
-from autoflip_flwr.units.surgery import ExampleInputs, shrink, small_masks
+from autoflip_flwr.units.inputs import ExampleInputs
+from autoflip_flwr.units.surgery import shrink, small_masks
 
-#: Share of the operations, at most, for which a compact model is made.
+#: Share of the operations, at most, for which a compact model is made. Widths that are
+#: no multiples of the hardware's vectors cost some of what fewer operations save.
 PAYS = 0.8
 
 _log = logging.getLogger("flwr")
@@ -79,7 +81,7 @@ def mask_units(
     units = trace(model, example_inputs)
     budget = int(share * sum(np.size(score) for score in scores.values()))
     units.check_budget(scores, budget=budget, limits=limits)
-    return units.prune(scores, budget=budget, limits=limits)
+    return units.masks(units.choose(scores, budget=budget, limits=limits), scores)
 
 
 def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn.Module:
@@ -108,57 +110,41 @@ def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn
     """
     masks = enforce.resolve(model, masks)
     units = trace(model, example_inputs)
-    return _small(model, masks, units, units.used(masks))
+    small = shrink(model, units, units.used(masks))
+    enforce.zero(small, small_masks(small, masks))
+    return small
 
 
 def compact_if_it_pays(
     model: nn.Module, masks: Masks, example_inputs: ExampleInputs
 ) -> nn.Module | None:
-    """Return `compact`'s model if it needs at most `PAYS` of the operations.
-
-    None as well, with a warning, for a model that cannot be traced, and for one with
-    hooks on its parameters: the mask still works, on the whole model.
-    """
-    used = _used_if_it_pays(model, masks, example_inputs)
-    return None if used is None else _small(model, *used)
+    """Return `compact`'s model, or None where a client trains the whole one."""
+    pays = operations_left(model, masks, example_inputs) < 1
+    return compact(model, masks, example_inputs) if pays else None
 
 
 def operations_left(
     model: nn.Module, masks: Masks, example_inputs: ExampleInputs
 ) -> float:
-    """Return the share of the operations that a client's network needs, in (0, 1].
+    """Return the share of the operations that a client's network needs, in [0, 1].
 
-    1 where it trains the whole model, see `compact_if_it_pays`; nothing is made.
+    It is 1 where a client trains the whole model: if a smaller one needs more than
+    `PAYS`, if the model cannot be traced (with a warning), or if it has hooks on its
+    parameters, which would not see the smaller model's gradients.
     """
-    used = _used_if_it_pays(model, masks, example_inputs)
-    if used is None:
-        return 1.0
-    _, units, keep = used
-    return units.operations(units.levelled(keep)) / units.operations()
-
-
-def _used_if_it_pays(
-    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
-) -> tuple[Masks, Units, Keep] | None:
     masks = enforce.resolve(model, masks)
-    if not loses_units(masks) or any(p._backward_hooks for p in model.parameters()):
-        return None  # hooks would not see the smaller model's gradients
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    hooked = any(getattr(p, each) for p in model.parameters() for each in hooks)
+    if hooked or not loses_units(masks):
+        return 1.0
     try:
         units = trace(model, example_inputs)
     except ModelError as error:
         _log.warning("the model is trained whole: %s", error)
-        return None
-    used = units.used(masks)
-    return (masks, units, used) if pays(units, used) else None
-
-
-def pays(units: Units, keep: Keep) -> bool:
-    """Tell whether a compact model needs at most `PAYS` of the multiply-accumulates.
-
-    Widths that are no multiples of the hardware's vectors cost some of what fewer
-    operations save.
-    """
-    return units.operations(units.levelled(keep)) <= PAYS * units.operations()
+        return 1.0
+    left = units.operations(units.levelled(units.used(masks)))
+    share = left / max(1, units.operations())
+    return share if share <= PAYS else 1.0
 
 
 def loses_units(masks: Masks) -> bool:
@@ -167,9 +153,3 @@ def loses_units(masks: Masks) -> bool:
         keep.ndim >= 2 and not keep.reshape(len(keep), -1).any(axis=1).all()
         for keep in masks.values()
     )
-
-
-def _small(model: nn.Module, masks: Masks, units: Units, keep: Keep) -> nn.Module:
-    small = shrink(model, units, keep)
-    enforce.zero(small, small_masks(small, masks))
-    return small

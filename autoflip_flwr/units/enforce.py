@@ -1,10 +1,7 @@
-"""Keep pruned weights at zero and read gradients, in training that is not ours.
-
-All of it uses the hooks of `torch.optim`.
-"""
+"""Keep pruned weights at zero in training that is not ours."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,6 +18,7 @@ from torch.optim.optimizer import (
 
 from autoflip_flwr.errors import MaskError
 from autoflip_flwr.types import Array, Mask, Masks
+from autoflip_flwr.units.optimizers import parameters_of
 
 
 def trainable_names(model: nn.Module) -> list[str]:
@@ -37,35 +35,16 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     optimizer that holds them, and on exit: whatever momentum, weight decay or
     second moments an optimizer carries, no step leaves a pruned weight behind.
 
-    Parameters
-    ----------
-    model : nn.Module
-    masks : mapping of name -> bool array
-        True = keep. Names as in ``model.named_parameters()``, or the positions in
-        ``model.state_dict()`` as text, as Flower's older API numbers arrays.
-
-    Raises
-    ------
-    MaskError
-        If a name is not a parameter of the model, or a shape differs.
-
-    Notes
-    -----
-    The cost is one pass over the parameters per step, and a copy of the mask in the
-    parameters' size. Gradients stay those of the dense model: where a norm over all
-    gradients matters (clipping), pruned entries still count in it.
+    Names are those of ``model.named_parameters()``, or see `resolve`. The cost is one
+    pass over the parameters per step, and a copy of the mask in the parameters' size.
+    Gradients stay those of the dense model: where a norm over all gradients matters
+    (clipping), pruned entries still count in it.
     """
     pruned = _pruned(model, masks)
-
-    def after_step(optimizer: Optimizer, *_: Any) -> None:
-        for parameter in _parameters_of(optimizer):
-            if id(parameter) in pruned:
-                pruned[id(parameter)].zero()
-
     for each in pruned.values():
         each.zero()
     try:
-        with register_optimizer_step_post_hook(after_step):
+        with _zeroed_by_steps(pruned):
             yield model
     finally:
         for each in pruned.values():
@@ -94,19 +73,11 @@ def marked(values: Array, keep: Mask) -> Array:
 def enforce_unseen(masks: Masks) -> Iterator[set[str]]:
     """Do what `enforce` does for a model that only its optimizers have shown.
 
-    Parameters
-    ----------
-    masks : mapping of name -> bool array
-        A parameter whose negative zeros, when an optimizer first steps, are exactly
-        what one of these masks prunes has been loaded from `marked` weights. It stays
-        zero there. So names, order, groups, wrappers and layers that are frozen or of
-        another model do not matter.
-
-    Yields
-    ------
-    set of str
-        After the block: the names of the masks that training has kept, here or in an
-        `enforce` inside.
+    A parameter whose negative zeros, when an optimizer first steps, are exactly what
+    one of these masks prunes has been loaded from `marked` weights. It stays zero
+    there. So names, order, groups, wrappers and layers that are frozen or of another
+    model do not matter. The yielded set has, after the block, the names of the masks
+    that training has kept, here or in an `enforce` inside.
     """
     names: dict[tuple[int, ...], dict[bytes, list[str]]] = {}
     for name, keep in masks.items():
@@ -125,20 +96,12 @@ def enforce_unseen(masks: Masks) -> Iterator[set[str]]:
         return _Pruned(parameter, keep, fits) if fits else None
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
-        for parameter in _parameters_of(optimizer):
+        for parameter in parameters_of(optimizer):
             if parameter not in known:
                 known[parameter] = look(parameter)
 
-    def after_step(optimizer: Optimizer, *_: Any) -> None:
-        for parameter in _parameters_of(optimizer):
-            if each := known.get(parameter):
-                each.zero()
-
-    with (
-        register_optimizer_step_pre_hook(before_step),
-        register_optimizer_step_post_hook(after_step),
-    ):
-        held: set[str] = set()
+    held: set[str] = set()
+    with register_optimizer_step_pre_hook(before_step), _zeroed_by_steps(known):
         token = _held.set(held)
         try:
             yield held
@@ -150,146 +113,39 @@ def enforce_unseen(masks: Masks) -> Iterator[set[str]]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Refuse changes to a model while a smaller one stands in for it.
+def _zeroed_by_steps(pruned: Mapping[nn.Parameter, "_Pruned | None"]) -> Iterator[None]:
+    """Zero what is pruned after every step of an optimizer that holds it."""
 
-    Raises
-    ------
-    MaskError
-        In an optimizer's step, or at the end: what it learned would be lost.
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
+        for parameter in parameters_of(optimizer):
+            if each := pruned.get(parameter):
+                each.zero()
+
+    with register_optimizer_step_post_hook(after_step):
+        yield
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Refuse changes to a model while a smaller one stands in for it (`MaskError`).
+
+    In an optimizer's step, or at the end: what it learned would be lost.
     """
     advice = (
         "whole model, but a smaller one is trained in its place; inside the block, "
         "train the model that masked() hands out, and make the optimizer of its "
         "parameters: with masked(model, message, example_inputs) as net: ..."
     )
-    own = {id(parameter) for parameter in model.parameters()}
-    before = [parameter._version for parameter in model.parameters()]
+    versions = {parameter: parameter._version for parameter in model.parameters()}
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
-        if any(id(parameter) in own for parameter in _parameters_of(optimizer)):
+        if not versions.keys().isdisjoint(parameters_of(optimizer)):
             raise MaskError(f"the optimizer holds the parameters of the {advice}")
 
     with register_optimizer_step_pre_hook(before_step):
         yield
-        if [parameter._version for parameter in model.parameters()] != before:
+        if any(p._version != version for p, version in versions.items()):
             raise MaskError(f"the block has changed the {advice}")
-
-
-class Gradients:
-    """What `gradients_of` saw, one float32 array per parameter, in the model's order.
-
-    Attributes
-    ----------
-    steps : int
-        Steps an optimizer would have taken.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._sums: list[torch.Tensor] = []
-        self._squares: list[torch.Tensor] = []
-
-    def take(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take the gradients of one batch away from the parameters."""
-        if not self._sums:
-            self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-            self._squares = [torch.zeros_like(total) for total in self._sums]
-        self.steps += 1
-        for p, total, square in zip(parameters, self._sums, self._squares, strict=True):
-            if p.grad is not None:
-                gradient = p.grad.detach().to_dense()
-                total.add_(gradient)
-                square.addcmul_(gradient, gradient)
-                p.grad = None  # an optimizer passes over what has no gradient
-
-    def mean(self) -> list[Array]:
-        """Return the mean gradient over the batches."""
-        return [(total / self.steps).cpu().numpy() for total in self._sums]
-
-    def mean_square(self) -> list[Array]:
-        """Return the mean of the batches' squared gradients."""
-        return [(square / self.steps).cpu().numpy() for square in self._squares]
-
-
-@contextmanager
-def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
-    """Collect the gradients of a model that only its optimizer shows; train nothing.
-
-    Inside the block a step of an optimizer that holds exactly parameters of these
-    shapes in this order changes nothing: whatever trains the model passes over the
-    data at fixed weights. Any other optimizer is left alone.
-
-    Parameters
-    ----------
-    shapes : sequence of tuple of int
-        Of the trainable parameters, in the model's order.
-    """
-    seen = Gradients()
-
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        held = _parameters_of(optimizer)
-        if [tuple(parameter.shape) for parameter in held] != list(shapes):
-            return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            seen.take(held)
-            return None
-
-        def still() -> Any:  # the gradients are there once the closure has run
-            loss = closure()
-            seen.take(held)
-            return loss
-
-        return args[:1], {**kwargs, "closure": still}
-
-    with register_optimizer_step_pre_hook(before_step):
-        yield seen
-
-
-class Continued:
-    """Lets the optimizers of a call go on with the state of those of the call before.
-
-    An exploration calls an app once an epoch, and the app makes its optimizer anew. The
-    paper's explorer has one optimizer for all its epochs (arXiv:2405.10271, Eq. 2), so
-    momentum and second moments must not start from zero in each. An optimizer takes the
-    state of the one that stepped at the same place in the call before, if both are of
-    the same class and their parameters have the same shapes.
-    """
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, list[dict[str, Any]]]] = []
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Run one call of the app in the block."""
-        seen: list[Optimizer] = []
-
-        def before_step(optimizer: Optimizer, *_: Any) -> None:
-            if any(optimizer is one for one in seen):
-                return
-            place = len(seen)
-            seen.append(optimizer)
-            kind, states = next(iter(self._before[place : place + 1]), (None, []))
-            if kind == _kind(optimizer):
-                for parameter, state in zip(
-                    _parameters_of(optimizer), states, strict=True
-                ):
-                    optimizer.state[parameter].update(state)
-
-        with register_optimizer_step_pre_hook(before_step):
-            yield
-        # Without the optimizers, which hold the weights of a model.
-        self._before = [
-            (_kind(one), [dict(one.state[p]) for p in _parameters_of(one)])
-            for one in seen
-        ]
-
-
-def _kind(optimizer: Optimizer) -> tuple[str, list[tuple[int, ...]]]:
-    """Return class and shapes; by name, as an app may make the class anew, too."""
-    shapes = [tuple(parameter.shape) for parameter in _parameters_of(optimizer)]
-    return type(optimizer).__qualname__, shapes
 
 
 #: Names of masks that the training inside `enforce_unseen` has kept.
@@ -328,16 +184,13 @@ class _Pruned:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
     """Return masks under the names of ``model.named_parameters()``.
 
-    Numbers stand for positions in ``model.state_dict()``, and a tied weight keeps what
-    all its names keep. Names need not agree in what `torch.compile`, DataParallel, DDP
-    and PEFT add to them, nor in one prefix, where the masks are those of a part.
+    Numbers stand for positions in ``model.state_dict()``, as in Flower's older API, and
+    a tied weight keeps what all its names keep. Names need not agree in what
+    `torch.compile`, DataParallel, DDP and PEFT add to them, nor in one prefix, where
+    the masks are those of a part.
 
     Raises
     ------
@@ -405,9 +258,7 @@ def _aliases(known: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
     return aliases
 
 
-def _pruned(model: nn.Module, masks: Masks) -> dict[int, _Pruned]:
-    """Return the parameters that have pruned entries, by id."""
-    masked = {
-        model.get_parameter(name): keep for name, keep in resolve(model, masks).items()
-    }
-    return {id(p): _Pruned(p, k) for p, k in masked.items() if not k.all()}
+def _pruned(model: nn.Module, masks: Masks) -> dict[nn.Parameter, _Pruned]:
+    """Return the parameters that have pruned entries."""
+    found = [(model.get_parameter(n), k) for n, k in resolve(model, masks).items()]
+    return {p: _Pruned(p, keep) for p, keep in found if not keep.all()}

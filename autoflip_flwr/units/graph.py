@@ -17,21 +17,20 @@ from torch import nn
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.method.structured import Group, Numbers, Units
 from autoflip_flwr.units import attention, layers, recurrent
-from autoflip_flwr.units.paths import join, put
-from autoflip_flwr.units.products import Products
-from autoflip_flwr.units.proof import prove
-from autoflip_flwr.units.signature import signature
-from autoflip_flwr.units.surgery import (
+from autoflip_flwr.units.inputs import (
     ExampleInputs,
     arguments,
+    described,
     mapped,
     tensors_of,
-    twin,
 )
+from autoflip_flwr.units.layers import join
+from autoflip_flwr.units.measure import Products
+from autoflip_flwr.units.proof import prove
+from autoflip_flwr.units.signature import signature
+from autoflip_flwr.units.surgery import twin
 
 _Owners = dict[str, dict[int, Numbers]]
-
-_REMEDY = "use pruning.units=0, which prunes single weights and needs no graph"
 
 _STREAM = ".stream"  # stands for all channels that go into an attention module
 
@@ -40,21 +39,11 @@ _cache: dict[Hashable, Units | ModelError] = {}  # the latest used last
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Units:
-    """Return the units of a model.
+    """Return the units of a model, of which copies run on its device, in both modes.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is: copies of it are run on its device, in both modes.
-    example_inputs : torch.Tensor, or tuple of arguments of the model
-        One sample is enough. Equal models (classes, sizes, inputs) are traced once
-        in a process.
-
-    Returns
-    -------
-    Units
-        Without the units that make the model's outputs, and those that we cannot
-        take out exactly; `Units.whole` says which and why.
+    Units that make the model's outputs, and those that we cannot take out exactly, are
+    left whole; `Units.whole` says which and why. One sample as example is enough. Equal
+    models (classes, sizes, inputs) are traced once in a process.
 
     Raises
     ------
@@ -86,8 +75,8 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> Units | ModelErr
     except Exception as error:  # whatever the model's own code or the graph raises
         return ModelError(
             f"{type(model).__name__} could not be traced with the example inputs "
-            f"{_described(arguments(example_inputs))}: {type(error).__name__}: "
-            f"{error}; {_REMEDY}"
+            f"{described(arguments(example_inputs))}: {type(error).__name__}: {error}; "
+            "use pruning.units=0, which prunes single weights and needs no graph"
         )
 
 
@@ -106,7 +95,7 @@ class _Tracer:
         self._recurrent = recurrent.replace(self._model)
         for path, module in list(self._model.named_modules()):
             if layers.is_conv1d(module):
-                put(self._model, path, layers.Transposed(module))
+                self._model.set_submodule(path, layers.Transposed(module))
         self._paths: dict[nn.Module, str] = {
             module: path for path, module in self._model.named_modules()
         }
@@ -121,14 +110,8 @@ class _Tracer:
 
     def _build(self, example_inputs: ExampleInputs) -> Any:
         inputs = arguments(example_inputs, like=self._model)
-        try:
-            with self._products:
-                self._model.eval()(*inputs)  # so that its own errors are not hidden
-        except Exception as error:
-            raise ModelError(
-                f"{type(self._model).__name__} must run on the example inputs, here "
-                f"{_described(inputs)}: {error}; {_REMEDY}"
-            ) from error
+        with self._products:
+            self._model.eval()(*inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on torch's own deprecations
             return torch_pruning.DependencyGraph().build_dependency(
@@ -326,12 +309,3 @@ def _shared(model: nn.Module) -> set[str]:
     named = list(model.named_parameters(remove_duplicate=False))
     modules = Counter(id(parameter) for _, parameter in named)
     return {name for name, parameter in named if modules[id(parameter)] > 1}
-
-
-def _described(inputs: tuple[Any, ...]) -> list[str]:
-    return [
-        f"{value.dtype} of shape {tuple(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else type(value).__name__
-        for value in inputs
-    ]

@@ -24,6 +24,11 @@ _KNOWN = (
 )
 
 
+def join(path: str, name: str) -> str:
+    """Return the full name of a tensor or module below a path."""
+    return f"{path}.{name}" if path and name else path or name
+
+
 def check(path: str, module: nn.Module) -> None:
     """Refuse a module with parameters that we have no rule for (`ModelError`)."""
     own = dict(module.named_parameters(recurse=False))
@@ -109,12 +114,7 @@ def reason_to_stay_whole(module: Any, out: bool) -> str | None:
 def tensors(module: nn.Module, out: bool) -> Iterator[tuple[str, int]]:
     """Yield the names and dimensions of tensors that a channel is an index of.
 
-    Parameters
-    ----------
-    module : nn.Module
-        Any but recurrent ones.
-    out : bool
-        Output channels, else input channels.
+    Of output channels, else (not `out`) of input channels; not of recurrent modules.
     """
     if isinstance(module, nn.Embedding):
         yield "weight", 1

@@ -16,14 +16,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.method.structured import Cluster, Group, Keep, Units
 from autoflip_flwr.units import enforce
-from autoflip_flwr.units.surgery import (
+from autoflip_flwr.units.inputs import (
     ExampleInputs,
     arguments,
+    first_line,
     mapped,
-    shrink,
     tensors_of,
-    twin,
 )
+from autoflip_flwr.units.surgery import shrink, twin
 
 _log = logging.getLogger("flwr")
 
@@ -44,14 +44,15 @@ def prove(model: nn.Module, example_inputs: ExampleInputs, units: Units) -> Unit
     """
     if not units.groups:
         return units
-    trial = _Trial(model, example_inputs)
-    reasons: dict[str, str] = {}
-    for groups, reason in trial.failing(units, units.clusters()):
-        for group in groups:
-            reasons[group.name] = f"the graph cannot follow its channels: {reason}"
-    if not reasons:
-        return units
-    _log.warning("left whole: %s", reasons)
+    reasons = {
+        group.name: f"the graph cannot follow its channels: {reason}"
+        for groups, reason in _Trial(model, example_inputs).failing(
+            units, units.clusters()
+        )
+        for group in groups
+    }
+    if reasons:
+        _log.warning("left whole: %s", reasons)
     return units.without(reasons)
 
 
@@ -80,7 +81,7 @@ class _Trial:
         try:
             self._outputs(trial, mode)
         except Exception as error:  # whatever the model's own code raises
-            self._reason = _first_line(error)
+            self._reason = first_line(error)
             return False
         return True
 
@@ -134,7 +135,7 @@ class _Trial:
             try:
                 got = self._outputs(small, mode)
             except Exception as error:  # whatever the model's own code raises
-                return _first_line(error)
+                return first_line(error)
             if len(got) != len(expected):
                 return f"it returns {len(got)} tensors, not {len(expected)}"
             for one, other in zip(expected, got, strict=True):
@@ -197,7 +198,3 @@ def _noise(given: tuple[Any, ...], dtype: torch.dtype, samples: int) -> tuple[An
         return noise.to(value.device, dtype)
 
     return tuple(mapped(drawn, value) for value in given)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

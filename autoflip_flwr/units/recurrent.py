@@ -6,17 +6,14 @@ gets 0.5 * 0 + 0.5 * tanh(0), a GRU's state 0.5 * tanh(0) + 0.5 * 0.
 """
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from autoflip_flwr.units.paths import put
-
-Rows: TypeAlias = NDArray[np.int64]
+from autoflip_flwr.method.structured import Numbers
 
 
 class Steps(nn.Linear):
@@ -83,13 +80,13 @@ def replace(model: nn.Module) -> dict[str, nn.RNNBase]:
         if isinstance(module, nn.RNNBase)
     }
     for path, module in originals.items():
-        put(model, path, _StandIn(module))
+        model.set_submodule(path, _StandIn(module))
     return originals
 
 
 def tensors(
-    module: nn.RNNBase, out: bool, channels: Rows
-) -> Iterator[tuple[str, int, Rows, Rows]]:
+    module: nn.RNNBase, out: bool, channels: Numbers
+) -> Iterator[tuple[str, int, Numbers, Numbers]]:
     """Yield the tensors and dimensions that channels of a module are indices of.
 
     With each the rows, and for every row its place in `channels`: an output channel
@@ -108,7 +105,7 @@ def tensors(
 
 def inner_layers(
     module: nn.RNNBase,
-) -> Iterator[tuple[str, list[tuple[str, int, Rows, Rows]]]]:
+) -> Iterator[tuple[str, list[tuple[str, int, Numbers, Numbers]]]]:
     """Yield the name of each layer that only the next one reads, and its tensors."""
     units = np.arange(module.hidden_size)
     for layer in range(module.num_layers - 1):
@@ -125,8 +122,8 @@ def _suffixes(module: nn.RNNBase, layer: int) -> list[str]:
 
 
 def _gates(
-    module: nn.RNNBase, suffix: str, units: Rows, places: Rows
-) -> Iterator[tuple[str, int, Rows, Rows]]:
+    module: nn.RNNBase, suffix: str, units: Numbers, places: Numbers
+) -> Iterator[tuple[str, int, Numbers, Numbers]]:
     """Yield the rows of every gate, and the column that reads them back."""
     gates = len(next(module.parameters())) // module.hidden_size
     rows = np.concatenate([units + gate * module.hidden_size for gate in range(gates)])

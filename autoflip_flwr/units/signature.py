@@ -1,8 +1,8 @@
 """Tell models apart that may compute something else, for the cache of traces."""
 
-import dataclasses
-import enum
-import functools
+import hashlib
+import io
+import pickle
 import types
 from collections.abc import Hashable
 from typing import Any
@@ -11,20 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from autoflip_flwr.units.surgery import KEPT, ExampleInputs, arguments
-
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum)
-_CODE = (type, types.FunctionType, types.BuiltinFunctionType)
-_VALUES = (*_PLAIN, *_CODE, torch.dtype, torch.device)
-
-_LARGEST = 1 << 16  # entries of a buffer that is compared by value
+from autoflip_flwr.units.inputs import ExampleInputs, arguments
+from autoflip_flwr.units.surgery import KEPT
 
 #: What nn.Module itself keeps, and what we note.
 _INTERNAL = frozenset({*vars(nn.Module()), KEPT})
-
-
-class _UnknownError(Exception):
-    """A setting has a type that we cannot compare by value."""
 
 
 def signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
@@ -33,56 +24,45 @@ def signature(model: nn.Module, example_inputs: ExampleInputs) -> Hashable:
     Classes, settings and functions of all modules, names and sizes of all tensors,
     which of them are one and the same, and the values of buffers but statistics.
     """
+    written = io.BytesIO()
+    pickler = _Pickler(written)
     try:
-        modules = tuple(
-            (path, type(module), module.extra_repr(), _settings(module))
-            for path, module in model.named_modules(remove_duplicate=False)
-        )
-        seen: dict[int, int] = {}
-        tensors = tuple(
-            (name, _frozen(value), seen.setdefault(id(value), len(seen)))
-            for name, value in model.named_parameters(remove_duplicate=False)
-        )
-        return modules, tensors, _frozen(arguments(example_inputs))
-    except (_UnknownError, RuntimeError):  # lazy modules have no shapes yet
+        for path, module in model.named_modules(remove_duplicate=False):
+            pickler.dump((path, type(module), module.extra_repr(), _own(module)))
+        parameters = list(model.named_parameters(remove_duplicate=False))
+        pickler.dump((parameters, arguments(example_inputs)))
+    except Exception:  # a setting of a type that cannot be written; a lazy module
+        return None
+    return hashlib.sha256(written.getbuffer()).digest(), tuple(pickler.code)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes of tensors only what they look like; collects classes and functions."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.code: list[Hashable] = []
+        self._tensors: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        """Return what stands for a value; None: it is written as it is."""
+        if isinstance(value, torch.Tensor):
+            number = self._tensors.setdefault(id(value), len(self._tensors))
+            return number, tuple(value.shape), value.dtype
+        if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+            self.code.append(value)
+            return "code"
         return None
 
 
-def _settings(module: nn.Module) -> Hashable:
-    """Return what a module's own code may look at: flags, sizes, functions."""
+def _own(module: nn.Module) -> dict[str, Any]:
+    """Return what a module's own code may look at: flags, sizes, functions, buffers."""
     own = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
     if isinstance(module, nn.RNNBase):
         own = {k: v for k, v in own.items() if not k.startswith(("_flat", "_all"))}
-    statistics = isinstance(module, _NormBase)
-    buffers = {
-        name: value if statistics else _content(value)
-        for name, value in module.named_buffers(recurse=False)
-    }
-    return _frozen(own), _frozen(buffers)
-
-
-def _content(value: torch.Tensor) -> tuple[Hashable, str]:
-    if value.numel() > _LARGEST:
-        raise _UnknownError
-    return _frozen(value), str(value.flatten().tolist())
-
-
-def _frozen(value: Any) -> Hashable:
-    if isinstance(value, _VALUES):
-        return type(value), value
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, functools.partial):
-        return _frozen((value.func, value.args, value.keywords))
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return type(value), _frozen(fields)
-    if isinstance(value, dict):
-        return tuple((_frozen(key), _frozen(item)) for key, item in value.items())
-    if isinstance(value, list | tuple | torch.Size):
-        return tuple(_frozen(item) for item in value)
-    if isinstance(value, set | frozenset):
-        return frozenset(_frozen(item) for item in value)
-    if type(value).__module__.startswith("transformers."):  # a model's configuration
-        return type(value), _frozen(vars(value))
-    raise _UnknownError
+    for name, buffer in module.named_buffers(recurse=False):
+        own[name] = buffer
+        if not isinstance(module, _NormBase):  # whose buffers are statistics
+            values = buffer.detach().flatten().contiguous().view(torch.uint8)
+            own[f"{name} values"] = values.cpu().numpy().tobytes()
+    return own

@@ -1,8 +1,7 @@
 """Make a model physically smaller by its empty units, and scatter it back."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -15,11 +14,8 @@ from autoflip_flwr.errors import MaskError
 from autoflip_flwr.method.structured import Indices, Keep, Units
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import attention, layers
-from autoflip_flwr.units.norms import PartialGroupNorm, PartialLayerNorm
-from autoflip_flwr.units.paths import join, put
-
-#: One tensor, or the positional arguments of the model.
-ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...]
+from autoflip_flwr.units.layers import join
+from autoflip_flwr.units.partial import PartialNorm
 
 KEPT = "autoflip_kept"  # attribute of a compact module: its `Indices` by name
 
@@ -32,55 +28,12 @@ def twin(
     return copy.deepcopy(model, {id(t): replaced(name, t) for name, t in tensors})
 
 
-def arguments(
-    example_inputs: ExampleInputs, like: nn.Module | None = None
-) -> tuple[Any, ...]:
-    """Return example inputs as arguments; copied to the device of a model."""
-    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    first = None if like is None else next(iter(_tensors(like).values()), None)
-    if first is None:
-        return given
-    return tuple(mapped(lambda x: x.to(first.device).clone(), each) for each in given)
-
-
-def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Apply a function to all tensors in nested tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: mapped(function, item) for key, item in value.items()}
-    if isinstance(value, list) or type(value) is tuple:
-        return type(value)(mapped(function, item) for item in value)
-    return value
-
-
-def tensors_of(output: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors a model returns, alone or in containers."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, dict | list | tuple):
-        for value in output.values() if isinstance(output, dict) else output:
-            yield from tensors_of(value)
-
-
 def shrink(model: nn.Module, units: Units, keep: Keep) -> nn.Module:
-    """Return a copy without the units that are not kept.
+    """Return a copy without the units that are not kept, of the same names.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is.
-    units : Units
-        The units of the model (`trace`).
-    keep : bool array of one per unit
-        Recurrent layers of one module stay equally wide: where one keeps more units
-        than another, the other is filled up with some that are not kept.
-
-    Returns
-    -------
-    nn.Module
-        Of the model's classes and parameter names, its tensors smaller. Normalization
-        over channels still counts the missing ones, as zeros.
+    Recurrent layers of one module stay equally wide: where one keeps more units than
+    another, the other is filled up with some that are not kept. Normalization over
+    channels still counts the missing ones, as zeros.
     """
     kept = units.indices(units.levelled(keep))
 
@@ -241,12 +194,10 @@ def _resize(
     elif isinstance(module, _NormBase):
         # Without weights and buffers, as InstanceNorm may be, it knows no width.
         module.num_features = next(iter(own.values())).shape[0]
-    elif isinstance(module, nn.LayerNorm):
-        put(model, path, PartialLayerNorm(module))
-    elif isinstance(module, nn.GroupNorm):
-        (index, *_) = kept[join(path, "weight")]
-        assert index is not None
-        put(model, path, PartialGroupNorm(module, index))
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        (channels,) = kept[join(path, "weight")]
+        assert channels is not None
+        model.set_submodule(path, PartialNorm(module, channels))
     elif isinstance(module, nn.RNNBase):
         module.input_size = own["weight_ih_l0"].shape[1]
         module.hidden_size = own["weight_hh_l0"].shape[1]

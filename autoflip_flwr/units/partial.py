@@ -1,21 +1,71 @@
-"""Attention of which some heads are missing, in modules that ask for all of them."""
+"""Modules that compute what the whole ones do, without channels that are all zeros."""
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
+
+
+class PartialNorm(nn.Module):
+    """LayerNorm or GroupNorm; mean and variance are over the missing channels, too.
+
+    The weights of `whole` are those of the `channels` that are there, its sizes the
+    whole's. A `LayerNorm2d`, as torchvision and timm name theirs, has its channels in
+    dimension 1.
+    """
+
+    def __init__(
+        self, whole: nn.LayerNorm | nn.GroupNorm, channels: NDArray[np.int64]
+    ) -> None:
+        super().__init__()
+        if isinstance(whole, nn.GroupNorm):
+            self.width, self.groups, self._dim = whole.num_channels, whole.num_groups, 1
+        else:
+            self.width, self.groups = whole.normalized_shape[0], 0
+            self._dim = 1 if type(whole).__name__ == "LayerNorm2d" else -1
+        self.eps = whole.eps
+        self.weight, self.bias = whole.weight, whole.bias
+        self.affine = True
+        there = torch.from_numpy(channels).to(self.weight.device)
+        self.register_buffer("_there", there, persistent=False)
+        self.training = whole.training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an array of the shape of `x`."""
+        if not self.groups:  # the zeros may stand anywhere
+            x = x.movedim(self._dim, -1)
+            missing = (0, self.width - x.shape[-1])
+            weight = functional.pad(self.weight, missing)
+            bias = None if self.bias is None else functional.pad(self.bias, missing)
+            normal = functional.layer_norm(
+                functional.pad(x, missing), [self.width], weight, bias, self.eps
+            )
+            return normal[..., : x.shape[-1]].movedim(-1, self._dim)
+        weight, bias = self._widened(self.weight), self._widened(self.bias)
+        x = self._widened(x, 1)
+        x = functional.group_norm(x, self.groups, weight, bias, self.eps)
+        return x.index_select(1, self.get_buffer("_there"))
+
+    def _widened(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """Put zeros where channels are missing."""
+        shape = list(x.shape)
+        shape[dim] = self.width
+        return x.new_zeros(shape).index_copy(dim, self.get_buffer("_there"), x)
+
+    def extra_repr(self) -> str:
+        """Show what mean and variance are over."""
+        return f"{self.width}, groups={self.groups}, eps={self.eps}"
 
 
 class PartialAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention with heads that are narrower than its width demands.
 
-    Parameters
-    ----------
-    whole : nn.MultiheadAttention
-        Its tensors and `num_heads` are those of the heads that are there; `head_dim`
-        and `embed_dim` are the whole's. Attention weights are averaged over the heads
-        that are there.
+    Tensors and `num_heads` of `whole` are those of the heads that are there, its
+    `head_dim` and `embed_dim` the whole's. Attention weights are averaged over the
+    heads that are there.
     """
 
     def __init__(self, whole: nn.MultiheadAttention) -> None:
@@ -79,13 +129,7 @@ class PartialAttention(nn.MultiheadAttention):
 
 
 class PartialWindowAttention(nn.Module):
-    """Torchvision's ShiftedWindowAttention, of which some heads are missing.
-
-    Parameters
-    ----------
-    whole : nn.Module
-        Its tensors and `num_heads` are those of the heads that are there.
-    """
+    """Torchvision's ShiftedWindowAttention, of which some heads are missing."""
 
     qkv: nn.Linear
     proj: nn.Linear
