@@ -199,7 +199,6 @@ class Replies:
         elif not any(reply.examples for reply in replies):
             reason = "no valid reply trained on any example"
         else:
-            rounds.lost = 0
             return replies
         rounds.abandon(server_round, reason)
         return []

@@ -59,7 +59,6 @@ class Rounds:
         self.fresh = True  # False in a resumed run
         self.total: int | None = None  # rounds of the run; None: unknown
         self.trained: bool | None = None  # by any round; None: none has begun
-        self.lost = 0  # tries of the round that had no replies to aggregate
         self.reason = ""  # why the last abandoned round changed nothing
         self._previous: Plan | None = None
         self._unmasked: Params = {}  # the weights that an open round began with

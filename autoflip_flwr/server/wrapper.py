@@ -4,32 +4,26 @@ import logging
 import shutil
 import tempfile
 import weakref
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from flwr.app import RecordDict
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from autoflip_flwr.errors import ModelError, ReplyError, SettingsError, by_reason
+from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import AutoFlipPruner, Pruner
+from autoflip_flwr.server.flow import Flow, S
 from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.preview import Federation, Preview, preview
 from autoflip_flwr.server.replies import Replies, chain
 from autoflip_flwr.server.rounds import Rounds
-from autoflip_flwr.server.savings import (
-    Direction,
-    Savings,
-    Traffic,
-    log_savings,
-    savings_of,
-)
+from autoflip_flwr.server.savings import Savings, Traffic, log_savings, savings_of
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
 from autoflip_flwr.units import ExampleInputs, trace
 from autoflip_flwr.units.enforce import trainable_names
-from autoflip_flwr.wire import records
 
 _log = logging.getLogger("flwr")
 
@@ -39,16 +33,11 @@ _ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
 #: How the names of strategies with differential privacy at the server begin.
 _PRIVATE = ("DifferentialPrivacy", "DPFedAvg")
 
-#: How often a round that loses its replies is tried, before the run ends.
-TRIES = 3
-
 #: Seconds to wait for a round's replies; Flower's default.
 TIMEOUT = 3600.0
 
-S = TypeVar("S")
 
-
-class Wrapper(Generic[S]):
+class Wrapper(Flow[S]):
     """Federated pruning guided by the clients' exploration, around any strategy.
 
     The inner strategy samples nodes, writes its messages and aggregates dense replies
@@ -155,10 +144,11 @@ class Wrapper(Generic[S]):
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
         self.model, self._example_inputs = model, example_inputs
-        self.traffic: Traffic | None = Traffic()
+        self.traffic = Traffic()
         self.pruner = AutoFlipPruner() if pruner is None else pruner
         self._settings = {"pruning": pruning, "exploration": exploration, "wire": wire}
-        self.rounds = Rounds(
+        self._make_rounds = partial(
+            Rounds,
             self.pruner,
             pruning,
             _with_warm_start(exploration, self.strategy, self.pruner),
@@ -167,13 +157,23 @@ class Wrapper(Generic[S]):
             units=_units_of(self.pruner, pruning, model, example_inputs),
             seed=seed,
         )
-        self._intake = Intake(self.rounds, wire)
-        self._replies = Replies(self.rounds, wire)
+        self._wire = wire
         self.timeout: float | None = TIMEOUT  # of a round that begins again
         self._begin()
 
-    def _begin(self) -> None:
-        """Prepare what only one API needs."""
+    def _begin(self, total: int | None = None) -> None:
+        """Begin a run, of `total` rounds, in which nobody has explored."""
+        self.rounds = self._make_rounds()
+        self.rounds.total = total
+        self._intake = Intake(self.rounds, self._wire)
+        self._replies = Replies(self.rounds, self._wire)
+
+    def _reopen(self, total: int | None = None) -> None:
+        """Begin another run if there has been one."""
+        if self.rounds.trained is not None:
+            if self.traffic is not None:
+                self.traffic = Traffic()
+            self._begin(total)
 
     def expect(self, num_rounds: int, timeout: float | None = TIMEOUT) -> None:
         """Tell how many rounds the run has, before it starts, and how long one waits.
@@ -257,37 +257,6 @@ class Wrapper(Generic[S]):
         if savings is not None and isinstance(result, Result):
             vars(result)["savings"] = savings  # else: what a start of the user's gives
         log_savings(savings)
-
-    def _count(self, phase: str, direction: Direction, content: RecordDict) -> None:
-        if self.traffic is not None:
-            if not self.traffic.dense_bytes:
-                dense = records.record_of(self.rounds.arrays)
-                self.traffic.dense_bytes = dense.count_bytes()
-            self.traffic.count(phase, direction, content)
-
-    def check_trained(self) -> None:
-        """Raise a ReplyError if no round of a run changed the model."""
-        rounds = self.rounds
-        if rounds.fresh and rounds.trained is False:
-            raise ReplyError(
-                f"the model is untrained: none of {rounds.total} rounds changed it; "
-                f"the last one: {rounds.reason or 'no reply came in time'}; reasons of "
-                f"dropped replies, with their nodes: {by_reason(rounds.dropped)}"
-            )
-
-    def _try_again(self, server_round: int) -> None:
-        """Let a round begin again that lost its replies, unless it has too often."""
-        rounds = self.rounds
-        rounds.lost += 1
-        if rounds.lost < TRIES:
-            _log.warning("round %d begins again", server_round)
-            return
-        self.check_trained()
-        raise ReplyError(
-            f"round {server_round} was lost {TRIES} times; the last time: "
-            f"{rounds.reason}; dropped replies by node: {rounds.dropped}; a run with "
-            "checkpoints goes on after the round before"
-        )
 
     def __getattr__(self, name: str) -> Any:
         """Return the inner strategy's own attributes and methods."""

@@ -328,6 +328,8 @@ def guidance_record(frame: bytes, signs: bytes | None = None) -> ArrayRecord:
 
 def guidance_frames(record: ArrayRecord) -> tuple[bytes, bytes | None]:
     """Return the guidance frame of an exploration reply, and its signs or None."""
+    if list(record) in (["0"], ["0", "1"]):  # from Flower's older API
+        record = guidance_record(*(array.data for array in record.values()))
     if set(record) not in ({GUIDANCE}, {GUIDANCE, SIGNS}):
         if GUIDANCE not in record:
             raise WireError(NO_MOD)
