@@ -34,11 +34,7 @@ Send: TypeAlias = Callable[
 class Intake:
     """Lets nodes explore, or measure gradients, and passes the results to the pruner.
 
-    Parameters
-    ----------
-    rounds : Rounds
-    settings : WireSettings
-        Which answers are left out, and how much one counts.
+    `settings` say which answers are left out, and how much one counts.
     """
 
     def __init__(self, rounds: Rounds, settings: WireSettings) -> None:

@@ -43,46 +43,23 @@ M = TypeVar("M")
 
 @dataclass(slots=True)
 class Reply(Generic[T]):
-    """One client's reply.
-
-    Attributes
-    ----------
-    node_id : int
-    origin : object
-        The reply as the API passes it.
-    record : ArrayRecord
-        The arrays as sent by the client; empty for an evaluation.
-    examples : float
-        Number of examples behind the reply, its weight.
-    form : str
-        Names of its records and metrics. Flower's strategies refuse the whole round
-        if one reply has another form.
-    numbers : dict of name -> float
-        The largest size of each metric.
-    extras : dict of name -> callable
-        What else is in the reply, and how to remove it from `origin`.
-    arrays : mapping of name -> array
-        The dense arrays of `record`; pruned entries have the server's values.
-    """
+    """One client's reply."""
 
     node_id: int
-    origin: T
-    record: ArrayRecord
-    examples: float
+    origin: T  # the reply as the API passes it
+    record: ArrayRecord  # the arrays as sent by the client; empty for an evaluation
+    examples: float  # behind the reply: its weight
+    #: Names of its records and metrics. Flower's strategies refuse the whole round if
+    #: one reply has another form.
     form: str = ""
-    numbers: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)  # the size of each metric
+    #: What else is in the reply, and how to remove it from `origin`.
     extras: dict[str, Callable[[], object]] = field(default_factory=dict)
-    arrays: Params = field(default_factory=dict)
+    arrays: Params = field(default_factory=dict)  # dense; pruned entries: the server's
 
 
 class Replies:
-    """Drops invalid replies with a log line, and ends the round with the others.
-
-    Parameters
-    ----------
-    rounds : Rounds
-    settings : WireSettings
-    """
+    """Drops invalid replies with a log line, and ends the round with the others."""
 
     def __init__(self, rounds: Rounds, settings: WireSettings) -> None:
         self._rounds = rounds
@@ -98,15 +75,9 @@ class Replies:
         """Read replies in order, without those that are broken or far from the others.
 
         A reply that lacks what most have, or has another form, is dropped. What most do
-        not have is removed from a reply. Examples are capped.
-
-        Parameters
-        ----------
-        server_round : int
-        received : iterable of (node id, object)
-            In the order of the requests, which makes sums of floats repeatable.
-        read : callable
-            May raise the errors that a hostile reply causes.
+        not have is removed from a reply. Examples are capped. `received` is in the
+        order of the requests, which makes sums of floats repeatable; `read` may raise
+        the errors that a hostile reply causes.
         """
         replies = []
         for node_id, origin in received:

@@ -24,22 +24,7 @@ _log = logging.getLogger("flwr")
 
 @dataclass(eq=False, repr=False)
 class Rounds:
-    """The global weights and the mask of the round.
-
-    Attributes
-    ----------
-    arrays : mapping of name -> array
-        The global model. With `pruned_weights="keep"` it includes the values of
-        pruned weights; no other copy of them exists.
-    initial : mapping of name -> array
-        The weights that nodes explore from (`W0`).
-    plan : Plan or None
-        Manifest and mask of the current round.
-    diagnostics : Diagnostics
-    held : HeldMasks
-    dropped : dict of node id -> reason
-        Dropped replies of the current round.
-    """
+    """The global weights and the mask of the round."""
 
     pruner: Pruner
     pruning: PruningSettings
@@ -50,12 +35,14 @@ class Rounds:
     seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        # The global model. With `pruned_weights="keep"` it includes the values of
+        # pruned weights; no other copy of them exists.
         self.arrays: Params = {}
-        self.initial: Params = {}
-        self.plan: Plan | None = None
+        self.initial: Params = {}  # what nodes explore from (`W0`)
+        self.plan: Plan | None = None  # manifest and mask of the current round
         self.diagnostics = Diagnostics(signs=self.pruning.agreement == "sign")
         self.held = HeldMasks()
-        self.dropped: dict[int, str] = {}
+        self.dropped: dict[int, str] = {}  # node -> why its reply of the round is
         self.fresh = True  # False in a resumed run
         self.total: int | None = None  # rounds of the run; None: unknown
         self.trained: bool | None = None  # by any round; None: none has begun
