@@ -141,25 +141,21 @@ class AutoFlipMod:
         key, record = _model_of(message)
         initial = asked.unpack(record)
         message.content[key] = records.record_of(initial)
-        signs: bytes | None = None
-        measured: Guidance
-        done = 1
+        signs, done = None, 1
         if asked.measure in ("deviation", "update"):
             reply, trained, done = self._train(
                 asked, initial, message, context, call_next
             )
-            if reply.has_error():
-                return reply
             start = {name: initial[name] for name in asked.manifest.shapes}
             end = {name: trained[name] for name in start}
-            measured = guidance.squared_deviation(start, end)
+            measured: Guidance = guidance.squared_deviation(start, end)
             if asked.measure == "update":
                 rises = {name: end[name] > value for name, value in start.items()}
                 signs = codec.pack_mask(rises)
         else:
             reply, measured = _gradient(asked, initial, message, context, call_next)
-            if reply.has_error():
-                return reply
+        if reply.has_error():
+            return reply
         reply_key, _ = records.model_record(reply.content, key)
         if privacy is not None:
             measured = privacy.protect(measured)

@@ -294,10 +294,10 @@ def chain(strategy: object) -> Iterator[object]:
         inner = vars(inner).get("strategy")
 
 
-def setting(strategy: object, name: str) -> str | None:
-    """Return a text that a strategy, or one inside it, has under a name."""
+def setting(strategy: object, name: str, kind: Any, default: Any) -> Any:
+    """Return what a strategy, or one inside it, has under a name."""
     found = (vars(one).get(name) for one in chain(strategy))
-    return next((value for value in found if isinstance(value, str)), None)
+    return next((value for value in found if isinstance(value, kind)), default)
 
 
 def check_size(size: int, largest: int) -> None:

@@ -46,8 +46,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._returned: ArrayRecord | None = None  # the model that `start` knows
         self._sent: list[Message] = []
         self._record: tuple[Params, ArrayRecord] = {}, ArrayRecord()  # see `_current`
-        self._key = setting(self.strategy, "arrayrecord_key")
-        self._weight = setting(self.strategy, "weighted_by_key") or EXAMPLES
+        self._key = setting(self.strategy, "arrayrecord_key", str, None)
+        self._weight = setting(self.strategy, "weighted_by_key", str, EXAMPLES)
 
     def start(
         self,

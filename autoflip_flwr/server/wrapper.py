@@ -18,7 +18,7 @@ from autoflip_flwr.pruners import AutoFlipPruner, Pruner
 from autoflip_flwr.server.flow import Flow, S
 from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.preview import Federation, Preview, preview
-from autoflip_flwr.server.replies import Replies, chain
+from autoflip_flwr.server.replies import Replies, chain, setting
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.savings import Savings, Traffic, log_savings, savings_of
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
@@ -116,22 +116,22 @@ class Wrapper(Flow[S]):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        chosen = self._default() if strategy is None else strategy
-        self.strategy = cast(S, chosen)
+        self.strategy = cast(S, self._default() if strategy is None else strategy)
         self._check_inner(self.strategy)
-        _check("model", model, nn.Module, "an nn.Module such as Net()")
-        _check(
-            "example_inputs",
-            example_inputs,
-            torch.Tensor | tuple,
-            "one sample that the model runs on, a tensor or tuple of arguments",
-        )
-        _check("pruner", pruner, Pruner, "a Pruner such as Magnitude()")
-        _check("pruning", pruning, PruningSettings, "PruningSettings(...)")
-        _check("exploration", exploration, ExplorationSettings, "ExplorationSettings()")
-        _check("wire", wire, WireSettings, "WireSettings(...)")
-        _check("store", store, Path | str, "a Path")
-        _check("seed", seed, int, "a whole number")
+        sample = "one sample that the model runs on, a tensor or tuple of arguments"
+        for name, value, kind, expected in (
+            ("model", model, nn.Module, "an nn.Module such as Net()"),
+            ("example_inputs", example_inputs, torch.Tensor | tuple, sample),
+            ("pruner", pruner, Pruner, "a Pruner such as Magnitude()"),
+            ("pruning", pruning, PruningSettings, "PruningSettings(...)"),
+            ("exploration", exploration, ExplorationSettings, "ExplorationSettings()"),
+            ("wire", wire, WireSettings, "WireSettings(...)"),
+            ("store", store, Path | str, "a Path"),
+            ("seed", seed, int, "a whole number"),
+        ):
+            fits = isinstance(value, kind) and not isinstance(value, bool)
+            if value is not None and not fits:
+                raise SettingsError(f"{name}: expected {expected}, got {value!r}")
         values: dict[str, Any] = (pruning or PruningSettings()).model_dump()
         given = {"threshold": threshold, "units": units}
         values |= {key: value for key, value in given.items() if value is not None}
@@ -222,8 +222,8 @@ class Wrapper(Flow[S]):
             )
 
         def many(fraction: str, least: str) -> int:
-            share = getattr(self.strategy, fraction, 1.0)
-            wanted = max(int(share * clients), getattr(self.strategy, least, 1))
+            share = setting(self.strategy, fraction, int | float, 1.0)
+            wanted = max(int(share * clients), setting(self.strategy, least, int, 1))
             return min(clients, wanted) if share else 0
 
         train, evaluate = self._sampling
@@ -267,27 +267,21 @@ class Wrapper(Flow[S]):
 
     def __repr__(self) -> str:
         """Show the arguments that are not the defaults."""
-        rounds = self.rounds
-        parts = [
-            f"{type(self.strategy).__name__}()",
-            f"threshold={rounds.pruning.threshold:g}",
-        ]
-        if rounds.pruning.units:
-            parts.append(f"units={rounds.pruning.units:g}")
+        parts = [f"{type(self.strategy).__name__}()"]
+        pruning = self.rounds.pruning
+        parts.append(f"threshold={pruning.threshold:g}")
+        if pruning.units:
+            parts.append(f"units={pruning.units:g}")
         if self.model is not None:
             parts.append(f"model={type(self.model).__name__}()")
         if not isinstance(self.pruner, AutoFlipPruner):
             parts.append(f"pruner={type(self.pruner).__name__}()")
         for name, chosen in self._settings.items():
-            usual = type(chosen)()
-            own = [
-                f"{key}={value!r}"
-                for key, value in chosen.model_dump().items()
-                if value != getattr(usual, key)
-                and key not in ("threshold", "units", "prunable")
-            ]
-            if own:
-                parts.append(f"{name}={type(chosen).__name__}({', '.join(own)})")
+            own = chosen.model_dump(
+                exclude_defaults=True, exclude={"threshold", "units", "prunable"}
+            )
+            if shown := ", ".join(f"{key}={value!r}" for key, value in own.items()):
+                parts.append(f"{name}={type(chosen).__name__}({shown})")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _check_inner(self, strategy: object) -> None:
@@ -324,29 +318,22 @@ def _with_warm_start(
     """
     kinds = {kind.__name__ for one in chain(inner) for kind in type(one).__mro__}
     reason = ""
-    for name in sorted(kind for kind in kinds if kind.startswith(_PRIVATE)):
-        reason = (
-            "warm_start would move the model by the explorers' updates, without the "
-            f"clipping and noise of {name}; use one or the other"
-        )
-    for name in kinds.intersection(_ROBUST):
-        reason = (
-            "warm_start would move the model by the mean of all explorers' updates, "
-            f"which one of them can ruin before {name} sees a reply; use one or the "
-            "other"
-        )
+    for name in sorted(kinds):
+        if name.startswith(_PRIVATE):
+            reason = f"explorers' updates, without the clipping and noise of {name}"
+        elif name in _ROBUST:
+            reason = (
+                "mean of all explorers' updates, which one of them can ruin before "
+                f"{name} sees a reply"
+            )
     if exploration.warm_start and reason:
-        raise SettingsError(reason)
+        raise SettingsError(
+            f"warm_start would move the model by the {reason}; use one or the other"
+        )
     warm = exploration.warm_start
     if warm is None:
         warm = pruner.explores and not reason and not exploration.privacy_noise
     return exploration.model_copy(update={"warm_start": warm})
-
-
-def _check(name: str, value: object, kind: Any, expected: str) -> None:
-    fits = value is None or (isinstance(value, kind) and not isinstance(value, bool))
-    if not fits:
-        raise SettingsError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _units_of(

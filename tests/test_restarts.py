@@ -1,0 +1,102 @@
+"""One strategy object that is started several times, on both APIs."""
+
+import numpy as np
+import pytest
+from flat import flat
+from flwr.app import ArrayRecord
+from flwr.server.strategy import FedAvg as OlderFedAvg
+from flwr.serverapp.strategy import FedAvg
+from inprocess import LocalGrid, assert_same_arrays, net, only_in, run, seeded, toy_app
+from test_legacy import AutoFLIP as OlderAutoFLIP
+from test_legacy import options, serve
+
+from autoflip_flwr import AutoFLIP, Checkpointed, ExplorationSettings
+from autoflip_flwr.errors import ReplyError
+
+NODES = [11, 12, 13, 14, 15]
+
+
+def strategy_of(**more):
+    return AutoFLIP(FedAvg(fraction_evaluate=0), **flat(seed=0, **more))
+
+
+def other_net():
+    return seeded(net, seed=1)
+
+
+def test_a_start_with_other_weights_is_a_run_of_its_own():
+    def second(strategy):
+        grid = LocalGrid(toy_app(), NODES)
+        seen, result = run(strategy, grid, other_net(), 2)
+        return seen, grid.nodes("explore"), result.savings
+
+    strategy = strategy_of()
+    run(strategy, LocalGrid(toy_app(), NODES), net(), 2)
+    seen, explored, savings = second(strategy)
+    expected, *others = second(strategy_of())
+    assert explored == NODES
+    assert [explored, savings] == others
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert_same_arrays(ours, theirs)
+
+
+def test_a_start_with_the_weights_of_the_last_result_goes_on():
+    strategy, grid = strategy_of(), LocalGrid(toy_app(), NODES)
+    _, first = run(strategy, grid, net(), 2)
+    second = strategy.start(grid, first.arrays, num_rounds=1)
+    assert grid.nodes("explore") == NODES, "once"
+    assert second.savings.sent > first.savings.sent
+    masks = strategy.rounds.plan.masks
+    for name, keep in masks.items():
+        assert not second.arrays[name].numpy()[~keep].any()
+
+
+def test_a_run_that_has_ended_does_not_excuse_the_next_one():
+    strategy, lost = strategy_of(), only_in("train", NODES, lambda reply: "lost")
+    run(strategy, LocalGrid(toy_app(), NODES), net(), 1)
+    with pytest.raises(ReplyError, match="the model is untrained: none of 1 rounds"):
+        run(strategy, LocalGrid(toy_app(), NODES, tamper=lost), other_net(), 1)
+
+
+def test_a_run_with_checkpoints_goes_on_with_the_same_object(tmp_path):
+    """Round 3 is lost for good, then once: the tries are counted anew."""
+    failing = [3]
+
+    def tamper(message, reply):
+        config = next(iter(message.content.config_records.values()))
+        if (config["autoflip.phase"], config["server-round"]) == ("train", 3):
+            if message.metadata.dst_node_id == NODES[-1]:
+                failing[0] -= 1
+            return None if failing[0] >= 0 else reply
+        return reply
+
+    def settings():
+        every = ExplorationSettings(every=2, warm_start=False)
+        return strategy_of(exploration=every, store=tmp_path / "guidance")
+
+    strategy = Checkpointed(settings(), tmp_path / "run")
+    grid = LocalGrid(toy_app(), NODES, tamper=tamper)
+    with pytest.raises(ReplyError, match="round 3 was lost 3 times"):
+        run(strategy, grid, net(), 4)
+    before = strategy.strategy.savings.sent
+    failing[0] = 1
+    seen, result = run(strategy, grid, net(), 4)
+    expected, whole = run(settings(), LocalGrid(toy_app(), NODES), net(), 4)
+    assert_same_arrays(seen[-1], expected[-1])
+    assert result.savings.kept == whole.savings.kept
+    assert whole.savings.sent < result.savings.sent < before + whole.savings.sent
+
+
+def test_on_the_older_api_a_second_run_explores_from_its_own_weights():
+    calls = []
+    strategy = OlderAutoFLIP(OlderFedAvg(**options(net)), model=net())
+    serve(strategy, rounds=1)
+    for_next = options(other_net)["initial_parameters"]
+    strategy.strategy.initial_parameters = for_next
+    serve(strategy, rounds=1, calls=calls)
+    explored = [arrays for _, c, arrays in calls if c["autoflip.phase"] == "explore"]
+    assert len(explored) == 5
+    start = ArrayRecord(other_net().state_dict()).to_numpy_ndarrays()
+    for arrays in explored:
+        for ours, expected in zip(arrays, start, strict=True):
+            np.testing.assert_array_equal(ours, expected)
