@@ -83,6 +83,7 @@ class Flow(ABC, Generic[S]):
         connected: Sequence[int],
     ) -> list[RecordDict]:
         """Let new nodes explore, make the mask, pack the inner strategy's messages."""
+        self.rounds.number = server_round
         requests = ask_inner()
         self._open = bool(requests)
         if not requests:
@@ -168,7 +169,7 @@ class Flow(ABC, Generic[S]):
         for tries in range(1, TRIES + 1):
             replies, failures = received
             valid = self._replies.trained(
-                server_round, replies, self._read, sent=self._values, failures=failures
+                replies, self._read, sent=self._values, failures=failures
             )
             if valid or not self._open:
                 break

@@ -146,7 +146,6 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             for client, result in [_weighed(reply)]
         ]
         made, metrics = self._replies.aggregated(
-            server_round,
             self.strategy,
             lambda: self.strategy.aggregate_fit(server_round, dense, failures),
             self._named,
@@ -175,7 +174,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy aggregate the valid results."""
         received, _ = self._received("evaluate", results, failures)
-        valid = self._replies.readable(server_round, received, self._read)
+        valid = self._replies.readable(received, self._read)
         pairs = [_weighed(reply) for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
 

@@ -268,11 +268,8 @@ def preview(
 
 def _course(run: Rounds, of: Federation) -> Course:
     """Make the requests of a run, and count the bytes of all messages."""
-    pruner, intake, shapes = (
-        run.pruner,
-        Intake(run, WireSettings()),
-        run.manifest.shapes,
-    )
+    pruner, shapes = run.pruner, run.manifest.shapes
+    intake = Intake(run, WireSettings())
     empty = {name: np.zeros(shape, np.bool_) for name, shape in shapes.items()}
     total = sum(map(np.size, empty.values()))
     # A message, and a reply, without what depends on the mask.
@@ -312,12 +309,9 @@ def _course(run: Rounds, of: Federation) -> Course:
             for node_id in rng.choice(of.clients, count, replace=False).tolist():
                 masks += _mask_bytes(held.get(node_id), kept, total)
                 held[node_id] = kept
-        in_rounds.append(
-            exploration
-            + of.sampled * (trained + down + up)
-            + of.evaluated * (evaluated + down)
-            + masks
-        )
+        evaluations = of.evaluated * (evaluated + down)
+        trainings = of.sampled * (trained + down + up)
+        in_rounds.append(exploration + trainings + evaluations + masks)
     return Course(
         rounds=tuple(in_rounds),
         dense_round=of.sampled * dense_trained + of.evaluated * dense_evaluated,

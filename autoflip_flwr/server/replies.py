@@ -67,10 +67,7 @@ class Replies:
         self._warned = False  # that training moves pruned weights
 
     def readable(
-        self,
-        server_round: int,
-        received: Iterable[tuple[int, T]],
-        read: Callable[[int, T], Reply[T]],
+        self, received: Iterable[tuple[int, T]], read: Callable[[int, T], Reply[T]]
     ) -> list[Reply[T]]:
         """Read replies in order, without those that are broken or far from the others.
 
@@ -85,16 +82,15 @@ class Replies:
                 replies.append(read(node_id, origin))
                 self._rounds.held.answered(node_id)
             except (AutoFlipError, ValueError, TypeError, KeyError) as error:
-                self._rounds.drop(server_round, node_id, str(error))
-        reasons = self._unlike(server_round, replies)
-        replies = self._without(server_round, replies, reasons)
-        replies = self._without(server_round, replies, self._odd_numbers(replies))
+                self._rounds.drop(node_id, str(error))
+        replies = self._without(replies, self._unlike(replies))
+        replies = self._without(replies, self._odd_numbers(replies))
         told = capped([reply.examples for reply in replies], self._settings.weight_cap)
         for reply, examples in zip(replies, told, strict=True):
             reply.examples = examples
         return replies
 
-    def _unlike(self, server_round: int, replies: Sequence[Reply[T]]) -> dict[int, str]:
+    def _unlike(self, replies: Sequence[Reply[T]]) -> dict[int, str]:
         """Return index -> reason of replies that lack what most have; remove extras."""
         forms = Counter(reply.form for reply in replies)
         usual = forms.most_common(1)[0][0] if forms else ""
@@ -114,23 +110,20 @@ class Replies:
                 _log.warning(
                     "round %d: from the reply of node %d is removed what most do not "
                     "send: %s",
-                    server_round,
-                    reply.node_id,
-                    unasked,
+                    *(self._rounds.number, reply.node_id, unasked),
                 )
         return reasons
 
     def _without(
-        self, server_round: int, replies: list[Reply[T]], reasons: Mapping[int, str]
+        self, replies: list[Reply[T]], reasons: Mapping[int, str]
     ) -> list[Reply[T]]:
         """Drop the replies that there is a reason for, by their index."""
         for index, reason in sorted(reasons.items()):
-            self._rounds.drop(server_round, replies[index].node_id, reason)
+            self._rounds.drop(replies[index].node_id, reason)
         return [reply for i, reply in enumerate(replies) if i not in reasons]
 
     def trained(
         self,
-        server_round: int,
         received: Iterable[tuple[int, T]],
         read: Callable[[int, T], Reply[T]],
         *,
@@ -154,12 +147,12 @@ class Replies:
             reply.arrays = plan.unpack_reply(reply.record, rounds.arrays)
             return reply
 
-        replies = self.readable(server_round, received, dense)
-        self._warn(server_round, max(moved))
+        replies = self.readable(received, dense)
+        self._warn(max(moved))
         if not replies:
             reasons = [rounds.dropped[node_id] for node_id, _ in received]
             self._check_apps([*reasons, *map(str, failures)])
-        replies = self._without(server_round, replies, self._outliers(replies))
+        replies = self._without(replies, self._outliers(replies))
         for reply in replies:
             assert plan is not None
             update = plan.update(sent, reply.record[records.VALUES].data)
@@ -171,12 +164,11 @@ class Replies:
             reason = "no valid reply trained on any example"
         else:
             return replies
-        rounds.abandon(server_round, reason)
+        rounds.abandon(reason)
         return []
 
     def aggregated(
         self,
-        server_round: int,
         inner: object,
         aggregate: Callable[[], tuple[Any, M]],
         arrays: Callable[[Any], Params],
@@ -188,19 +180,19 @@ class Replies:
         before = [(one, dict(vars(one))) for one in chain(inner)]
         made, metrics = aggregate()
         if made is None:
-            self._rounds.abandon(server_round, "the inner strategy aggregated nothing")
+            self._rounds.abandon("the inner strategy aggregated nothing")
             return None, metrics
         model = arrays(made)
         if not all(np.isfinite(value).all() for value in model.values()):
             for one, state in before:  # its own state is not finite either
                 vars(one).clear()
                 vars(one).update(state)
-            self._rounds.abandon(server_round, "the aggregate is not finite")
+            self._rounds.abandon("the aggregate is not finite")
             return None, metrics
         self._rounds.finish(model)
         return made, metrics
 
-    def _warn(self, server_round: int, share: float) -> None:
+    def _warn(self, share: float) -> None:
         """Say once a run that training moves pruned weights, and what helps."""
         if share and not self._warned:
             self._warned = True
@@ -210,8 +202,7 @@ class Replies:
                 "at zero: `with masked(model, message): train(...)`, on the older API "
                 "`with masked(model, config): ...`; without torch, multiply by "
                 "masks_from(message) after each step",
-                server_round,
-                100 * share,
+                *(self._rounds.number, 100 * share),
             )
 
     def _check_apps(self, reasons: Sequence[str]) -> None:

@@ -43,6 +43,7 @@ class Rounds:
         self.diagnostics = Diagnostics(signs=self.pruning.agreement == "sign")
         self.held = HeldMasks()
         self.dropped: dict[int, str] = {}  # node -> why its reply of the round is
+        self.number = 0  # of the round
         self.fresh = True  # False in a resumed run
         self.total: int | None = None  # rounds of the run; None: unknown
         self.trained: bool | None = None  # by any round; None: none has begun
@@ -115,6 +116,7 @@ class Rounds:
         From here on `arrays` are masked, unless the pruner restores what it pruned: so
         a reply that is filled with them, and what comes of it, is the masked model.
         """
+        self.number = server_round
         masks = self.pruner.masks(sampled, self.weights(self.arrays), server_round)
         if self.plan is not None:
             before = self.plan.masks
@@ -128,28 +130,23 @@ class Rounds:
         self._unmasked = self.arrays
         if not self.pruner.restores:
             self.arrays = self.masked_arrays()
-        _log.info(
-            "mask: density %.4f, changed %.4f",
-            self.density,
-            self.diagnostics.mask_change,
-        )
+        changed = self.diagnostics.mask_change
+        _log.info("mask: density %.4f, changed %.4f", self.density, changed)
         return self.plan
 
-    def drop(self, server_round: int, node_id: int, reason: str) -> None:
+    def drop(self, node_id: int, reason: str) -> None:
         """Leave a node's reply out of the round, with a log line."""
         self.dropped[node_id] = reason
         _log.warning(
             "round %d: the reply of node %d is dropped: %s",
-            server_round,
-            node_id,
-            reason,
+            *(self.number, node_id, reason),
         )
 
-    def abandon(self, server_round: int, reason: str) -> None:
+    def abandon(self, reason: str) -> None:
         """End a round without a change: the model keeps its weights and its mask."""
         self.plan, self.reason = self._previous, reason
         self.arrays, self._unmasked = self._unmasked or self.arrays, {}
-        _log.warning("round %d: %s: the model stays as it was", server_round, reason)
+        _log.warning("round %d: %s: the model stays as it was", self.number, reason)
 
     def finish(self, aggregated: Params) -> None:
         """Take the aggregate of the inner strategy as the global model.

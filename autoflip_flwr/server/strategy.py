@@ -118,7 +118,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
 
         Without any, or with too few, the round begins again.
         """
-        received = self._received("train", server_round, replies), ()
+        received = self._received("train", replies), ()
         valid, _ = self._valid(server_round, received)
         if not valid:
             return None, None
@@ -127,7 +127,6 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             key, _ = records.model_record(reply.origin.content, self._key)
             reply.origin.content[key] = records.record_of(reply.arrays)
         made, metrics = self._replies.aggregated(
-            server_round,
             self.strategy,
             lambda: self.strategy.aggregate_train(server_round, messages),
             lambda record: {name: value.numpy() for name, value in record.items()},
@@ -152,8 +151,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Let the inner strategy aggregate the valid replies."""
-        received = self._received("evaluate", server_round, replies)
-        valid = self._replies.readable(server_round, received, self._read_evaluation)
+        received = self._received("evaluate", replies)
+        valid = self._replies.readable(received, self._read_evaluation)
         if not valid:
             return None
         return self.strategy.aggregate_evaluate(server_round, self._weighed(valid))
@@ -227,10 +226,10 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         _reset(config, before)
         messages = self.configure_train(server_round, arrays, config, grid)
         replies = grid.send_and_receive(messages, timeout=self.timeout)
-        return self._received("train", server_round, replies), ()
+        return self._received("train", replies), ()
 
     def _received(
-        self, phase: records.Phase, server_round: int, replies: Iterable[Message]
+        self, phase: records.Phase, replies: Iterable[Message]
     ) -> list[tuple[int, Message]]:
         """Count replies; return one to each message that has one, in their order.
 
@@ -247,7 +246,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             told = nodes or not self._sent
             if node_id in found or (told and answers not in nodes):
                 reason = "it answers no message of the round, or one again"
-                self.rounds.drop(server_round, node_id, reason)
+                self.rounds.drop(node_id, reason)
             else:
                 found[node_id] = reply
         return sorted(found.items(), key=lambda pair: order.get(pair[0], len(order)))
