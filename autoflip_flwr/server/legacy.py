@@ -46,7 +46,7 @@ from autoflip_flwr.wire.records import Phase
 _TENSOR_TYPE = "numpy.ndarray"
 
 #: Where strategies of Flower keep the global model, as a list of arrays.
-_HELD = ("current_weights", "pre_weights", "current_round_params")
+_HELD = {"current_weights", "pre_weights", "current_round_params"}
 
 _Ins = TypeVar("_Ins", FitIns, EvaluateIns)
 _Res: TypeAlias = FitRes | EvaluateRes
@@ -66,8 +66,6 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
 
     def _begin(self, total: int | None = None) -> None:
         super()._begin(total)
-        # Without a model arrays have numbers, and buffers look like weights.
-        self._names = None if self.model is None else list(self.model.state_dict())
         self._returned: list[bytes] | None = None
         # This API does not tell a strategy that the run is over.
         known = self.rounds, self.traffic, self.model, self._example_inputs
@@ -183,7 +181,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def _hold(self, arrays: Params) -> None:
         values = list(arrays.values())
         for one in chain(self.strategy):
-            vars(one).update({name: [*values] for name in _HELD if name in vars(one)})
+            for name in vars(one).keys() & _HELD:
+                vars(one)[name] = [*values]
             if isinstance(one, FedAvgM):
                 one.initial_parameters = ndarrays_to_parameters(values)
 
@@ -215,7 +214,10 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
 
     def _named(self, parameters: Parameters) -> dict[str, Array]:
         arrays = parameters_to_ndarrays(parameters)
-        names = self._names or [str(index) for index in range(len(arrays))]
+        # Without a model arrays have numbers, and buffers look like weights.
+        names = [str(index) for index in range(len(arrays))]
+        if self.model is not None:
+            names = list(self.model.state_dict())
         if len(names) != len(arrays):
             raise SettingsError(
                 f"expected {len(names)} arrays ({names}), the model has {len(arrays)}"

@@ -19,14 +19,6 @@ from autoflip_flwr.wire import records
 
 _log = logging.getLogger("flwr")
 
-_OF_A_ROUND = (
-    "configure_train",
-    "aggregate_train",
-    "configure_evaluate",
-    "aggregate_evaluate",
-    "summary",
-)
-
 
 class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     __doc__ = Wrapper.__doc__
@@ -68,7 +60,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self.expect(num_rounds, named.get("timeout", rest[0] if rest else TIMEOUT))
         start, kind = super().start, type(self.strategy)
         if kind.start is not Strategy.start:
-            ours = {name: staticmethod(getattr(self, name)) for name in _OF_A_ROUND}
+            of_a_round = Strategy.__abstractmethods__
+            ours = {name: staticmethod(getattr(self, name)) for name in of_a_round}
             starter: Strategy = object.__new__(type(kind.__name__, (kind,), ours))
             starter.__dict__ = vars(self.strategy)  # what it keeps, the inner one keeps
             start = starter.start
