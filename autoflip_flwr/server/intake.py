@@ -64,12 +64,8 @@ class Intake:
 
         Answers are used in the order of the requests. A resumed run asks only the
         nodes that have not answered. A warm start moves the weights to the mean of the
-        explorers' weights, weighted by their examples.
-
-        Raises
-        ------
-        ExplorationError
-            If no mask can be made.
+        explorers' weights, weighted by their examples. It is an ExplorationError if no
+        mask can be made.
         """
         rounds, answers = self._rounds, self._answers()
         moved = False

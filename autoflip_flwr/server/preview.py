@@ -186,12 +186,8 @@ def preview(
 ) -> Preview:
     """Predict a run with the settings of `rounds`, which stays as it is.
 
-    Raises
-    ------
-    ModelError
-        If the model does not run on the inputs.
-    SettingsError
-        If the clients' guidance alone will decide how much is pruned.
+    It is a ModelError if the model does not run on the inputs, and a SettingsError if
+    the clients' guidance alone will decide how much is pruned.
     """
     pruning = rounds.pruning
     if not isinstance(rounds.pruner, AutoFlipPruner) or pruning.mode == "value":

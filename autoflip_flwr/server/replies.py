@@ -208,11 +208,8 @@ class Replies:
     def _check_apps(self, reasons: Sequence[str]) -> None:
         """End the run before any training if no client's app fits the server.
 
-        Raises
-        ------
-        ReplyError
-            If all replies were dropped since the app lacks the mod, or refused model
-            or mask; more rounds would not help.
+        All replies were dropped since the app lacks the mod, or refused model or mask:
+        more rounds would not help.
         """
         fits = [not any(m in reason for m in _MISFITS) for reason in reasons]
         if reasons and not self._rounds.trained and not any(fits):
@@ -302,19 +299,11 @@ def check_metrics(
 ) -> dict[str, float]:
     """Refuse metrics that would ruin the model or hide in an average.
 
-    Others, such as a loss that is NaN, are passed on as Flower does: they show.
-
-    Returns
-    -------
-    dict of name -> float
-        The size of each finite metric but `weight`.
-
-    Raises
-    ------
-    WireError
-        If the metric `weight` is not a number >= 0; if one that the strategy aggregates
-        with, whose name it therefore holds, is not finite; or if one is finite, but not
-        in float32, whose sums are finite in float64.
+    Others, such as a loss that is NaN, are passed on as Flower does: they show. Returns
+    the size of each finite metric but `weight`. It is a WireError if `weight` is not a
+    number >= 0; if a metric that the strategy aggregates with, whose name it therefore
+    holds, is not finite; or if one is finite, but not in float32, whose sums are finite
+    in float64.
     """
     used = {weight, _NORM_BIT}
     for one in chain(strategy):

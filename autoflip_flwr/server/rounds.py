@@ -96,10 +96,7 @@ class Rounds:
     def restore(self, state: Mapping[str, Any], arrays: Params) -> None:
         """Go on from `state` with the global model `arrays`.
 
-        Raises
-        ------
-        CheckpointError
-            If local guidance that the state needs is missing.
+        It is a CheckpointError if local guidance that the state needs is missing.
         """
         self.fresh = False
         self.adopt(state["initial"])

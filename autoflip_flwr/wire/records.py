@@ -184,13 +184,9 @@ class Plan:
         """Return all arrays of a packed record by name, in the manifest's order.
 
         `fill` has the values of the pruned entries, zeros by default; `dtype` is the
-        type of the values, by default that of messages to a client.
-
-        Raises
-        ------
-        WireError
-            If keys, lengths, types or shapes differ from the plan, or a value is NaN
-            or infinite.
+        type of the values, by default that of messages to a client. It is a WireError
+        if keys, lengths, types or shapes differ from the plan, or a value is NaN or
+        infinite.
         """
         entries = self.manifest.entries
         expected = {VALUES, *(e.name for e in entries if not e.masked)}
@@ -262,12 +258,8 @@ class Exploration:
 def complete_mask(config: ConfigRecord, state: RecordDict) -> None:
     """Write all of the mask into a message's config, and hold it in `context.state`.
 
-    A server names a mask that this client holds instead of sending it again.
-
-    Raises
-    ------
-    WireError
-        If the client does not hold it, or the rest does not fit it.
+    A server names a mask that this client holds instead of sending it again. It is a
+    WireError if the client does not hold it, or the rest does not fit it.
     """
     if HELD in config:
         held = state.config_records.get(HELD, ConfigRecord()).get(MASK)
@@ -382,13 +374,7 @@ def _converted(values: NDArray[Any], entry: Entry) -> Array:
 
 
 def take_moved(record: ArrayRecord) -> tuple[ArrayRecord, float]:
-    """Return a reply without what it says of moved entries, and that share, in [0, 1].
-
-    Raises
-    ------
-    WireError
-        If it is not one float32 in [0, 1].
-    """
+    """Return a reply without what it says of moved entries, and that share."""
     if MOVED not in record:
         return record, 0.0
     frame = _frame(record[MOVED], "float32")
