@@ -1,11 +1,17 @@
 """One strategy object that is started several times, on both APIs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from flat import flat
 from flwr.app import ArrayRecord
 from flwr.server.strategy import FedAvg as OlderFedAvg
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+)
+from flwr.supercore.privacy_accounting import SamplingMethod
 from inprocess import LocalGrid, assert_same_arrays, net, only_in, run, seeded, toy_app
 from test_legacy import AutoFLIP as OlderAutoFLIP
 from test_legacy import options, serve
@@ -100,3 +106,32 @@ def test_on_the_older_api_a_second_run_explores_from_its_own_weights():
     for arrays in explored:
         for ours, expected in zip(arrays, start, strict=True):
             np.testing.assert_array_equal(ours, expected)
+
+
+def test_a_lost_round_of_a_strategy_that_accounts_for_privacy_is_begun_again():
+    """Flower's accountant refuses a round that it has begun and not ended."""
+    spent, lost = [], []
+
+    def change(reply):
+        reply.content["metrics"]["num-examples"] = 10  # it demands equal weights
+        if len(lost) < len(NODES):
+            lost.append(reply)
+            return "lost"
+        return reply
+
+    accountant = SimpleNamespace(
+        config=SimpleNamespace(
+            sampling_method=SamplingMethod.NO_AMPLIFICATION,
+            population_size=len(NODES),
+            max_epsilon=None,
+        ),
+        compose=spent.append,
+        get_privacy_spent=lambda: SimpleNamespace(epsilon=1, delta=0, num_releases=1),
+    )
+    inner = DifferentialPrivacyServerSideFixedClipping(
+        FedAvg(fraction_evaluate=0), 0.1, 1.0, len(NODES), accountant=accountant
+    )
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", NODES, change))
+    run(AutoFLIP(inner, **flat()), grid, net(), 2)
+    assert len(lost) == len(NODES)
+    assert len(spent) == 2

@@ -176,28 +176,28 @@ class AutoFlipMod:
         """Train from W0; return the last reply, the weights and the epochs done."""
         config_key, config = records.only_config(message.content)
         key, _ = _model_of(message)
-        best, stale, done = math.inf, 0, 0
+        best, stale = math.inf, 0
         optimizers = enforce.Continued()
         trained: Params = initial
-        while True:
+        for done in range(1, asked.epochs + 1):
             message.content[config_key] = ConfigRecord(
-                {**config, records.EPOCH: done, records.EPOCHS: asked.epochs}
+                {**config, records.EPOCH: done - 1, records.EPOCHS: asked.epochs}
             )
             with optimizers.call():
                 reply = call_next(message, context)
             if reply.has_error():
-                return reply, trained, done
+                break
             _, record = records.model_record(reply.content, key)
             trained = records.named_arrays(record, asked.manifest, exact=False)
-            done += 1
             loss = self._loss(reply)
             if loss < best:
                 best, stale = loss, 0
             elif not math.isnan(loss):
                 stale += 1
-            if done >= asked.epochs or stale >= asked.patience:
-                return reply, trained, done
+            if stale >= asked.patience:
+                break
             message.content[key] = records.record_of(trained)
+        return reply, trained, done
 
     def _loss(self, reply: Message) -> float:
         """Return the loss that the app reports; NaN if it reports none."""

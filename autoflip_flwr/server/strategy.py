@@ -16,6 +16,7 @@ from autoflip_flwr.server.replies import EXAMPLES, Reply, chain, setting
 from autoflip_flwr.server.wrapper import TIMEOUT, Wrapper
 from autoflip_flwr.types import Params
 from autoflip_flwr.wire import records
+from autoflip_flwr.wire.flower import forget_round
 
 _log = logging.getLogger("flwr")
 
@@ -217,6 +218,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def _again(self, server_round: int) -> Received:
         arrays, config, before, grid = self._asked
         _reset(config, before)
+        for one in chain(self.strategy):
+            forget_round(one, server_round)
         messages = self.configure_train(server_round, arrays, config, grid)
         replies = grid.send_and_receive(messages, timeout=self.timeout)
         return self._received("train", replies), ()
