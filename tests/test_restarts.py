@@ -84,13 +84,12 @@ def test_a_run_with_checkpoints_goes_on_with_the_same_object(tmp_path):
     grid = LocalGrid(toy_app(), NODES, tamper=tamper)
     with pytest.raises(ReplyError, match="round 3 was lost 3 times"):
         run(strategy, grid, net(), 4)
-    before = strategy.strategy.savings.sent
     failing[0] = 1
     seen, result = run(strategy, grid, net(), 4)
     expected, whole = run(settings(), LocalGrid(toy_app(), NODES), net(), 4)
     assert_same_arrays(seen[-1], expected[-1])
     assert result.savings.kept == whole.savings.kept
-    assert whole.savings.sent < result.savings.sent < before + whole.savings.sent
+    assert result.savings.sent < 1.5 * whole.savings.sent, "no round counts twice"
 
 
 def test_on_the_older_api_a_second_run_explores_from_its_own_weights():
