@@ -10,12 +10,19 @@ from autoflip_flwr.legacy import AutoFLIP
 from flat import flat
 from flwr.clientapp import ClientApp
 from flwr.common import (
+    Code,
+    Status,
     bytes_to_ndarray,
     ndarray_to_bytes,
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
-from flwr.server.strategy import FedAvg, FedAvgM
+from flwr.server.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+)
 from inprocess import CHANGING, assert_masks_change, net, samples, state_of
 from numpy.testing import assert_array_equal
 from test_legacy import CIDS, Client, options, serve
@@ -337,3 +344,57 @@ def test_a_round_that_loses_everybody_begins_again_or_ends_the_run(times, caplog
     for ours, other in zip(found, expected, strict=True):
         assert_array_equal(ours, other)
     assert "round 2 begins again" in caplog.text
+
+
+# --- what the inner strategy holds and sends ------------------------------------------
+
+
+def test_a_server_optimizer_inside_differential_privacy_has_the_masked_model():
+    """Both compare the replies with the model that the clients got."""
+    held = []
+
+    class Recording(DifferentialPrivacyServerSideFixedClipping):
+        def aggregate_fit(self, server_round, results, failures):
+            own = self.current_round_params, self.strategy.current_weights
+            held.append([[a.copy() for a in arrays] for arrays in own])
+            held[-1].append(list(strategy.rounds.arrays.values()))
+            return super().aggregate_fit(server_round, results, failures)
+
+    inner = FedAdam(**options(net, fraction_evaluate=0))
+    strategy = AutoFLIP(Recording(inner, 0.0, 1e9, 5), model=net(), **flat(**CHANGING))
+    serve(strategy, rounds=3)
+    assert len(held) == 3
+    for private, optimizer, sent in held:
+        for one, other, ours in zip(private, optimizer, sent, strict=True):
+            assert_array_equal(one, ours)
+            assert_array_equal(other, ours)
+
+
+def test_what_the_inner_strategy_sends_is_what_clients_train():
+    calls = []
+
+    class Doubling(FedAvg):
+        def configure_fit(self, server_round, parameters, client_manager):
+            arrays = [2 * a for a in parameters_to_ndarrays(parameters)]
+            doubled = ndarrays_to_parameters(arrays)
+            return super().configure_fit(server_round, doubled, client_manager)
+
+    plain = flat(threshold=0.0)
+    strategy = AutoFLIP(Doubling(**options(net)), model=net(), **plain)
+    serve(strategy, rounds=1, calls=calls)
+    trained = [arrays for _, c, arrays in calls if c["autoflip.phase"] == "train"]
+    assert len(trained) == len(CIDS)
+    for arrays in trained:
+        for ours, start in zip(arrays, state_of(net()).values(), strict=True):
+            assert_array_equal(ours, 2 * start)
+
+
+def test_a_client_that_says_that_it_failed_to_explore_is_told_with_its_reason(caplog):
+    def fail(ins, result):
+        if ins.config["autoflip.phase"] == "explore" and result.num_examples == 28:
+            result.status = Status(Code.FIT_NOT_IMPLEMENTED, "no training here")
+        return result
+
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        serve(AutoFLIP(FedAvg(**options(net)), model=net()), rounds=1, tamper=fail)
+    assert "node 12 is left out: no training here" in caplog.text

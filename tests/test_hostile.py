@@ -204,7 +204,7 @@ def fuzz(count, seed=0):
 
 
 def measured(read, frame):
-    """Return what is read, or the WireError, and the bytes of the frame and its reading.
+    """Return what is read, or the WireError, and the bytes of frame and reading.
 
     The frame counts too: an array is a view of it, and takes nothing more.
     """

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from autoflip_flwr.legacy import AutoFLIP as OlderAutoFLIP
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    FedAvg,
+)
 from inprocess import LocalGrid, nudging_app, run
 from torch import nn
 
@@ -73,6 +76,11 @@ def test_evaluations_and_the_inner_strategys_fractions_count():
     more = AutoFLIP(inner).preview(cnn(), IMAGE, clients=8, rounds=2, evaluated=0)
     assert more.federation.evaluated == 0
     assert more.dense_sent < told.dense_sent
+    private = DifferentialPrivacyClientSideFixedClipping(inner, 1.0, 1.0, 2)
+    inside = AutoFLIP(private).preview(cnn(), IMAGE, clients=8, rounds=2)
+    assert inside.federation == told.federation
+    none = AutoFLIP(FedAvg(fraction_evaluate=0)).preview(cnn(), IMAGE, clients=8)
+    assert none.federation.evaluated == 0
     older = OlderAutoFLIP().preview(cnn(), IMAGE, clients=8, rounds=2)
     assert older.federation.sampled == 8
 

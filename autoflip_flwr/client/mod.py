@@ -141,25 +141,21 @@ class AutoFlipMod:
         key, record = _model_of(message)
         initial = asked.unpack(record)
         message.content[key] = records.record_of(initial)
-        signs: bytes | None = None
-        measured: Guidance
-        done = 1
+        signs, done = None, 1
         if asked.measure in ("deviation", "update"):
             reply, trained, done = self._train(
                 asked, initial, message, context, call_next
             )
-            if reply.has_error():
-                return reply
             start = {name: initial[name] for name in asked.manifest.shapes}
             end = {name: trained[name] for name in start}
-            measured = guidance.squared_deviation(start, end)
+            measured: Guidance = guidance.squared_deviation(start, end)
             if asked.measure == "update":
                 rises = {name: end[name] > value for name, value in start.items()}
                 signs = codec.pack_mask(rises)
         else:
             reply, measured = _gradient(asked, initial, message, context, call_next)
-            if reply.has_error():
-                return reply
+        if reply.has_error():
+            return reply
         reply_key, _ = records.model_record(reply.content, key)
         if privacy is not None:
             measured = privacy.protect(measured)
@@ -180,28 +176,28 @@ class AutoFlipMod:
         """Train from W0; return the last reply, the weights and the epochs done."""
         config_key, config = records.only_config(message.content)
         key, _ = _model_of(message)
-        best, stale, done = math.inf, 0, 0
+        best, stale = math.inf, 0
         continued = optimizers.Continued()
         trained: Params = initial
-        while True:
+        for done in range(1, asked.epochs + 1):
             message.content[config_key] = ConfigRecord(
-                {**config, records.EPOCH: done, records.EPOCHS: asked.epochs}
+                {**config, records.EPOCH: done - 1, records.EPOCHS: asked.epochs}
             )
             with continued.call():
                 reply = call_next(message, context)
             if reply.has_error():
-                return reply, trained, done
+                break
             _, record = records.model_record(reply.content, key)
             trained = records.named_arrays(record, asked.manifest, exact=False)
-            done += 1
             loss = self._loss(reply)
             if loss < best:
                 best, stale = loss, 0
             elif not math.isnan(loss):
                 stale += 1
-            if done >= asked.epochs or stale >= asked.patience:
-                return reply, trained, done
+            if stale >= asked.patience:
+                break
             message.content[key] = records.record_of(trained)
+        return reply, trained, done
 
     def _loss(self, reply: Message) -> float:
         """Return the loss that the app reports; NaN if it reports none."""

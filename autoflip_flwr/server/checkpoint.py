@@ -120,17 +120,15 @@ class Checkpointed(Strategy):
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         layout = {n: [a.dtype, list(a.shape)] for n, a in initial_arrays.items()}
-        for one in self._built:
-            if isinstance(one, Wrapper):
-                one.expect(num_rounds, timeout)
+        ours = [one for one in self._built if isinstance(one, Wrapper)]
+        for one in ours:
+            one.expect(num_rounds, timeout)
         resumed = self._resume(layout)
         arrays = initial_arrays if resumed is None else resumed
         if resumed is not None:
             _log.info(
                 "going on after round %d of %d: [ROUND 1] is round %d",
-                self._done,
-                num_rounds,
-                self._done + 1,
+                *(self._done, num_rounds, self._done + 1),
             )
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -146,9 +144,8 @@ class Checkpointed(Strategy):
         result = super().start(
             grid, arrays, left, timeout, train_config, evaluate_config, evaluate
         )
-        for one in self._built:
-            if isinstance(one, Wrapper):
-                one.finish(result)
+        for one in ours:
+            one.finish(result)
         if not len(result.arrays):
             result.arrays = arrays
         for name, metrics in self._metrics.items():
@@ -165,8 +162,8 @@ class Checkpointed(Strategy):
         self, server_round: int, *args: Any, **kwargs: Any
     ) -> Iterable[Message]:
         """Let the strategy configure the round."""
-        current = self._done + server_round
-        messages = list(self.strategy.configure_train(current, *args, **kwargs))
+        number = self._done + server_round
+        messages = list(self.strategy.configure_train(number, *args, **kwargs))
         self._asked = bool(messages)
         return messages
 
@@ -174,8 +171,8 @@ class Checkpointed(Strategy):
         self, server_round: int, *args: Any, **kwargs: Any
     ) -> Iterable[Message]:
         """Let the strategy configure the evaluation."""
-        current = self._done + server_round
-        return self.strategy.configure_evaluate(current, *args, **kwargs)
+        number = self._done + server_round
+        return self.strategy.configure_evaluate(number, *args, **kwargs)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -237,22 +234,19 @@ class Checkpointed(Strategy):
             if isinstance(value, Strategy) or callable(value):
                 continue
             if not storable(value):
-                self._warn_unsaved(f"{name}.{key}", value)
+                if f"{name}.{key}" not in self._unsaved:
+                    _log.warning(
+                        "checkpoints leave out %s.%s, a %s; if the strategy needs it "
+                        "to go on, give it the methods state and restore, as AutoFLIP "
+                        "has them",
+                        *(name, key, type(value).__name__),
+                    )
+                self._unsaved.add(f"{name}.{key}")
             elif not (
                 isinstance(value, SCALARS) and key in built and value == built[key]
             ):
                 state[key] = value
         return {"name": name, "state": state}
-
-    def _warn_unsaved(self, name: str, value: object) -> None:
-        if name not in self._unsaved:
-            self._unsaved.add(name)
-            _log.warning(
-                "checkpoints leave out %s, a %s; if the strategy needs it to go on, "
-                "give it the methods state and restore, as AutoFLIP has them",
-                name,
-                type(value).__name__,
-            )
 
     def _restore(self, saved: dict[str, Any]) -> ArrayRecord:
         """Go on from the contents of a checkpoint; return the global model."""
@@ -302,7 +296,7 @@ class Checkpointed(Strategy):
         ):
             differences = [
                 f"{key}: {_shown(there, key)} there, {_shown(here, key)} here"
-                for key in dict.fromkeys([*here, *there])
+                for key in {**here, **there}
                 if there.get(key) != here.get(key)
             ]
             if differences:

@@ -7,27 +7,19 @@ from numpy.typing import NDArray
 
 
 class Diagnostics:
-    """Diagnostics of the current round.
-
-    Attributes
-    ----------
-    mask_change : float
-        Share of the mask's entries that the round changed.
-    update_variance : float or None
-        Variance of the clients' updates, averaged over the kept parameters.
-    guidance_cosine : float or None
-        Cosine between the guidance and the clients' mean squared updates, over the
-        kept parameters. A low one says that the guidance no longer fits.
-    """
+    """Diagnostics of the current round."""
 
     def __init__(self, *, signs: bool) -> None:
-        self.mask_change = 0.0
+        self.mask_change = 0.0  # share of the mask's entries that the round changed
         self._with_signs = signs
         self.begin()
 
     def begin(self) -> None:
         """Forget the updates of the previous round."""
+        # Variance of the clients' updates, averaged over the kept parameters.
         self.update_variance: float | None = None
+        # Cosine between the guidance and the clients' mean squared updates, over the
+        # kept parameters. A low one says that the guidance no longer fits.
         self.guidance_cosine: float | None = None
         self._count, self._weight = 0, 0.0
 

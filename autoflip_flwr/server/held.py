@@ -32,20 +32,18 @@ class HeldMasks:
         _, named = self._asked.get(node_id, (b"", False))
         if named:
             self._forgetful.add(node_id)
-        held = self._holds.pop(node_id, None)
-        bits = None
+        held, bits = self._holds.pop(node_id, b""), None
         if held in self._masks and node_id not in self._forgetful:
             if held not in self._within:
                 before = self._masks[held]
                 self._within[held] = codec.pack_mask_within(self._bits, before)
             bits = self._within[held]
-        if bits is not None and len(held or b"") + len(bits) >= len(self._bits):
-            bits = None  # of a tiny model, all of it is less
-        self._asked[node_id] = self._digest, bits is not None
-        if held is None or bits is None:
-            return plan.entries(phase, {MASK: self._bits})
-        # Flower cannot count an empty entry's bytes.
-        return plan.entries(phase, {HELD: held, **({MASK: bits} if bits else {})})
+        entries = {MASK: self._bits}
+        if bits is not None and len(held) + len(bits) < len(self._bits):
+            # Flower cannot count an empty entry's bytes.
+            entries = {HELD: held, **({MASK: bits} if bits else {})}
+        self._asked[node_id] = self._digest, HELD in entries
+        return plan.entries(phase, entries)
 
     def answered(self, node_id: int) -> None:
         """Note that a node has read the last message."""

@@ -22,29 +22,16 @@ def inspect(
 ) -> Preview:
     """Preview a run of AutoFLIP around FedAvg.
 
-    Parameters
-    ----------
-    name : str
-        ``package.module:Net``: a class, a function without arguments, or a model.
-    inputs : sequence of str
-        Of each argument of the model the shape and, if it is not float32, the type:
-        ``1,3,32,32``, ``1,80:int64``.
-    overrides : str
-        Settings, as `settings.load` takes them.
-    **federation
-        What `AutoFLIP.preview` takes.
-
-    Raises
-    ------
-    ModelError
-        If there is no such model, or it does not run on the inputs.
-    SettingsError
-        If an input or a setting is not understood.
+    `name` is ``package.module:Net``: a class, a function without arguments, or a model.
+    `inputs` have for each argument of the model the shape and, if it is not float32,
+    the type: ``1,3,32,32``, ``1,80:int64``. `overrides` are settings, as
+    `settings.load` takes them; `federation` is what `AutoFLIP.preview` takes. It is a
+    ModelError if there is no such model, or it does not run on the inputs, and a
+    SettingsError if an input or a setting is not understood.
     """
     chosen = settings.defaults(overrides)
-    model = _model(name)
     strategy = AutoFLIP(
-        model=model,
+        model=_model(name),
         example_inputs=tuple(_input(text) for text in inputs),
         pruning=chosen.pruning,
         exploration=chosen.exploration,

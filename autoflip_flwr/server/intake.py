@@ -34,11 +34,7 @@ Send: TypeAlias = Callable[
 class Intake:
     """Lets nodes explore, or measure gradients, and passes the results to the pruner.
 
-    Parameters
-    ----------
-    rounds : Rounds
-    settings : WireSettings
-        Which answers are left out, and how much one counts.
+    `settings` say which answers are left out, and how much one counts.
     """
 
     def __init__(self, rounds: Rounds, settings: WireSettings) -> None:
@@ -68,19 +64,15 @@ class Intake:
 
         Answers are used in the order of the requests. A resumed run asks only the
         nodes that have not answered. A warm start moves the weights to the mean of the
-        explorers' weights, weighted by their examples.
-
-        Raises
-        ------
-        ExplorationError
-            If no mask can be made.
+        explorers' weights, weighted by their examples. It is an ExplorationError if no
+        mask can be made.
         """
         rounds, answers = self._rounds, self._answers()
         moved = False
         wanted = rounds.exploration.warm_start and not self._warm
         if wanted and not rounds.pruner.explores:  # for the start alone
             answers.begin(0)
-            self._ask(Ask(nodes=connected), answers, send, _Nobody())
+            self._ask(Ask(nodes=connected), answers, send, None)
             moved = self._move()
             self._warm = True  # once: a later answer would not fit the trained weights
             rounds.initial = dict(rounds.arrays)
@@ -94,9 +86,12 @@ class Intake:
         return self._move() or moved
 
     def _ask(
-        self, ask: Ask, answers: Answers, send: Send, pruner: "Pruner | _Nobody"
+        self, ask: Ask, answers: Answers, send: Send, pruner: Pruner | None
     ) -> None:
-        """Send the request in batches; use the answers in its order."""
+        """Send the request in batches; use the answers in its order.
+
+        Without a pruner they are for a warm start alone, which may have none.
+        """
         record, entries = self.request(ask)
         waiting = [node_id for node_id in ask.nodes if node_id not in answers]
         size = max(_LEAST_BATCH, _BATCH_BYTES // self._answer_bytes())
@@ -118,8 +113,7 @@ class Intake:
         return max(1, _PULL_BYTES // self._answer_bytes())
 
     def _answer_bytes(self) -> int:
-        shapes = self._rounds.manifest.shapes.values()
-        return max(1, sum(math.prod(shape) for shape in shapes))
+        return max(1, sum(map(math.prod, self._rounds.manifest.shapes.values())))
 
     def _answers(self) -> Answers:
         if self._kept is None:
@@ -156,7 +150,7 @@ class Intake:
     def _start_of(self, ask: Ask) -> Params:
         return self._rounds.arrays if ask.current else self._rounds.initial
 
-    def _take(self, ask: Ask, answers: Answers, pruner: "Pruner | _Nobody") -> None:
+    def _take(self, ask: Ask, answers: Answers, pruner: Pruner | None) -> None:
         """Pass the valid answers to the pruner; log why others are left out."""
         rounds = self._rounds
         start = rounds.weights(self._start_of(ask))
@@ -173,7 +167,8 @@ class Intake:
                 if node_id in odd:
                     raise WireError(odd[node_id])
                 warm = _movement(measured) if self._warms(ask) else None
-                pruner.add(node_id, measured, start)
+                if pruner is not None:
+                    pruner.add(node_id, measured, start)
                 if warm is not None:
                     self._warmth.add(warm, weights[node_id])
             except ValueError as error:
@@ -184,19 +179,16 @@ class Intake:
         explored = len(ask.nodes) - len(reasons)
         _log.info("exploration: %d of %d nodes explored", explored, len(ask.nodes))
         answers.forget()
-        pruner.check(reasons)
+        if pruner is not None:
+            pruner.check(reasons)
 
     def _odd(self, ask: Ask, answers: Answers) -> dict[int, str]:
         """Return the reason for each answer that is far from the others."""
         squared = ask.measure in ("deviation", "squared-gradient")
-        moved: dict[int, float] = {}
-        examples: dict[int, float] = {}
-        for node_id in ask.nodes:
-            measured = answers.get(node_id)
-            if measured is not None:
-                mean = measured.statistics.mean
-                moved[node_id] = math.sqrt(mean) if squared else mean
-                examples[node_id] = measured.examples
+        fit = {n: m for n in ask.nodes if (m := answers.get(n)) is not None}
+        means = {node_id: m.statistics.mean for node_id, m in fit.items()}
+        moved = {n: math.sqrt(mean) if squared else mean for n, mean in means.items()}
+        examples = {node_id: m.examples for node_id, m in fit.items()}
         limit, others, idle = self._settings.outlier, [], math.inf
         if ask.measure == "deviation":
             # Where most explorers do not move: as far as the weights are large.
@@ -217,16 +209,6 @@ class Intake:
             there = (weights + value).astype(weights.dtype)
             rounds.arrays = {**rounds.arrays, name: there}
         return bool(moved)
-
-
-class _Nobody:
-    """Stands for a pruner that needs no exploration."""
-
-    def add(self, node_id: int, measured: Measured, start: Params) -> None:
-        """Leave it."""
-
-    def check(self, reasons: Mapping[int, str]) -> None:
-        """Go on without a warm start if nobody explored."""
 
 
 def _movement(measured: Measured) -> Params:

@@ -11,15 +11,16 @@ This API has no checkpoints.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common import (
+    Code,
     EvaluateIns,
     EvaluateRes,
     FitIns,
@@ -32,22 +33,24 @@ from flwr.common import (
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import fit_clients
-from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, QFedAvg, Strategy
+from flwr.server.strategy import FedAvg, FedAvgM, Strategy
 
-from autoflip_flwr.errors import SettingsError, WireError
-from autoflip_flwr.pruners.store import Answer
-from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics, check_size
-from autoflip_flwr.server.savings import Direction, log_savings, savings_of
+from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.server.flow import Received, Request
+from autoflip_flwr.server.replies import EXAMPLES, Reply, chain
+from autoflip_flwr.server.savings import log_savings, savings_of
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
-from autoflip_flwr.wire.records import NO_MOD, Phase, Plan
+from autoflip_flwr.wire.records import Phase
 
 _TENSOR_TYPE = "numpy.ndarray"
 
-_Fit = tuple[ClientProxy, FitRes]
-_Evaluation = tuple[ClientProxy, EvaluateRes]
-_Pair = TypeVar("_Pair", _Fit, _Evaluation)
+#: Where strategies of Flower keep the global model, as a list of arrays.
+_HELD = {"current_weights", "pre_weights", "current_round_params"}
+
 _Ins = TypeVar("_Ins", FitIns, EvaluateIns)
+_Res: TypeAlias = FitRes | EvaluateRes
+_Pair = TypeVar("_Pair", bound=tuple[ClientProxy, _Res])
 
 
 class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
@@ -61,18 +64,16 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         ("fraction_evaluate", "min_evaluate_clients"),
     )
 
-    def _begin(self) -> None:
-        # Without a model arrays have numbers, and buffers look like weights.
-        self._names = None if self.model is None else list(self.model.state_dict())
+    def _begin(self, total: int | None = None) -> None:
+        super()._begin(total)
         self._returned: list[bytes] | None = None
-        self._asked: tuple[Parameters, ClientManager] | None = None
-        self._values = b""  # the frame of kept values that was sent
         # This API does not tell a strategy that the run is over.
         known = self.rounds, self.traffic, self.model, self._example_inputs
         weakref.finalize(self, lambda: log_savings(savings_of(*known)))
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
-        """Return the inner strategy's initial parameters."""
+        """Begin a run; return the inner strategy's initial parameters."""
+        self._reopen(self.rounds.total)
         return self.strategy.initialize_parameters(client_manager)
 
     def evaluate(
@@ -88,39 +89,52 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         if parameters.tensors != self._returned:
             self.rounds.adopt(self._named(parameters))
             self._returned = parameters.tensors
-        current = _parameters_of(self.rounds.arrays)
-        instructions = self.strategy.configure_fit(
-            server_round, current, client_manager
-        )
-        self._asked = (parameters, client_manager) if instructions else None
-        if not instructions:
-            return []
-        sampled = [_id(client) for client, _ in instructions]
-        self._explore(server_round, sampled, instructions[0][1], client_manager)
-        plan = self.rounds.begin(server_round, sampled)
-        self._update_inner()
-        packed = self._packed(instructions, self.rounds.arrays, plan, "train")
-        self._values = packed[0][1].parameters.tensors[0]
-        return packed
+        self._asked = parameters, client_manager
+        instructions: list[tuple[ClientProxy, FitIns]] = []
+        proxies = {_id(client): client for client in client_manager.all().values()}
+
+        def ask_inner() -> list[Request]:
+            nonlocal instructions
+            current = _parameters_of(self.rounds.arrays)
+            instructions = self.strategy.configure_fit(
+                server_round, current, client_manager
+            )
+            return _requests(instructions)
+
+        def ask(
+            content: RecordDict, nodes: Sequence[int]
+        ) -> Iterator[tuple[int, RecordDict | str]]:
+            ins, timeout = _ins(FitIns, content), self.rounds.exploration.timeout
+
+            def one(node_id: int) -> RecordDict | str:
+                try:
+                    result = proxies[node_id].fit(ins, timeout, server_round)
+                except Exception as error:  # a client's proxy may raise anything
+                    return str(error)
+                failed = result.status.code is not Code.OK
+                return result.status.message if failed else _content(result)
+
+            with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
+                tasks = {pool.submit(one, node_id): node_id for node_id in nodes}
+                for task in as_completed(tasks):
+                    yield tasks[task], task.result()
+
+        contents = self._configured(server_round, ask_inner, ask, sorted(proxies))
+        return _filled(instructions, contents)
 
     def aggregate_fit(
         self,
         server_round: int,
-        results: list[_Fit],
-        failures: list[_Fit | BaseException],
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Unpack the valid results and let the inner strategy aggregate them.
 
         Without any, or with too few, the round begins again.
         """
-        valid = self._trained(server_round, results, failures)
-        while not valid and self._asked:
-            self._try_again(server_round)
-            again = self.configure_fit(server_round, *self._asked)
-            results, failures = fit_clients(again, None, self.timeout, server_round)
-            valid = self._trained(server_round, results, failures)
+        received = self._received("train", results, failures)
+        valid, failures = self._valid(server_round, received)
         if not valid:
-            self._update_inner()
             if server_round == self.rounds.total:
                 self.check_trained()
             return None, {}
@@ -129,18 +143,13 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             for reply in valid
             for client, result in [_weighed(reply)]
         ]
-        taken = {reply.node_id for reply in valid}
-        dropped = [pair for pair in results if _id(pair[0]) not in taken]
-        aggregated, metrics = self._replies.aggregated(
-            server_round,
+        made, metrics = self._replies.aggregated(
             self.strategy,
-            lambda: self.strategy.aggregate_fit(
-                server_round, dense, [*failures, *dropped]
-            ),
+            lambda: self.strategy.aggregate_fit(server_round, dense, failures),
             self._named,
         )
-        self._update_inner()
-        if aggregated is None:
+        self._hold(self.rounds.arrays)
+        if made is None:
             return None, metrics
         masked = _parameters_of(self.rounds.masked_arrays())
         self._returned = masked.tensors
@@ -153,152 +162,62 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         instructions = self.strategy.configure_evaluate(
             server_round, parameters, client_manager
         )
-        plan = self.rounds.plan
-        if plan is None or not instructions:
-            return instructions
-        return self._packed(instructions, self._named(parameters), plan, "evaluate")
+        return _filled(instructions, self._packed(_requests(instructions), "evaluate"))
 
     def aggregate_evaluate(
         self,
         server_round: int,
-        results: list[_Evaluation],
-        failures: list[_Evaluation | BaseException],
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy aggregate the valid results."""
-        self._count_all("evaluate", "up", [result for _, result in results])
-        valid = self._replies.readable(server_round, _by_id(results), self._read)
+        received, _ = self._received("evaluate", results, failures)
+        valid = self._replies.readable(received, self._read)
         pairs = [_weighed(reply) for reply in valid]
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
 
-    def _explore(
-        self,
-        server_round: int,
-        sampled: Sequence[int],
-        like: FitIns,
-        client_manager: ClientManager,
-    ) -> bool:
-        proxies = {_id(client): client for client in client_manager.all().values()}
-        timeout = self.rounds.exploration.timeout
+    # --- between instructions, results and records -----------------------------------
 
-        def send(
-            record: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
-        ) -> Iterator[tuple[int, Answer | str]]:
-            ins = FitIns(_as_parameters(record), {**like.config, **entries})
-            self._count_all("explore", "down", [ins] * len(nodes))
+    def _hold(self, arrays: Params) -> None:
+        values = list(arrays.values())
+        for one in chain(self.strategy):
+            for name in vars(one).keys() & _HELD:
+                vars(one)[name] = [*values]
+            if isinstance(one, FedAvgM):
+                one.initial_parameters = ndarrays_to_parameters(values)
 
-            def one(node_id: int) -> tuple[int, FitRes | str]:
-                try:
-                    return node_id, proxies[node_id].fit(ins, timeout, server_round)
-                except Exception as error:  # a client's proxy may raise anything
-                    return node_id, str(error)
+    def _again(self, server_round: int) -> Received:
+        instructions = self.configure_fit(server_round, *self._asked)
+        found = fit_clients(instructions, None, self.timeout, server_round)
+        return self._received("train", *found)
 
-            with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
-                tasks = [pool.submit(one, node_id) for node_id in nodes]
-                for task in as_completed(tasks):
-                    node_id, result = task.result()
-                    if isinstance(result, FitRes):
-                        self._count_all("explore", "up", [result])
-                        yield node_id, self._answer_of(result)
-                    else:
-                        yield node_id, result
+    def _received(
+        self, phase: Phase, results: Sequence[_Pair], failures: Sequence[Any]
+    ) -> Received:
+        """Count results; return them in the order of the ids."""
+        for _, result in results:
+            self._count(phase, "up", _content(result))
+        pairs = [(_id(pair[0]), pair) for pair in results]
+        return sorted(pairs, key=lambda pair: pair[0]), failures
 
-        return self._intake.explore(
-            server_round, connected=sorted(proxies), sampled=sampled, send=send
-        )
-
-    def _packed(
-        self,
-        instructions: list[tuple[ClientProxy, _Ins]],
-        arrays: Params,
-        plan: Plan,
-        phase: Phase,
-    ) -> list[tuple[ClientProxy, _Ins]]:
-        """Replace the parameters of instructions by the packed arrays and the plan."""
-        sent, held = _as_parameters(plan.pack(arrays)), self.rounds.held
-        packed = [
-            (client, type(ins)(sent, {**ins.config, **entries}))
-            for client, ins in instructions
-            for entries in [held.entries(_id(client), plan, phase)]
-        ]
-        self._count_all(phase, "down", [ins for _, ins in packed])
-        return packed
-
-    def _count_all(
-        self,
-        phase: Phase,
-        direction: Direction,
-        parts: Sequence[FitIns | FitRes | EvaluateIns | EvaluateRes],
-    ) -> None:
-        for part in parts:
-            self._count(phase, direction, _content(part))
-
-    def _trained(
-        self,
-        server_round: int,
-        results: list[_Fit],
-        failures: Sequence[_Fit | BaseException],
-    ) -> list[Reply[_Fit]]:
-        self._count_all("train", "up", [result for _, result in results])
-        return self._replies.trained(
-            server_round,
-            _by_id(results),
-            self._read,
-            sent=self._values,
-            failures=failures,
-        )
-
-    def _read(self, node_id: int, pair: _Pair) -> Reply[_Pair]:
-        result = pair[1]
-        self._check_size(result)
-        sizes = check_metrics(_metrics_of(result))
+    def _read(self, node_id: int, origin: _Pair) -> Reply[_Pair]:
+        _, result = origin
+        content = _content(result)
+        reply = self._reply(node_id, origin, content)
+        reply.record = content.array_records.get("arrays", reply.record)
         metrics = result.metrics = result.metrics or {}
-        tensors = result.parameters.tensors if isinstance(result, FitRes) else []
-        return Reply(
-            node_id,
-            pair,
-            _record_of(tensors),
-            result.num_examples,
-            numbers=sizes,
-            extras={
-                f"{name} ({_kind_of(value)})": partial(metrics.pop, name)
-                for name, value in metrics.items()
-            },
-        )
-
-    def _answer_of(self, result: FitRes) -> Answer | str:
-        """Return an explorer's guidance frame and signs, or why there are none."""
-        tensors = result.parameters.tensors
-        if len(tensors) not in (1, 2):
-            return NO_MOD
-        try:
-            self._check_size(result)
-            check_metrics(_metrics_of(result))
-        except WireError as error:
-            return str(error)
-        frame, *signs = tensors
-        return Answer(frame, signs[0] if signs else None, result.num_examples)
-
-    def _check_size(self, result: FitRes | EvaluateRes) -> None:
-        texts = [
-            v for v in (result.metrics or {}).values() if isinstance(v, str | bytes)
-        ]
-        tensors = result.parameters.tensors if isinstance(result, FitRes) else []
-        size = sum(map(len, (*texts, *tensors)))
-        check_size(size, self.rounds.manifest.largest_message)
-
-    def _update_inner(self) -> None:
-        """Set the global model inside strategies that have a server optimizer."""
-        arrays = list(self.rounds.arrays.values())
-        if isinstance(self.strategy, FedAvgM):
-            self.strategy.initial_parameters = ndarrays_to_parameters(arrays)
-        if isinstance(self.strategy, FedOpt):
-            self.strategy.current_weights = arrays
-        if isinstance(self.strategy, QFedAvg):
-            self.strategy.pre_weights = arrays
+        reply.extras = {
+            f"{name} ({_kind_of(value)})": partial(metrics.pop, name)
+            for name, value in metrics.items()
+        }
+        return reply
 
     def _named(self, parameters: Parameters) -> dict[str, Array]:
         arrays = parameters_to_ndarrays(parameters)
-        names = self._names or [str(index) for index in range(len(arrays))]
+        # Without a model arrays have numbers, and buffers look like weights.
+        names = [str(index) for index in range(len(arrays))]
+        if self.model is not None:
+            names = list(self.model.state_dict())
         if len(names) != len(arrays):
             raise SettingsError(
                 f"expected {len(names)} arrays ({names}), the model has {len(arrays)}"
@@ -306,49 +225,56 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         return dict(zip(names, arrays, strict=True))
 
 
-def _as_parameters(record: ArrayRecord) -> Parameters:
-    return Parameters([array.data for array in record.values()], _TENSOR_TYPE)
-
-
-def _weighed(reply: Reply[_Pair]) -> _Pair:
-    """Return a client and its result, with what its examples count for."""
-    client, result = reply.origin
-    weighed: Any = client, replace(result, num_examples=int(reply.examples))
-    return cast(_Pair, weighed)
-
-
-def _metrics_of(result: FitRes | EvaluateRes) -> dict[str, Any]:
-    """Return all that a result tells beside its arrays."""
-    told: dict[str, Any] = {**(result.metrics or {}), EXAMPLES: result.num_examples}
-    return told if isinstance(result, FitRes) else {**told, "loss": result.loss}
-
-
-def _kind_of(value: Scalar) -> str:
-    return "number" if isinstance(value, int | float) else type(value).__name__
-
-
-def _record_of(tensors: Sequence[bytes]) -> ArrayRecord:
-    return ArrayRecord(
-        {
-            str(index): FlowerArray(dtype="", shape=(), stype=_TENSOR_TYPE, data=tensor)
-            for index, tensor in enumerate(tensors)
-        }
-    )
-
-
-def _content(part: FitIns | FitRes | EvaluateIns | EvaluateRes) -> RecordDict:
-    """Return the records that Flower makes of an instruction or a result."""
-    entries = part.config if isinstance(part, FitIns | EvaluateIns) else part.metrics
-    content = RecordDict({"config": ConfigRecord(dict(entries or {}))})
+def _content(part: FitIns | EvaluateIns | _Res) -> RecordDict:
+    """Return an instruction, or a result, as records."""
+    content = RecordDict()
     if not isinstance(part, EvaluateRes):
-        content["arrays"] = _record_of(part.parameters.tensors)
+        content["arrays"] = ArrayRecord(
+            {
+                str(i): FlowerArray(dtype="", shape=(), stype=_TENSOR_TYPE, data=tensor)
+                for i, tensor in enumerate(part.parameters.tensors)
+            }
+        )
+    if isinstance(part, FitIns | EvaluateIns):
+        content["config"] = ConfigRecord(dict(part.config))
+        return content
+    told = part.metrics or {}
+    numbers: dict[str, Any] = {k: v for k, v in told.items() if _kind_of(v) == "number"}
+    content["config"] = ConfigRecord({k: told[k] for k in told if k not in numbers})
+    numbers[EXAMPLES] = part.num_examples
+    if isinstance(part, EvaluateRes):
+        numbers["loss"] = part.loss
+    content["metrics"] = MetricRecord(numbers)
     return content
 
 
-def _by_id(results: list[_Pair]) -> list[tuple[int, _Pair]]:
-    """Return (node id, result) in the order of the ids."""
-    pairs = [(_id(pair[0]), pair) for pair in results]
-    return sorted(pairs, key=lambda pair: pair[0])
+def _kind_of(value: Scalar) -> str:
+    return "number" if type(value) in (int, float) else type(value).__name__
+
+
+def _ins(kind: type[_Ins], content: RecordDict) -> _Ins:
+    """Return the instruction that has these records."""
+    tensors = [array.data for array in content.array_records["arrays"].values()]
+    config = dict(content.config_records["config"])
+    return kind(Parameters(tensors, _TENSOR_TYPE), cast(dict[str, Scalar], config))
+
+
+def _requests(instructions: Sequence[tuple[ClientProxy, _Ins]]) -> list[Request]:
+    return [(_id(client), _content(ins)) for client, ins in instructions]
+
+
+def _filled(
+    instructions: Sequence[tuple[ClientProxy, _Ins]], contents: Sequence[RecordDict]
+) -> list[tuple[ClientProxy, _Ins]]:
+    """Return the inner strategy's instructions with other records."""
+    pairs = zip(instructions, contents, strict=True)
+    return [(client, _ins(type(ins), content)) for (client, ins), content in pairs]
+
+
+def _weighed(reply: Reply[Any]) -> tuple[ClientProxy, Any]:
+    """Return a client and its result, with what its examples count for."""
+    client, result = reply.origin
+    return client, replace(result, num_examples=int(reply.examples))
 
 
 def _parameters_of(arrays: Params) -> Parameters:

@@ -18,16 +18,9 @@ def stream(
     timeout: float | None = None,
     at_once: int | None = None,
 ) -> Iterator[Message]:
-    """Send messages and yield the replies as they arrive.
+    """Send messages and yield the replies as they arrive, for `timeout` seconds.
 
-    Parameters
-    ----------
-    grid : Grid
-    messages : iterable of Message
-    timeout : float, optional
-        Longest wait in seconds.
-    at_once : int, optional
-        Replies to hold at most; the others wait at the SuperLink. No limit by default.
+    At most `at_once` replies are held; the others wait at the SuperLink.
     """
     left = [n for n in grid.push_messages(list(messages)) if n is not None]
     end = math.inf if timeout is None else time.monotonic() + timeout

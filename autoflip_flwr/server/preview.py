@@ -5,9 +5,11 @@ run uses, too. Which weights go is not known before clients explore; where it ma
 for whole units, random guidance stands in.
 """
 
+import math
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.savings import amount
 from autoflip_flwr.settings import WireSettings
-from autoflip_flwr.types import Masks
 from autoflip_flwr.units import ExampleInputs, compact_if_it_pays, tensors_of, trace
 from autoflip_flwr.units.layers import join
 from autoflip_flwr.units.measure import backward_bytes, operations
@@ -34,53 +35,35 @@ from autoflip_flwr.wire import codec, records
 #: What is suggested: a share of the operations, and of the clients that explore.
 _OPERATIONS, _FRACTION = 0.33, 0.2
 
+#: Write a number of bytes.
+_bytes = partial(amount, unit="B")
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A module with parameters of its own.
+    """A module with parameters of its own."""
 
-    Attributes
-    ----------
-    name, kind : str
-        Its path in the model, and its class.
-    parameters : int
-        Shared ones count where they are first.
-    operations : int
-        Multiply-accumulates for the example inputs.
-    prunable : str
-        Its tensors that may lose single weights, or why none may.
-    units : str
-        How many whole units it has, whose units it has, or why it has none.
-    """
-
-    name: str
-    kind: str
-    parameters: int
-    operations: int
-    prunable: str
-    units: str
+    name: str  # its path in the model
+    kind: str  # its class
+    parameters: int  # shared ones count where they are first
+    operations: int  # multiply-accumulates for the example inputs
+    prunable: str  # its tensors that may lose single weights, or why none may
+    units: str  # how many whole units it has, whose it has, or why it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """What a network takes on a client.
+    """What a network takes on a client; sizes in bytes."""
 
-    Attributes
-    ----------
-    operations : int
-        Multiply-accumulates of a forward pass of the example inputs.
-    fixed : int
-        Bytes of weights, buffers, gradients and masks.
-    gradients : int
-        Bytes of the gradients. Momentum takes as much, Adam twice as much.
-    per_sample : int
-        Bytes that a forward pass keeps for the backward pass, of each sample.
-    """
+    operations: int  # multiply-accumulates of a forward pass of the example inputs
+    fixed: int  # weights, buffers, gradients and masks
+    gradients: int  # momentum takes as much as they, Adam twice as much
+    per_sample: int  # what a forward pass keeps for the backward pass
 
-    operations: int
-    fixed: int
-    gradients: int
-    per_sample: int
+    @property
+    def memory(self) -> str:
+        """Its memory without an optimizer, as text."""
+        return f"{_bytes(self.fixed)} + {_bytes(self.per_sample)} a sample"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,43 +85,14 @@ class Federation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preview:
-    """What a run will take.
+class Course:
+    """The bytes of a run, both ways."""
 
-    Attributes
-    ----------
-    model : str
-        The class of the model.
-    layers : tuple of Layer
-    parameters, kept : int
-        Trainable parameters, and those that the last mask keeps.
-    federation : Federation
-    explorers : int
-        Explorations of one client, over all rounds.
-    explored : int
-        Bytes of the explorations, both ways.
-    rounds : tuple of int
-        Bytes of each round, both ways, the exploration before it included.
-    dense_round : int
-        Bytes of a round of FedAvg, both ways.
-    dense, client : Network
-        The whole model as FedAvg trains it, and what a client trains in the end.
-    warnings, suggestions : tuple of str
-    """
-
-    model: str
-    layers: tuple[Layer, ...]
-    parameters: int
-    kept: int
-    federation: Federation
-    explorers: int
-    explored: int
-    rounds: tuple[int, ...]
-    dense_round: int
-    dense: Network
-    client: Network
-    warnings: tuple[str, ...]
-    suggestions: tuple[str, ...]
+    rounds: tuple[int, ...]  # of each round, the exploration before it included
+    dense_round: int  # of a round of FedAvg
+    explored: int  # of the explorations alone
+    explorers: int  # explorations of one client, over all rounds
+    pruned: int  # parameters that the last mask prunes
 
     @property
     def sent(self) -> int:
@@ -153,7 +107,29 @@ class Preview:
     @property
     def paid_after(self) -> int | None:
         """The first round after which no more is sent than by FedAvg; None: never."""
-        return _paid_after(self.rounds, self.dense_round)
+        for server_round, total in enumerate(accumulate(self.rounds), 1):
+            if total <= server_round * self.dense_round:
+                return server_round
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview(Course):
+    """What a run will take."""
+
+    model: str  # its class
+    layers: tuple[Layer, ...]
+    parameters: int  # trainable ones
+    federation: Federation
+    dense: Network  # the whole model, as FedAvg trains it
+    client: Network  # what a client trains in the end
+    warnings: tuple[str, ...]
+    suggestions: tuple[str, ...]
+
+    @property
+    def kept(self) -> int:
+        """Trainable parameters that the last mask keeps."""
+        return self.parameters - self.pruned
 
     def __str__(self) -> str:
         """Return it as text."""
@@ -188,19 +164,17 @@ class Preview:
         return {
             "kept": f"{amount(self.kept)} of {amount(self.parameters)} parameters, "
             "in the end",
-            "bytes sent": f"{_size_of(self.sent)}; FedAvg {_size_of(self.dense_sent)}"
+            "bytes sent": f"{_bytes(self.sent)}; FedAvg {_bytes(self.dense_sent)}"
             f": {self.sent / self.dense_sent:.3f} of it",
-            "- exploration": f"{_size_of(self.explored)} for {self.explorers} "
+            "- exploration": f"{_bytes(self.explored)} for {self.explorers} "
             f"explorations, {paid_text}",
-            "- last round": f"{_size_of(self.rounds[-1])}; FedAvg "
-            f"{_size_of(self.dense_round)}",
+            "- last round": f"{_bytes(self.rounds[-1])}; FedAvg "
+            f"{_bytes(self.dense_round)}",
             "operations": f"{amount(client.operations)}, in the end; FedAvg "
             f"{amount(dense.operations)}: "
             f"{client.operations / max(1, dense.operations):.3f} of it",
-            "memory": f"{_size_of(client.fixed)} + {_size_of(client.per_sample)} a "
-            f"sample; FedAvg {_size_of(dense.fixed)} + {_size_of(dense.per_sample)}; "
-            f"momentum adds {_size_of(client.gradients)}, Adam "
-            f"{_size_of(2 * client.gradients)}",
+            "memory": f"{client.memory}; FedAvg {dense.memory}; momentum adds "
+            f"{_bytes(client.gradients)}, Adam {_bytes(2 * client.gradients)}",
         }
 
 
@@ -212,12 +186,8 @@ def preview(
 ) -> Preview:
     """Predict a run with the settings of `rounds`, which stays as it is.
 
-    Raises
-    ------
-    ModelError
-        If the model does not run on the inputs.
-    SettingsError
-        If the clients' guidance alone will decide how much is pruned.
+    It is a ModelError if the model does not run on the inputs, and a SettingsError if
+    the clients' guidance alone will decide how much is pruned.
     """
     pruning = rounds.pruning
     if not isinstance(rounds.pruner, AutoFlipPruner) or pruning.mode == "value":
@@ -232,61 +202,59 @@ def preview(
         units = trace(model, example_inputs)
     except ModelError as error:
         warnings.append(f"no whole units: {error}")
+
+    def begin(**changes: Any) -> Rounds:
+        """Begin a run, in which nobody will answer."""
+        chosen = {"pruning": pruning, "units": units, **changes}
+        run = replace(rounds, pruner=AutoFlipPruner(), directory=Path(folder), **chosen)
+        run.total = federation.rounds
+        run.adopt(records.arrays_of(ArrayRecord(model.state_dict())))
+        return run
+
+    def client_of(run: Rounds) -> Network:
+        return _client(run, model, example_inputs, dense)
+
     with tempfile.TemporaryDirectory(suffix="-autoflip") as folder:
-
-        def rehearsed(**changes: Any) -> _Rehearsal:
-            settings = {"pruning": pruning, "units": units, "directory": Path(folder)}
-            own = replace(rounds, pruner=AutoFlipPruner(), **{**settings, **changes})
-            return _Rehearsal(own, model, example_inputs, federation, dense)
-
         asked = bool(pruning.units or pruning.operations)
         try:
-            run = rehearsed()
+            run = begin()
         except (MaskError, SettingsError) as error:
             if not asked:
                 raise
             warnings.append(f"the run would not start, so here units=0: {error}")
             pruning = pruning.model_copy(update={"units": 0.0, "operations": None})
-            run = rehearsed()
-        sent, client = run.sent(), run.client()
+            run = begin()
+        course, client = _course(run, federation), client_of(run)
         suggestions: list[str] = []
         if units is not None and not asked:
             update = {"operations": _OPERATIONS}
             try:
-                few = rehearsed(pruning=pruning.model_copy(update=update)).client()
+                few = client_of(begin(pruning=pruning.model_copy(update=update)))
                 share = few.operations / max(1, dense.operations)
                 suggestions.append(
                     f"pruning.operations={_OPERATIONS}: about {share:.2f} of the "
-                    f"operations, {_size_of(few.fixed)} + {_size_of(few.per_sample)} "
-                    "a sample"
+                    f"operations, {few.memory}"
                 )
             except MaskError as error:
                 warnings.append(f"too narrow to prune whole units: {error}")
         for kind in ("float16", "int8") if rounds.values == "float32" else ():
-            total = sum(rehearsed(values=kind).sent().rounds)
-            suggestions.append(f"wire.values={kind}: {_size_of(total)} sent")
-        paid = _paid_after(sent.rounds, sent.dense_round)
-        if paid is None or paid > federation.rounds // 2:
-            update = {"fraction": _FRACTION}
-            fewer = rounds.exploration.model_copy(update=update)
-            less = rehearsed(exploration=fewer).sent()
-            paid = _paid_after(less.rounds, less.dense_round)
-            if paid is not None and less.explored < sent.explored:
+            total = _course(begin(values=kind), federation).sent
+            suggestions.append(f"wire.values={kind}: {_bytes(total)} sent")
+        if (course.paid_after or math.inf) > federation.rounds // 2:
+            fewer = rounds.exploration.model_copy(update={"fraction": _FRACTION})
+            less = _course(begin(exploration=fewer), federation)
+            if less.paid_after and less.explored < course.explored:
                 suggestions.append(
-                    f"exploration.fraction={_FRACTION}: paid for after round {paid}"
+                    f"exploration.fraction={_FRACTION}: paid for after round "
+                    f"{less.paid_after}"
                 )
-        layers = tuple(_layers(model, by_module, run.rounds))
-    trainable = sum(e.size for e in run.rounds.manifest.entries if e.trainable)
+        layers = tuple(_layers(model, by_module, run))
     return Preview(
+        **asdict(course),
         model=type(model).__name__,
         layers=layers,
-        parameters=trainable,
-        kept=trainable - sent.pruned,
+        parameters=sum(e.size for e in run.manifest.entries if e.trainable),
         federation=federation,
-        explorers=sent.explorers,
-        explored=sent.explored,
-        rounds=sent.rounds,
-        dense_round=sent.dense_round,
         dense=dense,
         client=client,
         warnings=tuple(warnings),
@@ -294,160 +262,115 @@ def preview(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sent:
-    """The bytes of a run."""
-
-    rounds: tuple[int, ...]
-    dense_round: int
-    explored: int
-    explorers: int
-    pruned: int  # weights, in the last round
-
-
-class _Rehearsal:
-    """A run without clients: its requests and masks are made, and nobody answers."""
-
-    def __init__(
-        self,
-        rounds: Rounds,
-        model: nn.Module,
-        example_inputs: ExampleInputs,
-        federation: Federation,
-        dense: Network,
-    ) -> None:
-        self.rounds, self._federation, self._dense = rounds, federation, dense
-        self._model, self._example_inputs = model, example_inputs
-        rounds.total = federation.rounds
-        rounds.adopt(records.arrays_of(ArrayRecord(model.state_dict())))
-
-    def sent(self) -> _Sent:
-        """Count the bytes of all messages."""
-        rounds, of = self.rounds, self._federation
-        pruner, intake = rounds.pruner, Intake(rounds, WireSettings())
-        shapes = rounds.manifest.shapes
-        empty = {name: np.zeros(shape, np.bool_) for name, shape in shapes.items()}
-        plan, known = records.Plan(rounds.manifest, empty, rounds.values), _Known()
-        dense, packed = records.record_of(rounds.arrays), plan.pack(rounds.arrays)
-        evaluated = _bytes(None, _EXAMPLES)
-        trained = _bytes(packed, plan.entries("train", {})) + _bytes(packed, _EXAMPLES)
-        tested = _bytes(packed, plan.entries("evaluate", {})) + evaluated
-        dense_round = of.sampled * (_bytes(dense, {}) + _bytes(dense, _EXAMPLES))
-        dense_round += of.evaluated * (_bytes(dense, {}) + evaluated)
-        in_rounds, explored, explorers, pruned = [], 0, 0, 0
-        rng = np.random.default_rng(rounds.seed or 0)  # samples clients
-        for server_round in range(1, of.rounds + 1):
-            ask = pruner.asks(
-                server_round,
-                connected=range(of.clients),
-                sampled=range(of.sampled),
-            )
-            exploration = 0
-            if ask is not None:
-                arrays, entries = intake.request(ask)
-                signs = entries[records.MEASURE] == "update"
-                answer = records.guidance_record(
-                    bytes(codec.frame_bytes(shapes)),
-                    codec.pack_mask(empty) if signs else None,
-                )
-                told = {**_EXAMPLES, records.EPOCHS: 1}
-                each = _bytes(arrays, entries) + _bytes(answer, told)
-                exploration = len(ask.nodes) * each
-                explorers += len(ask.nodes)
-                intake.restore({"warm": True})  # signs are sent once
-            explored += exploration
-            threshold = pruner.threshold_of(server_round)
-            pruned = pruner.pruned_count(pruner.initial, threshold)
-            total = sum(map(np.size, pruner.initial.values()))
-            kept = int(total - pruned)
-            down = codec.values_bytes([kept], dtype=plan.down)
-            up = codec.values_bytes([kept], dtype=plan.values)
-            masks = 0
-            for count in (of.sampled, of.evaluated):
-                for node_id in rng.choice(of.clients, count, replace=False):
-                    masks += known.mask_bytes(int(node_id), kept, total)
-            in_rounds.append(
-                exploration
-                + of.sampled * (trained + down + up)
-                + of.evaluated * (tested + down)
-                + masks
-            )
-        return _Sent(
-            rounds=tuple(in_rounds),
-            dense_round=dense_round,
-            explored=explored,
-            explorers=explorers,
-            pruned=pruned,
+def _course(run: Rounds, of: Federation) -> Course:
+    """Make the requests of a run, and count the bytes of all messages."""
+    pruner, shapes = run.pruner, run.manifest.shapes
+    intake = Intake(run, WireSettings())
+    empty = {name: np.zeros(shape, np.bool_) for name, shape in shapes.items()}
+    total = sum(map(np.size, empty.values()))
+    # A message, and a reply, without what depends on the mask.
+    plan = records.Plan(run.manifest, empty, run.values)
+    packed, dense = plan.pack(run.arrays), records.record_of(run.arrays)
+    trained = _message(packed, plan.entries("train", {})) + _reply(packed)
+    evaluated = _message(packed, plan.entries("evaluate", {})) + _reply()
+    dense_trained = _message(dense, {}) + _reply(dense)
+    dense_evaluated = _message(dense, {}) + _reply()
+    in_rounds, explored, explorers, pruned = [], 0, 0, 0
+    held: dict[int, int] = {}  # client -> entries that the mask it holds keeps
+    rng = np.random.default_rng(run.seed or 0)  # samples clients
+    for server_round in range(1, of.rounds + 1):
+        exploration = 0
+        ask = pruner.asks(
+            server_round, connected=range(of.clients), sampled=range(of.sampled)
         )
+        if ask is not None:
+            arrays, entries = intake.request(ask)
+            signs = entries[records.MEASURE] == "update"
+            answer = records.guidance_record(
+                bytes(codec.frame_bytes(shapes)),
+                codec.pack_mask(empty) if signs else None,
+            )
+            each = _message(arrays, entries) + _reply(answer, {records.EPOCHS: 1})
+            exploration = len(ask.nodes) * each
+            explorers += len(ask.nodes)
+            intake.restore({"warm": True})  # signs are sent once
+        explored += exploration
+        threshold = pruner.threshold_of(server_round)
+        pruned = pruner.pruned_count(pruner.initial, threshold)
+        kept = int(total - pruned)
+        down = codec.values_bytes([kept], dtype=plan.down)
+        up = codec.values_bytes([kept], dtype=plan.values)
+        masks = 0
+        for count in (of.sampled, of.evaluated):
+            for node_id in rng.choice(of.clients, count, replace=False).tolist():
+                masks += _mask_bytes(held.get(node_id), kept, total)
+                held[node_id] = kept
+        evaluations = of.evaluated * (evaluated + down)
+        trainings = of.sampled * (trained + down + up)
+        in_rounds.append(exploration + trainings + evaluations + masks)
+    return Course(
+        rounds=tuple(in_rounds),
+        dense_round=of.sampled * dense_trained + of.evaluated * dense_evaluated,
+        explored=explored,
+        explorers=explorers,
+        pruned=pruned,
+    )
 
-    def client(self) -> Network:
-        """Return what a client trains after the last round."""
-        rounds, small = self.rounds, None
-        if rounds.pruning.units or rounds.pruning.operations:
-            masks = self._masks()
-            small = compact_if_it_pays(self._model, masks, self._example_inputs)
-        trained = self._model if small is None else small
-        shapes = rounds.manifest.shapes
-        extra = _size(p for name, p in trained.named_parameters() if name in shapes)
-        if small is None:
-            return replace(self._dense, fixed=self._dense.fixed + extra)
-        left = operations(small, self._example_inputs)[""]
-        own = _network(small, self._example_inputs, left)
-        return replace(own, fixed=own.fixed + extra + _held(self._model))
 
-    def _masks(self) -> Masks:
-        """Make the last mask, of random guidance."""
-        rounds, shapes = self.rounds, self.rounds.manifest.shapes
-        rng = np.random.default_rng(rounds.seed or 0)
+def _client(
+    run: Rounds, model: nn.Module, example_inputs: ExampleInputs, dense: Network
+) -> Network:
+    """Return what a client trains after the last round, with random guidance."""
+    shapes, small = run.manifest.shapes, None
+    if run.pruning.units or run.pruning.operations:
+        rng = np.random.default_rng(run.seed or 0)
         guidance = {n: rng.random(shape, np.float32) for n, shape in shapes.items()}
-        answers = Answers(rounds.directory / "rehearsed", shapes)
+        answers = Answers(run.directory / "rehearsed", shapes)
         answers.put(0, Answer(codec.quantize(guidance)))
         measured = answers.get(0)
         assert measured is not None, "the frame fits"
-        rounds.pruner.add(0, measured, rounds.pruner.initial)
-        return rounds.pruner.masks([0], rounds.pruner.initial, self._federation.rounds)
+        run.pruner.add(0, measured, run.pruner.initial)
+        masks = run.pruner.masks([0], run.pruner.initial, run.total or 1)
+        small = compact_if_it_pays(model, masks, example_inputs)
+    own, trained = dense, model
+    if small is not None:
+        left = operations(small, example_inputs)[""]
+        own, trained = _network(small, example_inputs, left), small
+    masked = _size(p for name, p in trained.named_parameters() if name in shapes)
+    beside = 0 if small is None else _held(model)
+    return replace(own, fixed=own.fixed + masked + beside)
 
 
-class _Known:
-    """The masks that clients hold (`server.held`), if every mask is within the last."""
+def _mask_bytes(held: int | None, kept: int, total: int) -> int:
+    """Return the bytes of a mask's entries in a message, as `server.held` writes them.
 
-    def __init__(self) -> None:
-        self._kept: dict[int, int] = {}  # client -> entries that its mask keeps
-
-    def mask_bytes(self, node_id: int, kept: int, total: int) -> int:
-        """Return the bytes of the mask's entries in a message to a client."""
-        before = self._kept.get(node_id)
-        self._kept[node_id] = kept
-        whole = -(-total // 8)
-        within = 0 if before == kept else -(-(before or 0) // 8)
-        entries: dict[str, Any] = {records.MASK: bytes(whole)}
-        if before is not None and _DIGEST + within < whole:
-            entries = {records.HELD: bytes(_DIGEST)}
+    `held` entries are kept by the mask that the client holds; every mask is within the
+    one before.
+    """
+    entries: dict[str, Any] = {records.MASK: bytes(-(-total // 8))}
+    if held is not None:
+        digest = codec.digest(b"")
+        within = b"" if held == kept else bytes(-(-held // 8))
+        if len(digest) + len(within) < len(entries[records.MASK]):
+            entries = {records.HELD: digest}
             if within:
-                entries[records.MASK] = bytes(within)
-        return int(ConfigRecord(entries).count_bytes())
+                entries[records.MASK] = within
+    return int(ConfigRecord(entries).count_bytes())
 
 
-_EXAMPLES = {"num-examples": 1}
-_DIGEST = len(codec.digest(b""))
+def _message(arrays: ArrayRecord, entries: Mapping[str, Any]) -> int:
+    """Return the size of a message to a client."""
+    config = ConfigRecord({"server-round": 1, **entries})
+    return records.count_bytes(RecordDict({"arrays": arrays, "config": config}))
 
 
-def _bytes(arrays: ArrayRecord | None, entries: Mapping[str, Any]) -> int:
-    """Return the size of a message to a client, or of a reply with `_EXAMPLES`."""
-    reply = "num-examples" in entries
-    content = RecordDict() if arrays is None else RecordDict({"arrays": arrays})
-    if reply:
-        content["metrics"] = MetricRecord(dict(entries))
-    else:
-        content["config"] = ConfigRecord({"server-round": 1, **entries})
+def _reply(arrays: ArrayRecord | None = None, metrics: Mapping[str, int] = {}) -> int:
+    """Return the size of a reply that tells its examples."""
+    told = MetricRecord({"num-examples": 1, **metrics})
+    content = RecordDict({"metrics": told})
+    if arrays is not None:
+        content["arrays"] = arrays
     return records.count_bytes(content)
-
-
-def _paid_after(in_rounds: tuple[int, ...], dense_round: int) -> int | None:
-    for server_round, total in enumerate(accumulate(in_rounds), 1):
-        if total <= server_round * dense_round:
-            return server_round
-    return None
 
 
 def _network(
@@ -473,10 +396,6 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _size_of(count: int) -> str:
-    return amount(count, "B")
-
-
 def _tied(model: nn.Module) -> dict[str, str]:
     """Return name -> first name of parameters that have several."""
     first = {id(p): name for name, p in model.named_parameters()}
@@ -494,7 +413,7 @@ def _warnings(model: nn.Module, *, known: bool) -> list[str]:
     if frozen:
         cure = "" if known else "; AutoFLIP takes them for trained: give it the model"
         warnings.append(
-            f"frozen: {len(frozen)} tensors, {_size_of(_size(frozen))}, are not "
+            f"frozen: {len(frozen)} tensors, {_bytes(_size(frozen))}, are not "
             f"trained; they are not pruned, and travel whole{cure}"
         )
     return warnings

@@ -43,46 +43,23 @@ M = TypeVar("M")
 
 @dataclass(slots=True)
 class Reply(Generic[T]):
-    """One client's reply.
-
-    Attributes
-    ----------
-    node_id : int
-    origin : object
-        The reply as the API passes it.
-    record : ArrayRecord
-        The arrays as sent by the client; empty for an evaluation.
-    examples : float
-        Number of examples behind the reply, its weight.
-    form : str
-        Names of its records and metrics. Flower's strategies refuse the whole round
-        if one reply has another form.
-    numbers : dict of name -> float
-        The largest size of each metric.
-    extras : dict of name -> callable
-        What else is in the reply, and how to remove it from `origin`.
-    arrays : mapping of name -> array
-        The dense arrays of `record`; pruned entries have the server's values.
-    """
+    """One client's reply."""
 
     node_id: int
-    origin: T
-    record: ArrayRecord
-    examples: float
+    origin: T  # the reply as the API passes it
+    record: ArrayRecord  # the arrays as sent by the client; empty for an evaluation
+    examples: float  # behind the reply: its weight
+    #: Names of its records and metrics. Flower's strategies refuse the whole round if
+    #: one reply has another form.
     form: str = ""
-    numbers: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)  # the size of each metric
+    #: What else is in the reply, and how to remove it from `origin`.
     extras: dict[str, Callable[[], object]] = field(default_factory=dict)
-    arrays: Params = field(default_factory=dict)
+    arrays: Params = field(default_factory=dict)  # dense; pruned entries: the server's
 
 
 class Replies:
-    """Drops invalid replies with a log line, and ends the round with the others.
-
-    Parameters
-    ----------
-    rounds : Rounds
-    settings : WireSettings
-    """
+    """Drops invalid replies with a log line, and ends the round with the others."""
 
     def __init__(self, rounds: Rounds, settings: WireSettings) -> None:
         self._rounds = rounds
@@ -90,23 +67,14 @@ class Replies:
         self._warned = False  # that training moves pruned weights
 
     def readable(
-        self,
-        server_round: int,
-        received: Iterable[tuple[int, T]],
-        read: Callable[[int, T], Reply[T]],
+        self, received: Iterable[tuple[int, T]], read: Callable[[int, T], Reply[T]]
     ) -> list[Reply[T]]:
         """Read replies in order, without those that are broken or far from the others.
 
         A reply that lacks what most have, or has another form, is dropped. What most do
-        not have is removed from a reply. Examples are capped.
-
-        Parameters
-        ----------
-        server_round : int
-        received : iterable of (node id, object)
-            In the order of the requests, which makes sums of floats repeatable.
-        read : callable
-            May raise the errors that a hostile reply causes.
+        not have is removed from a reply. Examples are capped. `received` is in the
+        order of the requests, which makes sums of floats repeatable; `read` may raise
+        the errors that a hostile reply causes.
         """
         replies = []
         for node_id, origin in received:
@@ -114,16 +82,15 @@ class Replies:
                 replies.append(read(node_id, origin))
                 self._rounds.held.answered(node_id)
             except (AutoFlipError, ValueError, TypeError, KeyError) as error:
-                self._rounds.drop(server_round, node_id, str(error))
-        reasons = self._unlike(server_round, replies)
-        replies = self._without(server_round, replies, reasons)
-        replies = self._without(server_round, replies, self._odd_numbers(replies))
+                self._rounds.drop(node_id, str(error))
+        replies = self._without(replies, self._unlike(replies))
+        replies = self._without(replies, self._odd_numbers(replies))
         told = capped([reply.examples for reply in replies], self._settings.weight_cap)
         for reply, examples in zip(replies, told, strict=True):
             reply.examples = examples
         return replies
 
-    def _unlike(self, server_round: int, replies: Sequence[Reply[T]]) -> dict[int, str]:
+    def _unlike(self, replies: Sequence[Reply[T]]) -> dict[int, str]:
         """Return index -> reason of replies that lack what most have; remove extras."""
         forms = Counter(reply.form for reply in replies)
         usual = forms.most_common(1)[0][0] if forms else ""
@@ -143,23 +110,20 @@ class Replies:
                 _log.warning(
                     "round %d: from the reply of node %d is removed what most do not "
                     "send: %s",
-                    server_round,
-                    reply.node_id,
-                    unasked,
+                    *(self._rounds.number, reply.node_id, unasked),
                 )
         return reasons
 
     def _without(
-        self, server_round: int, replies: list[Reply[T]], reasons: Mapping[int, str]
+        self, replies: list[Reply[T]], reasons: Mapping[int, str]
     ) -> list[Reply[T]]:
         """Drop the replies that there is a reason for, by their index."""
         for index, reason in sorted(reasons.items()):
-            self._rounds.drop(server_round, replies[index].node_id, reason)
+            self._rounds.drop(replies[index].node_id, reason)
         return [reply for i, reply in enumerate(replies) if i not in reasons]
 
     def trained(
         self,
-        server_round: int,
         received: Iterable[tuple[int, T]],
         read: Callable[[int, T], Reply[T]],
         *,
@@ -183,12 +147,12 @@ class Replies:
             reply.arrays = plan.unpack_reply(reply.record, rounds.arrays)
             return reply
 
-        replies = self.readable(server_round, received, dense)
-        self._warn(server_round, max(moved))
+        replies = self.readable(received, dense)
+        self._warn(max(moved))
         if not replies:
             reasons = [rounds.dropped[node_id] for node_id, _ in received]
             self._check_apps([*reasons, *map(str, failures)])
-        replies = self._without(server_round, replies, self._outliers(replies))
+        replies = self._without(replies, self._outliers(replies))
         for reply in replies:
             assert plan is not None
             update = plan.update(sent, reply.record[records.VALUES].data)
@@ -199,14 +163,12 @@ class Replies:
         elif not any(reply.examples for reply in replies):
             reason = "no valid reply trained on any example"
         else:
-            rounds.lost = 0
             return replies
-        rounds.abandon(server_round, reason)
+        rounds.abandon(reason)
         return []
 
     def aggregated(
         self,
-        server_round: int,
         inner: object,
         aggregate: Callable[[], tuple[Any, M]],
         arrays: Callable[[Any], Params],
@@ -218,19 +180,19 @@ class Replies:
         before = [(one, dict(vars(one))) for one in chain(inner)]
         made, metrics = aggregate()
         if made is None:
-            self._rounds.abandon(server_round, "the inner strategy aggregated nothing")
+            self._rounds.abandon("the inner strategy aggregated nothing")
             return None, metrics
         model = arrays(made)
         if not all(np.isfinite(value).all() for value in model.values()):
             for one, state in before:  # its own state is not finite either
                 vars(one).clear()
                 vars(one).update(state)
-            self._rounds.abandon(server_round, "the aggregate is not finite")
+            self._rounds.abandon("the aggregate is not finite")
             return None, metrics
         self._rounds.finish(model)
         return made, metrics
 
-    def _warn(self, server_round: int, share: float) -> None:
+    def _warn(self, share: float) -> None:
         """Say once a run that training moves pruned weights, and what helps."""
         if share and not self._warned:
             self._warned = True
@@ -240,18 +202,14 @@ class Replies:
                 "at zero: `with masked(model, message): train(...)`, on the older API "
                 "`with masked(model, config): ...`; without torch, multiply by "
                 "masks_from(message) after each step",
-                server_round,
-                100 * share,
+                *(self._rounds.number, 100 * share),
             )
 
     def _check_apps(self, reasons: Sequence[str]) -> None:
         """End the run before any training if no client's app fits the server.
 
-        Raises
-        ------
-        ReplyError
-            If all replies were dropped since the app lacks the mod, or refused model
-            or mask; more rounds would not help.
+        All replies were dropped since the app lacks the mod, or refused model or mask:
+        more rounds would not help.
         """
         fits = [not any(m in reason for m in _MISFITS) for reason in reasons]
         if reasons and not self._rounds.trained and not any(fits):
@@ -324,10 +282,10 @@ def chain(strategy: object) -> Iterator[object]:
         inner = vars(inner).get("strategy")
 
 
-def setting(strategy: object, name: str) -> str | None:
-    """Return a text that a strategy, or one inside it, has under a name."""
+def setting(strategy: object, name: str, kind: Any, default: Any) -> Any:
+    """Return what a strategy, or one inside it, has under a name."""
     found = (vars(one).get(name) for one in chain(strategy))
-    return next((value for value in found if isinstance(value, str)), None)
+    return next((value for value in found if isinstance(value, kind)), default)
 
 
 def check_size(size: int, largest: int) -> None:
@@ -341,19 +299,11 @@ def check_metrics(
 ) -> dict[str, float]:
     """Refuse metrics that would ruin the model or hide in an average.
 
-    Others, such as a loss that is NaN, are passed on as Flower does: they show.
-
-    Returns
-    -------
-    dict of name -> float
-        The size of each finite metric but `weight`.
-
-    Raises
-    ------
-    WireError
-        If the metric `weight` is not a number >= 0; if one that the strategy aggregates
-        with, whose name it therefore holds, is not finite; or if one is finite, but not
-        in float32, whose sums are finite in float64.
+    Others, such as a loss that is NaN, are passed on as Flower does: they show. Returns
+    the size of each finite metric but `weight`. It is a WireError if `weight` is not a
+    number >= 0; if a metric that the strategy aggregates with, whose name it therefore
+    holds, is not finite; or if one is finite, but not in float32, whose sums are finite
+    in float64.
     """
     used = {weight, _NORM_BIT}
     for one in chain(strategy):

@@ -24,22 +24,7 @@ _log = logging.getLogger("flwr")
 
 @dataclass(eq=False, repr=False)
 class Rounds:
-    """The global weights and the mask of the round.
-
-    Attributes
-    ----------
-    arrays : mapping of name -> array
-        The global model. With `pruned_weights="keep"` it includes the values of
-        pruned weights; no other copy of them exists.
-    initial : mapping of name -> array
-        The weights that nodes explore from (`W0`).
-    plan : Plan or None
-        Manifest and mask of the current round.
-    diagnostics : Diagnostics
-    held : HeldMasks
-    dropped : dict of node id -> reason
-        Dropped replies of the current round.
-    """
+    """The global weights and the mask of the round."""
 
     pruner: Pruner
     pruning: PruningSettings
@@ -50,16 +35,18 @@ class Rounds:
     seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        # The global model. With `pruned_weights="keep"` it includes the values of
+        # pruned weights; no other copy of them exists.
         self.arrays: Params = {}
-        self.initial: Params = {}
-        self.plan: Plan | None = None
+        self.initial: Params = {}  # what nodes explore from (`W0`)
+        self.plan: Plan | None = None  # manifest and mask of the current round
         self.diagnostics = Diagnostics(signs=self.pruning.agreement == "sign")
         self.held = HeldMasks()
-        self.dropped: dict[int, str] = {}
+        self.dropped: dict[int, str] = {}  # node -> why its reply of the round is
+        self.number = 0  # of the round
         self.fresh = True  # False in a resumed run
         self.total: int | None = None  # rounds of the run; None: unknown
         self.trained: bool | None = None  # by any round; None: none has begun
-        self.lost = 0  # tries of the round that had no replies to aggregate
         self.reason = ""  # why the last abandoned round changed nothing
         self._previous: Plan | None = None
         self._unmasked: Params = {}  # the weights that an open round began with
@@ -109,10 +96,7 @@ class Rounds:
     def restore(self, state: Mapping[str, Any], arrays: Params) -> None:
         """Go on from `state` with the global model `arrays`.
 
-        Raises
-        ------
-        CheckpointError
-            If local guidance that the state needs is missing.
+        It is a CheckpointError if local guidance that the state needs is missing.
         """
         self.fresh = False
         self.adopt(state["initial"])
@@ -129,6 +113,7 @@ class Rounds:
         From here on `arrays` are masked, unless the pruner restores what it pruned: so
         a reply that is filled with them, and what comes of it, is the masked model.
         """
+        self.number = server_round
         masks = self.pruner.masks(sampled, self.weights(self.arrays), server_round)
         if self.plan is not None:
             before = self.plan.masks
@@ -142,28 +127,23 @@ class Rounds:
         self._unmasked = self.arrays
         if not self.pruner.restores:
             self.arrays = self.masked_arrays()
-        _log.info(
-            "mask: density %.4f, changed %.4f",
-            self.density,
-            self.diagnostics.mask_change,
-        )
+        changed = self.diagnostics.mask_change
+        _log.info("mask: density %.4f, changed %.4f", self.density, changed)
         return self.plan
 
-    def drop(self, server_round: int, node_id: int, reason: str) -> None:
+    def drop(self, node_id: int, reason: str) -> None:
         """Leave a node's reply out of the round, with a log line."""
         self.dropped[node_id] = reason
         _log.warning(
             "round %d: the reply of node %d is dropped: %s",
-            server_round,
-            node_id,
-            reason,
+            *(self.number, node_id, reason),
         )
 
-    def abandon(self, server_round: int, reason: str) -> None:
+    def abandon(self, reason: str) -> None:
         """End a round without a change: the model keeps its weights and its mask."""
         self.plan, self.reason = self._previous, reason
         self.arrays, self._unmasked = self._unmasked or self.arrays, {}
-        _log.warning("round %d: %s: the model stays as it was", server_round, reason)
+        _log.warning("round %d: %s: the model stays as it was", self.number, reason)
 
     def finish(self, aggregated: Params) -> None:
         """Take the aggregate of the inner strategy as the global model.

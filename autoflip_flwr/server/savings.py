@@ -22,22 +22,12 @@ Direction: TypeAlias = Literal["down", "up"]
 
 
 class Traffic:
-    """Counts the bytes of messages, and what plain FedAvg would have sent for them.
-
-    Attributes
-    ----------
-    dense_bytes : int
-        What the arrays of the dense model count.
-    sent : Counter of (phase, direction) -> int
-        Bytes of the records, as Flower counts them.
-    dense : Counter of (phase, direction) -> int
-        With dense arrays instead, of train and evaluate messages: FedAvg has no
-        exploration.
-    """
+    """Counts the bytes of messages, and what plain FedAvg would have sent for them."""
 
     def __init__(self, dense_bytes: int = 0) -> None:
-        self.dense_bytes = dense_bytes
-        self.sent: Counter[tuple[str, Direction]] = Counter()
+        self.dense_bytes = dense_bytes  # of the arrays of the dense model
+        self.sent: Counter[tuple[str, Direction]] = Counter()  # by phase
+        # With dense arrays instead; no exploration, which FedAvg does not have.
         self.dense: Counter[tuple[str, Direction]] = Counter()
 
     def count(self, phase: str, direction: Direction, content: RecordDict) -> None:
@@ -58,34 +48,22 @@ class Traffic:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        self.sent.update({(p, d): n for p, d, n in state["sent"]})
-        self.dense.update({(p, d): n for p, d, n in state["dense"]})
+        for name, counts in (("sent", self.sent), ("dense", self.dense)):
+            counts.clear()  # a Counter adds what it is updated with
+            counts.update({(p, d): n for p, d, n in state[name]})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Savings:
-    """What a run took, beside FedAvg in the same rounds.
+    """What a run took, beside FedAvg in the same rounds."""
 
-    Attributes
-    ----------
-    parameters, kept : int
-        Trainable parameters, and those that the last mask keeps.
-    sent : int
-        Bytes of all messages, both ways, exploration included.
-    explored : int
-        Those of the exploration alone.
-    dense : int
-        Bytes that FedAvg would have sent.
-    operations, dense_operations : int or None
-        Multiply-accumulates of one sample through the network that clients train, and
-        through the whole model. None: the model or a sample of its input is not known.
-    """
-
-    parameters: int
-    kept: int
-    sent: int
-    explored: int
-    dense: int
+    parameters: int  # trainable ones
+    kept: int  # those that the last mask keeps
+    sent: int  # bytes of all messages, both ways, exploration included
+    explored: int  # bytes of the exploration alone
+    dense: int  # bytes that FedAvg would have sent
+    # Multiply-accumulates of a sample through the network that clients train, and
+    # through the whole model; None: the model or a sample of its input is not known.
     operations: int | None = None
     dense_operations: int | None = None
 

@@ -33,12 +33,8 @@ def write(path: Path, tree: dict[str, Any]) -> None:
     """Write a tree of plain values, arrays and records, whole or not at all.
 
     The file has the format of safetensors. It stores each array once, however often
-    the tree holds it. Its metadata has the tree as JSON, and checksums of both.
-
-    Raises
-    ------
-    CheckpointError
-        If the disk is full or fails.
+    the tree holds it. Its metadata has the tree as JSON, and checksums of both. A disk
+    that is full or fails is a CheckpointError.
     """
     writer = _Writer()
     text = json.dumps(writer.plain(tree))
@@ -62,13 +58,7 @@ def write(path: Path, tree: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read what `write` wrote.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is torn or has another format.
-    """
+    """Read what `write` wrote; a file that is torn is a CheckpointError."""
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}

@@ -4,32 +4,26 @@ import logging
 import shutil
 import tempfile
 import weakref
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from flwr.app import RecordDict
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from autoflip_flwr.errors import ModelError, ReplyError, SettingsError, by_reason
+from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import AutoFlipPruner, Pruner
+from autoflip_flwr.server.flow import Flow, S
 from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.preview import Federation, Preview, preview
-from autoflip_flwr.server.replies import Replies, chain
+from autoflip_flwr.server.replies import Replies, chain, setting
 from autoflip_flwr.server.rounds import Rounds
-from autoflip_flwr.server.savings import (
-    Direction,
-    Savings,
-    Traffic,
-    log_savings,
-    savings_of,
-)
+from autoflip_flwr.server.savings import Savings, Traffic, log_savings, savings_of
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
 from autoflip_flwr.units import ExampleInputs, trace
 from autoflip_flwr.units.enforce import trainable_names
-from autoflip_flwr.wire import records
 
 _log = logging.getLogger("flwr")
 
@@ -39,16 +33,11 @@ _ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
 #: How the names of strategies with differential privacy at the server begin.
 _PRIVATE = ("DifferentialPrivacy", "DPFedAvg")
 
-#: How often a round that loses its replies is tried, before the run ends.
-TRIES = 3
-
 #: Seconds to wait for a round's replies; Flower's default.
 TIMEOUT = 3600.0
 
-S = TypeVar("S")
 
-
-class Wrapper(Generic[S]):
+class Wrapper(Flow[S]):
     """Federated pruning guided by the clients' exploration, around any strategy.
 
     The inner strategy samples nodes, writes its messages and aggregates dense replies
@@ -127,22 +116,22 @@ class Wrapper(Generic[S]):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        chosen = self._default() if strategy is None else strategy
-        self.strategy = cast(S, chosen)
+        self.strategy = cast(S, self._default() if strategy is None else strategy)
         self._check_inner(self.strategy)
-        _check("model", model, nn.Module, "an nn.Module such as Net()")
-        _check(
-            "example_inputs",
-            example_inputs,
-            torch.Tensor | tuple,
-            "one sample that the model runs on, a tensor or tuple of arguments",
-        )
-        _check("pruner", pruner, Pruner, "a Pruner such as Magnitude()")
-        _check("pruning", pruning, PruningSettings, "PruningSettings(...)")
-        _check("exploration", exploration, ExplorationSettings, "ExplorationSettings()")
-        _check("wire", wire, WireSettings, "WireSettings(...)")
-        _check("store", store, Path | str, "a Path")
-        _check("seed", seed, int, "a whole number")
+        sample = "one sample that the model runs on, a tensor or tuple of arguments"
+        for name, value, kind, expected in (
+            ("model", model, nn.Module, "an nn.Module such as Net()"),
+            ("example_inputs", example_inputs, torch.Tensor | tuple, sample),
+            ("pruner", pruner, Pruner, "a Pruner such as Magnitude()"),
+            ("pruning", pruning, PruningSettings, "PruningSettings(...)"),
+            ("exploration", exploration, ExplorationSettings, "ExplorationSettings()"),
+            ("wire", wire, WireSettings, "WireSettings(...)"),
+            ("store", store, Path | str, "a Path"),
+            ("seed", seed, int, "a whole number"),
+        ):
+            fits = isinstance(value, kind) and not isinstance(value, bool)
+            if value is not None and not fits:
+                raise SettingsError(f"{name}: expected {expected}, got {value!r}")
         values: dict[str, Any] = (pruning or PruningSettings()).model_dump()
         given = {"threshold": threshold, "units": units}
         values |= {key: value for key, value in given.items() if value is not None}
@@ -155,10 +144,11 @@ class Wrapper(Generic[S]):
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
         self.model, self._example_inputs = model, example_inputs
-        self.traffic: Traffic | None = Traffic()
+        self.traffic = Traffic()
         self.pruner = AutoFlipPruner() if pruner is None else pruner
         self._settings = {"pruning": pruning, "exploration": exploration, "wire": wire}
-        self.rounds = Rounds(
+        self._make_rounds = partial(
+            Rounds,
             self.pruner,
             pruning,
             _with_warm_start(exploration, self.strategy, self.pruner),
@@ -167,13 +157,23 @@ class Wrapper(Generic[S]):
             units=_units_of(self.pruner, pruning, model, example_inputs),
             seed=seed,
         )
-        self._intake = Intake(self.rounds, wire)
-        self._replies = Replies(self.rounds, wire)
+        self._wire = wire
         self.timeout: float | None = TIMEOUT  # of a round that begins again
         self._begin()
 
-    def _begin(self) -> None:
-        """Prepare what only one API needs."""
+    def _begin(self, total: int | None = None) -> None:
+        """Begin a run, of `total` rounds, in which nobody has explored."""
+        self.rounds = self._make_rounds()
+        self.rounds.total = total
+        self._intake = Intake(self.rounds, self._wire)
+        self._replies = Replies(self.rounds, self._wire)
+
+    def _reopen(self, total: int | None = None) -> None:
+        """Begin another run if there has been one."""
+        if self.rounds.trained is not None:
+            if self.traffic is not None:
+                self.traffic = Traffic()
+            self._begin(total)
 
     def expect(self, num_rounds: int, timeout: float | None = TIMEOUT) -> None:
         """Tell how many rounds the run has, before it starts, and how long one waits.
@@ -222,8 +222,8 @@ class Wrapper(Generic[S]):
             )
 
         def many(fraction: str, least: str) -> int:
-            share = getattr(self.strategy, fraction, 1.0)
-            wanted = max(int(share * clients), getattr(self.strategy, least, 1))
+            share = setting(self.strategy, fraction, int | float, 1.0)
+            wanted = max(int(share * clients), setting(self.strategy, least, int, 1))
             return min(clients, wanted) if share else 0
 
         train, evaluate = self._sampling
@@ -258,37 +258,6 @@ class Wrapper(Generic[S]):
             vars(result)["savings"] = savings  # else: what a start of the user's gives
         log_savings(savings)
 
-    def _count(self, phase: str, direction: Direction, content: RecordDict) -> None:
-        if self.traffic is not None:
-            if not self.traffic.dense_bytes:
-                dense = records.record_of(self.rounds.arrays)
-                self.traffic.dense_bytes = dense.count_bytes()
-            self.traffic.count(phase, direction, content)
-
-    def check_trained(self) -> None:
-        """Raise a ReplyError if no round of a run changed the model."""
-        rounds = self.rounds
-        if rounds.fresh and rounds.trained is False:
-            raise ReplyError(
-                f"the model is untrained: none of {rounds.total} rounds changed it; "
-                f"the last one: {rounds.reason or 'no reply came in time'}; reasons of "
-                f"dropped replies, with their nodes: {by_reason(rounds.dropped)}"
-            )
-
-    def _try_again(self, server_round: int) -> None:
-        """Let a round begin again that lost its replies, unless it has too often."""
-        rounds = self.rounds
-        rounds.lost += 1
-        if rounds.lost < TRIES:
-            _log.warning("round %d begins again", server_round)
-            return
-        self.check_trained()
-        raise ReplyError(
-            f"round {server_round} was lost {TRIES} times; the last time: "
-            f"{rounds.reason}; dropped replies by node: {rounds.dropped}; a run with "
-            "checkpoints goes on after the round before"
-        )
-
     def __getattr__(self, name: str) -> Any:
         """Return the inner strategy's own attributes and methods."""
         inner = vars(self).get("strategy")
@@ -298,27 +267,21 @@ class Wrapper(Generic[S]):
 
     def __repr__(self) -> str:
         """Show the arguments that are not the defaults."""
-        rounds = self.rounds
-        parts = [
-            f"{type(self.strategy).__name__}()",
-            f"threshold={rounds.pruning.threshold:g}",
-        ]
-        if rounds.pruning.units:
-            parts.append(f"units={rounds.pruning.units:g}")
+        parts = [f"{type(self.strategy).__name__}()"]
+        pruning = self.rounds.pruning
+        parts.append(f"threshold={pruning.threshold:g}")
+        if pruning.units:
+            parts.append(f"units={pruning.units:g}")
         if self.model is not None:
             parts.append(f"model={type(self.model).__name__}()")
         if not isinstance(self.pruner, AutoFlipPruner):
             parts.append(f"pruner={type(self.pruner).__name__}()")
         for name, chosen in self._settings.items():
-            usual = type(chosen)()
-            own = [
-                f"{key}={value!r}"
-                for key, value in chosen.model_dump().items()
-                if value != getattr(usual, key)
-                and key not in ("threshold", "units", "prunable")
-            ]
-            if own:
-                parts.append(f"{name}={type(chosen).__name__}({', '.join(own)})")
+            own = chosen.model_dump(
+                exclude_defaults=True, exclude={"threshold", "units", "prunable"}
+            )
+            if shown := ", ".join(f"{key}={value!r}" for key, value in own.items()):
+                parts.append(f"{name}={type(chosen).__name__}({shown})")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _check_inner(self, strategy: object) -> None:
@@ -355,29 +318,22 @@ def _with_warm_start(
     """
     kinds = {kind.__name__ for one in chain(inner) for kind in type(one).__mro__}
     reason = ""
-    for name in sorted(kind for kind in kinds if kind.startswith(_PRIVATE)):
-        reason = (
-            "warm_start would move the model by the explorers' updates, without the "
-            f"clipping and noise of {name}; use one or the other"
-        )
-    for name in kinds.intersection(_ROBUST):
-        reason = (
-            "warm_start would move the model by the mean of all explorers' updates, "
-            f"which one of them can ruin before {name} sees a reply; use one or the "
-            "other"
-        )
+    for name in sorted(kinds):
+        if name.startswith(_PRIVATE):
+            reason = f"explorers' updates, without the clipping and noise of {name}"
+        elif name in _ROBUST:
+            reason = (
+                "mean of all explorers' updates, which one of them can ruin before "
+                f"{name} sees a reply"
+            )
     if exploration.warm_start and reason:
-        raise SettingsError(reason)
+        raise SettingsError(
+            f"warm_start would move the model by the {reason}; use one or the other"
+        )
     warm = exploration.warm_start
     if warm is None:
         warm = pruner.explores and not reason and not exploration.privacy_noise
     return exploration.model_copy(update={"warm_start": warm})
-
-
-def _check(name: str, value: object, kind: Any, expected: str) -> None:
-    fits = value is None or (isinstance(value, kind) and not isinstance(value, bool))
-    if not fits:
-        raise SettingsError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _units_of(

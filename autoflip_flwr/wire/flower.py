@@ -68,6 +68,11 @@ def error_reply(message: Message, error: Exception) -> Message:
     return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
+def forget_round(strategy: object, server_round: int) -> None:
+    """Let a strategy that accounts for privacy be asked for a round again."""
+    vars(strategy).get("_pending_events", {}).pop(server_round, None)
+
+
 def become_task() -> None:
     """Let this process make messages; Flower allows that only in a task."""
     from flwr.supercore.task_identity import TaskIdentity

@@ -74,19 +74,9 @@ class Manifest:
     ) -> "Manifest":
         """Describe a model's arrays.
 
-        Parameters
-        ----------
-        arrays : mapping of name -> array
-        prunable : iterable of str, optional
-            Names of the trainable parameters. By default all floating arrays except
-            those with the names of BatchNorm's buffers.
-        exclude : iterable of str
-            Shell patterns of names that are never pruned.
-
-        Raises
-        ------
-        SettingsError
-            If a name is unknown, or nothing remains to prune.
+        `prunable` are the names of the trainable parameters, by default of all floating
+        arrays but BatchNorm's buffers; `exclude` are shell patterns of names that are
+        never pruned. An unknown name, or nothing to prune, is a SettingsError.
         """
         trainable = None if prunable is None else set(prunable)
         if unknown := sorted((trainable or set()) - set(arrays)):
@@ -131,8 +121,7 @@ class Manifest:
     def largest_message(self) -> int:
         """Bytes that the records of a message have at most.
 
-        Twice the dense arrays, which leaves room for arrays of an app's own, and 1 MiB
-        for headers, config and metrics.
+        Twice the dense arrays, for an app's own, and 1 MiB for config and metrics.
         """
         return 2 * self.dense_bytes + (1 << 20)
 

@@ -134,19 +134,19 @@ class Plan:
         Of a tied weight, which comes under several names, one mask has been kept.
         """
         moved = {
-            name: 0
-            if name in held
-            else int(np.count_nonzero((trained[name] != 0) > keep))
+            name: int(np.count_nonzero((trained[name] != 0) > keep))
             for name, keep in self.masks.items()
+            if name not in held
         }
-        for name in [name for name, count in moved.items() if count]:
-            if any(
-                not count and np.array_equal(trained[name], trained[other])
-                for other, count in moved.items()
-            ):
-                moved[name] = 0
+        still = [name for name in self.masks if not moved.get(name)]
+        total = sum(
+            count
+            for name, count in moved.items()
+            if count
+            and not any(np.array_equal(trained[name], trained[n]) for n in still)
+        )
         pruned = sum(k.size - int(np.count_nonzero(k)) for k in self.masks.values())
-        return sum(moved.values()) / max(1, pruned)
+        return total / max(1, pruned)
 
     def unpack_reply(self, record: ArrayRecord, own: Params) -> dict[str, Array]:
         """Return a reply's arrays; pruned entries have the values of `own`.
@@ -181,42 +181,26 @@ class Plan:
         fill: Params | None = None,
         dtype: ValueType | None = None,
     ) -> dict[str, Array]:
-        """Return all arrays by name, in the manifest's order.
+        """Return all arrays of a packed record by name, in the manifest's order.
 
-        Parameters
-        ----------
-        record : ArrayRecord
-            As `pack` made it.
-        fill : mapping of name -> array, optional
-            Values of the pruned entries; zeros by default.
-        dtype : ValueType, optional
-            Type of the values; by default that of messages to a client.
-
-        Raises
-        ------
-        WireError
-            If keys, lengths, types or shapes differ from the plan, or a value is NaN
-            or infinite.
+        `fill` has the values of the pruned entries, zeros by default; `dtype` is the
+        type of the values, by default that of messages to a client. It is a WireError
+        if keys, lengths, types or shapes differ from the plan, or a value is NaN or
+        infinite.
         """
-        dense_names = [e.name for e in self.manifest.entries if not e.masked]
-        expected = {VALUES, *dense_names}
+        entries = self.manifest.entries
+        expected = {VALUES, *(e.name for e in entries if not e.masked)}
         if set(record) != expected:
             raise WireError(
                 f"expected the arrays {sorted(expected)}, got {sorted(record)}"
             )
-        like = fill or {
-            entry.name: np.zeros(entry.shape, entry.dtype)
-            for entry in self.manifest.entries
-            if entry.masked
-        }
+        zeros = {e.name: np.zeros(e.shape, e.dtype) for e in entries if e.masked}
         dtype = dtype or self.down
         frame = _frame(record[VALUES], dtype)
-        kept = codec.decode(frame, self.masks, dtype=dtype, fill=like)
+        kept = codec.decode(frame, self.masks, dtype=dtype, fill=fill or zeros)
         return {
-            entry.name: kept[entry.name]
-            if entry.masked
-            else read_array(record[entry.name], entry)
-            for entry in self.manifest.entries
+            e.name: kept[e.name] if e.masked else read_array(record[e.name], e)
+            for e in entries
         }
 
 
@@ -274,12 +258,8 @@ class Exploration:
 def complete_mask(config: ConfigRecord, state: RecordDict) -> None:
     """Write all of the mask into a message's config, and hold it in `context.state`.
 
-    A server names a mask that this client holds instead of sending it again.
-
-    Raises
-    ------
-    WireError
-        If the client does not hold it, or the rest does not fit it.
+    A server names a mask that this client holds instead of sending it again. It is a
+    WireError if the client does not hold it, or the rest does not fit it.
     """
     if HELD in config:
         held = state.config_records.get(HELD, ConfigRecord()).get(MASK)
@@ -328,6 +308,8 @@ def guidance_record(frame: bytes, signs: bytes | None = None) -> ArrayRecord:
 
 def guidance_frames(record: ArrayRecord) -> tuple[bytes, bytes | None]:
     """Return the guidance frame of an exploration reply, and its signs or None."""
+    if list(record) in (["0"], ["0", "1"]):  # from Flower's older API
+        record = guidance_record(*(array.data for array in record.values()))
     if set(record) not in ({GUIDANCE}, {GUIDANCE, SIGNS}):
         if GUIDANCE not in record:
             raise WireError(NO_MOD)
@@ -392,13 +374,7 @@ def _converted(values: NDArray[Any], entry: Entry) -> Array:
 
 
 def take_moved(record: ArrayRecord) -> tuple[ArrayRecord, float]:
-    """Return a reply without what it says of moved entries, and that share, in [0, 1].
-
-    Raises
-    ------
-    WireError
-        If it is not one float32 in [0, 1].
-    """
+    """Return a reply without what it says of moved entries, and that share."""
     if MOVED not in record:
         return record, 0.0
     frame = _frame(record[MOVED], "float32")
@@ -457,10 +433,9 @@ def named_arrays(
     With ``exact=False`` other numeric types are converted to the manifest's.
     """
     names = [entry.name for entry in manifest.entries]
-    numbers = [str(index) for index in range(len(names))]
-    if set(record) != set(names) and list(record) != numbers:
+    keys = names if set(record) == set(names) else [str(i) for i in range(len(names))]
+    if set(record) != set(names) and list(record) != keys:
         raise WireError(f"expected the arrays {names}, got {list(record)}")
-    keys = names if set(record) == set(names) else numbers
     return {
         entry.name: read_array(record[key], entry, exact=exact)
         for key, entry in zip(keys, manifest.entries, strict=True)
