@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning
 from torch import nn
 
 from autoflip_flwr.errors import ModelError
@@ -109,12 +108,16 @@ class _Tracer:
         self._graph = self._build(example_inputs)
 
     def _build(self, example_inputs: ExampleInputs) -> Any:
+        # It imports torchvision, timm and transformers where these are installed, which
+        # takes seconds in each message's process; only a trace needs it.
+        from torch_pruning import DependencyGraph
+
         inputs = arguments(example_inputs, like=self._model)
         with self._products:
             self._model.eval()(*inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on torch's own deprecations
-            return torch_pruning.DependencyGraph().build_dependency(
+            return DependencyGraph().build_dependency(
                 self._model,
                 inputs,
                 # One more operation, so that a last layer is not the output itself.
@@ -184,7 +187,7 @@ class _Tracer:
         owned: list[tuple[str, int, Numbers, Numbers]] = []
         for item in coupled:
             node = item.dep.target
-            if node.type == torch_pruning.ops.OPTYPE.OUTPUT:
+            if node.type.name == "OUTPUT":
                 self._whole[path] = "its channels are the model's outputs"
                 return
             indices = np.asarray(item.idxs, np.int64)
