@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.privacy_accounting import SamplingMethod
 from inprocess import LocalGrid, assert_same_arrays, net, only_in, run, seeded, toy_app
+from numpy.testing import assert_allclose
 from test_legacy import AutoFLIP as OlderAutoFLIP
 from test_legacy import options, serve
 
@@ -85,7 +86,8 @@ def test_a_run_with_checkpoints_goes_on_with_the_same_object(tmp_path):
     left[0] = len(NODES)
     seen, result = run(strategy, grid, net(), 4)
     expected, whole = run(settings(), LocalGrid(toy_app(), NODES), net(), 4)
-    assert_same_arrays(seen[-1], expected[-1])
+    for name, value in expected[-1].items():  # sampled, so summed, in another order
+        assert_allclose(seen[-1][name], value, rtol=1e-4, atol=1e-6)
     assert result.savings.kept == whole.savings.kept
     assert result.savings.sent < 1.5 * whole.savings.sent, "no round counts twice"
 
