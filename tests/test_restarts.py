@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from flat import flat
 from flwr.app import ArrayRecord
 from flwr.server.strategy import FedAvg as OlderFedAvg
@@ -12,7 +13,8 @@ from flwr.serverapp.strategy import (
     FedAvg,
 )
 from flwr.supercore.privacy_accounting import SamplingMethod
-from inprocess import LocalGrid, assert_same_arrays, net, only_in, run, seeded, toy_app
+from inprocess import LocalGrid, assert_same_arrays, net, only_in, run, toy_app
+from numpy.testing import assert_allclose
 from test_legacy import AutoFLIP as OlderAutoFLIP
 from test_legacy import options, serve
 
@@ -27,7 +29,11 @@ def strategy_of(**more):
 
 
 def other_net():
-    return seeded(net, seed=1)
+    model = net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
 
 
 def test_a_start_with_other_weights_is_a_run_of_its_own():
@@ -85,7 +91,8 @@ def test_a_run_with_checkpoints_goes_on_with_the_same_object(tmp_path):
     left[0] = len(NODES)
     seen, result = run(strategy, grid, net(), 4)
     expected, whole = run(settings(), LocalGrid(toy_app(), NODES), net(), 4)
-    assert_same_arrays(seen[-1], expected[-1])
+    for name, value in expected[-1].items():  # sampled, so summed, in another order
+        assert_allclose(seen[-1][name], value, rtol=1e-4, atol=1e-6)
     assert result.savings.kept == whole.savings.kept
     assert result.savings.sent < 1.5 * whole.savings.sent, "no round counts twice"
 

@@ -67,6 +67,7 @@ class AutoFlipPruner(Pruner):
         self._check_units()
         self._asked: set[int] = set()
         self._renewing = False
+        self._renewed = 0  # the last round in which all explore again
         self._store = GuidanceStore(problem.directory, self.shapes)
         self._population: dict[str, Float32] | None = None
         self._weights: dict[int, float] = {}  # of nodes, for `clipped-mean`
@@ -106,7 +107,8 @@ class AutoFlipPruner(Pruner):
         Every `exploration.every` rounds all nodes explore again, from the global model.
         """
         every, fraction = self._exploration.every, self._exploration.fraction
-        if every and due(server_round, every):
+        if every and due(server_round, every) and server_round != self._renewed:
+            self._renewed = server_round  # once, should the round begin again
             self._asked.clear()
             self._renewing = True  # the old guidance stays until the first new answer
         first = not self._asked
