@@ -27,25 +27,26 @@ class Clock:
 #: without them; others take less than fifteen.
 SECONDS = {
     "test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were": 190,
-    "test_both_images_build_and_get_healthy": 140,
-    "test_e2e.py": 130,
-    "test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process": 120,
     "test_deployment.py": 150,
+    "test_both_images_build_and_get_healthy": 140,
+    "test_e2e.py": 90,
+    "test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process": 90,
     "test_scale.py": 80,
     "test_an_interrupted_comparison_goes_on_where_it_was": 60,
-    "test_a_node_that_fails_dies_or_is_late_ends_no_run": 55,
-    "test_compact.py": 55,
     "test_one_machine": 50,
-    "test_a_hundred_thousand_mutated_frames": 50,
-    "test_core.py": 50,
+    "test_core.py": 45,
     "test_the_servers_memory_does_not_grow_with_the_explorers": 45,
-    "test_checkpoint.py": 37,
+    "test_compact.py": 40,
+    "test_a_hundred_thousand_mutated_frames": 35,
+    "test_a_node_that_fails_dies_or_is_late_ends_no_run": 35,
     "test_a_run_that_fails_is_named_and_the_others_are_finished": 35,
     "test_compare.py": 35,
-    "test_hostile.py": 35,
-    "test_export.py": 35,
-    "test_replies.py": 35,
+    "test_resume.py": 35,
+    "test_export.py": 30,
     "test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_never_killed": 30,
+    "test_checkpoint.py": 27,
+    "test_forms_of_others.py": 20,
+    "test_replies.py": 20,
     "test_apps.py": 20,
     "test_report.py": 20,
     "test_strategy.py": 20,
@@ -54,11 +55,13 @@ SECONDS = {
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One process more than cores: many tests wait. None for a file that is named."""
+    """More processes than cores: slow tests wait. None for a file that is named."""
     if all("::" in word or word.endswith(".py") for word in config.args):
         return 0
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit it
-    return min(len(os.sched_getaffinity(0)), 4) + 1
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit both
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # or each would compile the package
+    quick = "not slow" in config.option.markexpr
+    return min(len(os.sched_getaffinity(0)), 4) + (1 if quick else 2)
 
 
 def test_or_file(nodeid):

@@ -149,12 +149,13 @@ class Flower:
     def server_apps(self) -> list[int]:
         """Ids of the processes in which this home's SuperLink runs ServerApps."""
         home, found = f"FLWR_HOME={self.home}".encode(), []
+        names = (b"flwr-serverapp", b"flwr-simulation")
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 process = int(folder.name)
                 words = (folder / "cmdline").read_bytes().split(b"\0")[:3]
                 ours = home in (folder / "environ").read_bytes().split(b"\0")
-                if ours and any(word.endswith(b"flwr-serverapp") for word in words):
+                if ours and any(word.endswith(names) for word in words):
                     found.append(process)
         return found
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole or refused; a run that goes on ends as if it never stopped."""
 
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -240,12 +241,23 @@ MAKES = {
 }
 
 
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """Return the end of a run of a name; each is made once."""
+
+    @cache
+    def end(name, rounds=ROUNDS):
+        return started(tmp_path_factory.mktemp("one"), MAKES[name], rounds)
+
+    return end
+
+
 @pytest.mark.parametrize("name", MAKES)
 def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
-    name, tmp_path
+    name, tmp_path, never_stopped
 ):
     make = MAKES[name]
-    expected, one, whole = started(tmp_path / "one", make)
+    expected, one, whole = never_stopped(name)
     _, first, _ = started(tmp_path / "two", make, rounds=3)
     found, later, result = started(tmp_path / "two", make, seed=99)
     assert_same_weights(found, expected)
@@ -258,10 +270,10 @@ def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
 @pytest.mark.parametrize("name", ["AutoFLIP", "default", "ssfl", "some explore"])
 @pytest.mark.parametrize("answers", range(1, 6))
 def test_killed_while_clients_explore_only_the_others_are_asked_again(
-    name, answers, tmp_path
+    name, answers, tmp_path, never_stopped
 ):
     make = MAKES[name]
-    expected, one, _ = started(tmp_path / "one", make, rounds=2)
+    expected, one, _ = never_stopped(name, 2)
     told = []
 
     def tamper(message, reply):
@@ -294,9 +306,11 @@ def test_killed_while_clients_explore_only_the_others_are_asked_again(
 
 @pytest.mark.parametrize("phase", ["train", "evaluate"])
 @pytest.mark.parametrize("server_round", [1, 3])
-def test_killed_in_the_middle_of_a_round_it_is_run_again(phase, server_round, tmp_path):
+def test_killed_in_the_middle_of_a_round_it_is_run_again(
+    phase, server_round, tmp_path, never_stopped
+):
     make = MAKES["AutoFLIP(FedAvgM)"]
-    expected, _, _ = started(tmp_path / "one", make)
+    expected, _, _ = never_stopped("AutoFLIP(FedAvgM)")
 
     def tamper(message, reply):
         config = message.content["config"]
@@ -316,10 +330,10 @@ def test_killed_in_the_middle_of_a_round_it_is_run_again(phase, server_round, tm
 @pytest.mark.parametrize("step", ["configure_train", "aggregate_train"])
 @pytest.mark.parametrize("server_round", [1, 3])
 def test_killed_while_the_server_samples_or_aggregates(
-    step, server_round, tmp_path, monkeypatch
+    step, server_round, tmp_path, monkeypatch, never_stopped
 ):
     make = MAKES["AutoFLIP(FedAvgM)"]
-    expected, _, _ = started(tmp_path / "one", make)
+    expected, _, _ = never_stopped("AutoFLIP(FedAvgM)")
     done = getattr(FedAvgM, step)
 
     def killed(self, current, *arguments):
@@ -342,10 +356,10 @@ def newest(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["AutoFLIP", "every", "FedAdam"])
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_taken(
-    name, tmp_path, caplog
+    name, tmp_path, caplog, never_stopped
 ):
     make = MAKES[name]
-    expected, _, _ = started(tmp_path / "one", make)
+    expected, _, _ = never_stopped(name)
     started(tmp_path / "two", make, rounds=4)
     torn = newest(tmp_path / "two")
     torn.write_bytes(torn.read_bytes()[:-1])
@@ -457,10 +471,10 @@ def test_the_checkpoint_before_is_taken_though_its_round_explored_again(tmp_path
 
 
 def test_the_checkpoint_before_is_taken_where_guidance_of_the_last_is_torn(
-    tmp_path, caplog
+    tmp_path, caplog, never_stopped
 ):
     make = MAKES["every"]  # explores in rounds 1, 3 and 5
-    expected, _, _ = started(tmp_path / "one", make)
+    expected, _, _ = never_stopped("every")
     started(tmp_path / "two", make, rounds=3)
     for path in (tmp_path / "two" / "guidance").glob("*.1.guidance"):
         path.write_bytes(b"")  # what round 3 wrote

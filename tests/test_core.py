@@ -45,10 +45,11 @@ def core(tmp_path_factory):
     return folder
 
 
-def python(path, *arguments):
+def python(path, *arguments, cwd=None):
     """Run Python with one folder for all packages."""
     return subprocess.run(
         [sys.executable, "-S", *map(str, arguments)],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -72,69 +73,79 @@ def test_the_core_alone_runs_the_examples(core, example):
     assert "train:fc1.weight" not in result["sent"], "only kept values travel"
 
 
-@pytest.mark.slow
-def test_the_core_alone_inspects_a_model(core):
-    folder = str(ROOT / "examples" / "message_api" / "after")
-    arguments = ["inspect", "digits_app.task:Net", "--input", "1,1,8,8"]
-    program = f"from autoflip_flwr import cli; raise SystemExit(cli.main({arguments}))"
-    done = python(core, "-c", f"import os; os.chdir({folder!r}); {program}")
-    assert done.returncode == 0, done.stderr
-    assert "fc1" in done.stdout
-    assert "pruning.operations=0.33: about 0.3" in done.stdout
+#: Runs programs in one process; prints what each said, and what a client imports.
+EACH = """
+import json, sys
+from autoflip_flwr import AutoFlipMod, masked, masks_from
+result = {"a client": list(sys.modules)}
+import contextlib, io, os, traceback
+from autoflip_flwr import cli
+for name, program in json.loads(sys.argv[1]).items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = eval(program)
+        except Exception:
+            status = traceback.print_exc()
+    result[name] = status, out.getvalue(), err.getvalue()
+print(json.dumps(result))
+"""
+
+COMMANDS = {"compare smoke": "compare", "report .": "compare"}
+OURS = {
+    "app.server": "__import__('autoflip_flwr.app.server')",
+    "models": "__import__('autoflip_flwr').models.build('resnet50', num_classes=2, "
+    "input_shape=(3, 32, 32))",
+    "data": "__import__('autoflip_flwr').data.load('mnist', num_partitions=2)",
+}
+APP = ROOT / "examples" / "message_api" / "after"
+INSPECT = ["inspect", "digits_app.task:Net", "--input", "1,1,8,8"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "extra"),
-    [
-        (["compare", "smoke"], "compare"),
-        (["report", "."], "compare"),
-    ],
-)
-def test_a_command_without_its_extra_says_which(core, arguments, extra, tmp_path):
-    program = f"from autoflip_flwr import cli; raise SystemExit(cli.main({arguments}))"
-    done = python(core, "-c", f"import os; os.chdir({str(tmp_path)!r}); {program}")
-    assert done.returncode == 2, done.stderr
-    assert f"pip install 'autoflip-flwr[{extra}]'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import autoflip_flwr.app.server",
-        "from autoflip_flwr.models import build; "
-        "build('resnet50', num_classes=2, input_shape=(3, 32, 32))",
-        "from autoflip_flwr import data; data.load('mnist', num_partitions=2)",
-    ],
-)
-def test_our_app_without_its_extra_says_which(core, program):
-    done = python(core, "-c", program)
-    assert "MissingExtraError" in done.stderr
-    assert "pip install 'autoflip-flwr[app]'" in done.stderr
-
-
-def test_a_client_imports_neither_the_server_nor_pydantic():
-    program = (
-        "import sys; from autoflip_flwr import AutoFlipMod, masked, masks_from; "
-        "print(*sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    imported = set(done.stdout.split())
-    heavy = {
-        "pydantic",
-        "torch_pruning",
-        "autoflip_flwr.server",
-        "autoflip_flwr.pruners",
+@pytest.fixture(scope="module")
+def said(core, tmp_path_factory):
+    programs = {
+        **{words: f"cli.main({words.split()})" for words in COMMANDS},
+        **OURS,
+        "inspect": f"os.chdir({str(APP)!r}) or cli.main({INSPECT})",
     }
-    assert not heavy & imported
+    folder = tmp_path_factory.mktemp("empty")
+    done = python(core, "-c", EACH, json.dumps(programs), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_core_alone_inspects_a_model(said):
+    status, out, err = said["inspect"]
+    assert status == 0, err
+    assert "fc1" in out
+    assert "pruning.operations=0.33: about 0.3" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_without_its_extra_says_which(said, words):
+    status, _, err = said[words]
+    assert status == 2, err
+    assert f"pip install 'autoflip-flwr[{COMMANDS[words]}]'" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", OURS)
+def test_our_app_without_its_extra_says_which(said, program):
+    _, _, err = said[program]
+    assert "MissingExtraError" in err
+    assert "pip install 'autoflip-flwr[app]'" in err
+
+
+@pytest.mark.slow
+def test_a_client_imports_neither_the_server_nor_pydantic(said):
+    imported = set(said["a client"])
+    assert "autoflip_flwr.client" in imported
+    ours = {"autoflip_flwr.server", "autoflip_flwr.pruners"}
+    assert not {"pydantic", "torch_pruning", *ours} & imported
     assert not EXTRAS & {name.partition(".")[0] for name in imported}
 
 
@@ -145,7 +156,15 @@ def test_a_client_imports_neither_the_server_nor_pydantic():
 def flower(request, tmp_path_factory):
     """A folder with another version of Flower and what it needs."""
     folder = tmp_path_factory.mktemp("flower")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--target",
+    ]
     done = subprocess.run(
         [*command, str(folder), f"flwr=={request.param}"],
         capture_output=True,
@@ -164,7 +183,12 @@ def test_both_apis_run_on_the_oldest_and_the_newest_flower(flower):
         command = [sys.executable, HERE / "plugged_in.py", ROOT / "examples" / example]
         done = subprocess.run(
             [*map(str, command), "4"],
-            env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(folder),
+                "PYTHONDONTWRITEBYTECODE": "",
+                "OMP_NUM_THREADS": "1",
+            },
             capture_output=True,
             text=True,
             check=False,

@@ -19,31 +19,40 @@ from autoflip_flwr.app import export, models, training
 from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.units.enforce import enforce
 
-#: Answers with the exported files in a process that cannot import this package.
+#: Answers with exported files in a process that cannot import this package.
 ALONE = """
 import sys
 sys.modules["autoflip_flwr"] = None
 import json, numpy, torch
-x = torch.from_numpy(numpy.load(sys.argv[1] + "/x.npy"))
-program = torch.export.load(sys.argv[1] + "/model.pt2").module()
-answers = {"pt2": program(x).tolist(), "one": program(x[:1]).tolist()}
-if len(sys.argv) > 2:
-    from onnx.reference import ReferenceEvaluator
-    onnx = ReferenceEvaluator(sys.argv[1] + "/model.onnx")
-    answers["onnx"] = onnx.run(None, {"input": x.numpy()})[0].tolist()
-try:
-    import autoflip_flwr
-except ImportError:
-    print(json.dumps(answers))
+for line in sys.stdin:
+    folder, onnx = json.loads(line)
+    x = torch.from_numpy(numpy.load(folder + "/x.npy"))
+    program = torch.export.load(folder + "/model.pt2").module()
+    answers = {"pt2": program(x).tolist(), "one": program(x[:1]).tolist()}
+    if onnx:
+        from onnx.reference import ReferenceEvaluator
+        onnx = ReferenceEvaluator(folder + "/model.onnx")
+        answers["onnx"] = onnx.run(None, {"input": x.numpy()})[0].tolist()
+    try:
+        import autoflip_flwr
+    except ImportError:
+        print(json.dumps(answers), flush=True)
 """
 
 
-def answers_of(folder, x, *, onnx=False):
-    np.save(folder / "x.npy", x.numpy())
-    command = [sys.executable, "-c", ALONE, str(folder), *(["onnx"] if onnx else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def answers_of():
+    """Ask a process that cannot import this package; one for all tests."""
+    command = [sys.executable, "-c", ALONE]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def ask(folder, x, *, onnx=False):
+            np.save(folder / "x.npy", x.numpy())
+            print(json.dumps([str(folder), onnx]), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
 
 
 def masked_case(name, shape, share=0.5, **options):
@@ -66,7 +75,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_a_run_is_exported_and_answers_without_this_package(run, capsys):
+def test_a_run_is_exported_and_answers_without_this_package(run, capsys, answers_of):
     pytest.importorskip("onnx")
     assert cli.main(["export", str(run)]) == 0
     said = capsys.readouterr().out
@@ -115,7 +124,7 @@ def test_the_small_tensors_lie_where_their_indices_say(run, tmp_path):
         ("char_lstm", (20,), {"hidden": 64}),
     ],
 )
-def test_every_model_is_exported(tmp_path, name, shape, options):
+def test_every_model_is_exported(tmp_path, name, shape, options, answers_of):
     model, masks, example = masked_case(name, shape, **options)
     export.export_model(model, masks, example, tmp_path)
     x = example.repeat(3, *[1] * len(shape))
@@ -130,7 +139,7 @@ def test_every_model_is_exported(tmp_path, name, shape, options):
 @pytest.mark.parametrize(
     "name", ["encoder", "vision-transformer", "swin", "bert", "vit", "gpt2", "llama"]
 )
-def test_transformers_are_exported_with_fewer_heads(tmp_path, name):
+def test_transformers_are_exported_with_fewer_heads(tmp_path, name, answers_of):
     pytest.importorskip("onnx")
     model, x = attentive.build(name)
     model, x = model.float().eval(), x.float() if x.is_floating_point() else x
@@ -150,7 +159,9 @@ def test_transformers_are_exported_with_fewer_heads(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_normalization_over_missing_channels_needs_no_package_either(tmp_path):
+def test_normalization_over_missing_channels_needs_no_package_either(
+    tmp_path, answers_of
+):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(288, 12),

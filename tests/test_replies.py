@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from contextlib import nullcontext
+from functools import cache
 
 import numpy as np
 import pytest
@@ -146,22 +147,27 @@ def request_of(reply):
     return Message(RecordDict(), reply.metadata.src_node_id, "train")
 
 
+def two_rounds(bad, change):
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [bad], change))
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.5)
+    seen, _ = run(strategy, grid, net(), 2)
+    return seen, strategy
+
+
+@cache
+def two_rounds_without(bad):
+    return two_rounds(bad, lambda reply: "lost")[0]
+
+
 @pytest.mark.parametrize("position", [0, 2], ids=["first", "third"])
 @pytest.mark.parametrize("kind", BAD_REPLIES)
 def test_a_bad_reply_is_named_and_the_round_goes_on_without_it(kind, position, caplog):
     """The result is the one of a round that node did not answer in."""
     bad = NODES[position]
-
-    def rounds(change):
-        grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [bad], change))
-        strategy = AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.5)
-        seen, _ = run(strategy, grid, net(), 2)
-        return seen, strategy
-
-    without, _ = rounds(lambda reply: "lost")
+    without = two_rounds_without(bad)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="flwr"):
-        seen, strategy = rounds(BAD_REPLIES[kind])
+        seen, strategy = two_rounds(bad, BAD_REPLIES[kind])
     lines = [r.getMessage() for r in caplog.records if "dropped" in r.getMessage()]
     assert len(lines) == 2, "one a round"
     assert all(f"node {bad}" in line for line in lines)
