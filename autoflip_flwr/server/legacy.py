@@ -40,7 +40,7 @@ from autoflip_flwr.server.replies import EXAMPLES, Reply, check_metrics, check_s
 from autoflip_flwr.server.savings import Direction, log_savings, savings_of
 from autoflip_flwr.server.wrapper import Wrapper
 from autoflip_flwr.types import Array, Params
-from autoflip_flwr.wire.records import NO_MOD, Phase, Plan
+from autoflip_flwr.wire.records import NO_MOD, Phase, Plan, count_bytes
 
 _TENSOR_TYPE = "numpy.ndarray"
 
@@ -279,11 +279,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         return Answer(frame, signs[0] if signs else None, result.num_examples)
 
     def _check_size(self, result: FitRes | EvaluateRes) -> None:
-        texts = [
-            v for v in (result.metrics or {}).values() if isinstance(v, str | bytes)
-        ]
-        tensors = result.parameters.tensors if isinstance(result, FitRes) else []
-        size = sum(map(len, (*texts, *tensors)))
+        size = count_bytes(_content(result))
         check_size(size, self.rounds.manifest.largest_message)
 
     def _update_inner(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from flwr.app import ArrayRecord
 
-from autoflip_flwr.errors import AutoFlipError, ReplyError, WireError
+from autoflip_flwr.errors import AutoFlipError, ReplyError, WireError, one_line
 from autoflip_flwr.method.outliers import (
     capped,
     far_off,
@@ -145,7 +145,7 @@ class Replies:
                     "send: %s",
                     server_round,
                     reply.node_id,
-                    unasked,
+                    one_line(str(unasked)),
                 )
         return reasons
 
@@ -187,7 +187,7 @@ class Replies:
         self._warn(server_round, max(moved))
         if not replies:
             reasons = [rounds.dropped[node_id] for node_id, _ in received]
-            self._check_apps([*reasons, *map(str, failures)])
+            self._check_apps([*reasons, *(one_line(str(f)) for f in failures)])
         replies = self._without(server_round, replies, self._outliers(replies))
         for reply in replies:
             assert plan is not None
