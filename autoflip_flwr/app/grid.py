@@ -289,15 +289,16 @@ class RunGrid(Grid):
             nodes = nodes or nodes_by_message(batch)  # sent by now
             node_id = node_of(reply, nodes)
             if reply.has_error():
-                reason = one_line(reply.error.reason)
+                reason = one_line(str(reply.error.reason))
                 _log.warning("roll call: node %d: %s", node_id, reason)
                 continue
             self.traffic.count("roll-call", "up", reply.content)
             claims[node_id] = node_id
             for record in reply.content.config_records.values():
                 name = record.get(records.CLIENT_ID)
-                told = isinstance(name, str) and len(name) <= _LONGEST_NAME
-                if told or (isinstance(name, int) and name >= 0):
+                if (isinstance(name, str) and len(name) <= _LONGEST_NAME) or (
+                    isinstance(name, int) and name >= 0
+                ):
                     claims[node_id] = client = _client_of(name)
                     self._names.setdefault(client, name)
         # In the order of the nodes, not that of the answers.

@@ -80,7 +80,8 @@ def outlive_unreadable_replies() -> None:
     )
     from flwr.superlink.grid import http_grid
 
-    inflate = http_grid.inflate_object_from_contents
+    grid: Any = http_grid
+    inflate = grid.inflate_object_from_contents
     if inflate.__module__ == __name__:
         return
 
@@ -96,12 +97,12 @@ def outlive_unreadable_replies() -> None:
         except Exception as error:  # hostile bytes can raise any error
             asked = Message(RecordDict(), 1, "train")
             with suppress(Exception):  # it may not even say what it answers
-                empty = dict.fromkeys(children_of(own), RecordDict())
+                empty: Any = dict.fromkeys(children_of(own), RecordDict())
                 told = Message.inflate(own, empty).metadata
                 set_message_id(asked, told.reply_to_message_id)
             return error_reply(asked, error)
 
-    http_grid.inflate_object_from_contents = read
+    grid.inflate_object_from_contents = read
 
 
 def become_task() -> None:
