@@ -85,11 +85,12 @@ class Deployment:
         began = time.monotonic()
         with self.strangers.honest(), attack():
             *command, config = self.command
-            said = self.server.run(
-                [*command, config.replace("/first", f"/{self.runs}")]
-            )
+            config = config.replace("/first", f"/{self.runs}")
+            try:
+                said = self.server.run([*command, config])
+            finally:
+                self.ended.set()
             seconds = time.monotonic() - began
-            self.ended.set()
         if "AutoFLIP run finished" not in said:
             raise RuntimeError(said)
         calls = [line.split() for line in self.calls.read_text()[before:].splitlines()]

@@ -58,6 +58,19 @@ def array_as(name, change):
     return only_in("train", [13], lie)
 
 
+def error(reason):
+    """Answer with an error."""
+
+    def change(reply):
+        told = Message(Error(1, reason), reply_to=reply)
+        told.metadata.__dict__["_reply_to_message_id"] = (
+            reply.metadata.reply_to_message_id
+        )
+        return told
+
+    return change
+
+
 # --- the size of a whole reply --------------------------------------------------------
 
 
@@ -128,8 +141,8 @@ def test_a_value_without_a_size_stops_nobody(changed, value, caplog):
 
 @pytest.mark.parametrize("phase", ["explore", "train"])
 def test_what_a_node_says_is_one_line_of_a_log(phase, caplog):
-    text = f"\n\x1b[2JINFO: all is well {'x' * 10**6}"
-    newer(only_in(phase, [13], lambda r: Message(Error(1, text), reply_to=r)))
+    lie = error(f"\n\x1b[2JINFO: all is well {'x' * 10**6}")
+    newer(only_in(phase, [13], lie))
     lines = [record.getMessage() for record in caplog.records]
     (line,) = [line for line in lines if "all is well" in line]
     assert line.isprintable()
@@ -316,17 +329,13 @@ def losing(times, change=lambda reply: "lost", server_round=2):
     return tamper
 
 
-def broken(reply):
-    return Message(Error(1, "no disk"), reply_to=reply)
-
-
 def own_start(tamper, **options):
     return newer(tamper, inner=OwnStart(fraction_evaluate=0), **options)
 
 
 @pytest.mark.parametrize("changed", [newer, own_start, older])
 @pytest.mark.parametrize(
-    "change", [lambda reply: "lost", broken], ids=["lost", "error"]
+    "change", [lambda reply: "lost", error("no disk")], ids=["lost", "error"]
 )
 def test_a_round_that_loses_everybody_begins_again(change, changed, caplog):
     strategy, found = changed(losing(2, change), rounds=3, **ONE_MASK)
