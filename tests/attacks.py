@@ -4,13 +4,14 @@
 
 The processes of docker/server.yaml and docker/edge.yaml on the loopback: SuperLink
 behind nginx, three honest SuperNodes, and a fourth one with a registered key, which
-lies when it is told to. In each round all attacks come one after the other, each during
-a run of its own, between two runs that nobody disturbs. Attackers use the same
-processors as the nodes.
+lies when it is told to. In each round there is a run under all attacks of strangers at
+once, one under all faults, and so on, each between two runs that nobody disturbs; with
+--each there is one for each attack. Attackers use the same processors as the nodes.
 
-Prints for each attack, in the order of the rounds: the time of the run, divided by the
-mean of the two undisturbed ones beside it; the slowest call of an honest node, in
-seconds; the SuperLink's peak memory, divided by that of the undisturbed run before.
+Prints for each of these runs, in the order of the rounds: its time, divided by the mean
+of the two undisturbed ones beside it (their mean in seconds: `usual`); the slowest call
+of an honest node, in seconds; the SuperLink's peak memory, divided by that of the
+undisturbed run before.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -101,25 +102,33 @@ class Deployment:
             "memory": memory(self.superlink, "VmHWM"),
         }
 
-    def attacks(self) -> dict[str, Attack]:
-        """Return all attacks; each goes on inside the block."""
+    def attacks(self) -> dict[str, dict[str, Attack]]:
+        """Return all attacks, by who attacks; each goes on inside the block."""
         strangers = self.strangers
         return {
-            "500 idle connections": self.by(self.idle),
-            "10,000 bad requests": self.by(lambda: strangers.bad(BAD // 4), threads=4),
-            "100 bodies of 1 GB": self.by(
-                lambda: [strangers.huge(number) for number in range(HUGE // 4)],
-                threads=4,
-            ),
-            "500 to a poll": self.by(lambda: self.fault(500)),
-            "502 to a poll": self.by(lambda: self.fault(502)),
-            "503 to a poll": self.by(lambda: self.fault(503)),
-            "a poll's connection closed": self.by(lambda: self.fault(444)),
-            "2 nodes without a registered key": self.unregistered,
-            "values a million times too far": self.lying("far"),
-            "empty values and no arrays": self.lying("empty"),
-            "an object that cannot be read": self.lying("unreadable"),
-            "300 MB more in a reply": self.lying("large"),
+            "strangers": {
+                "500 idle connections": self.by(self.idle),
+                "10,000 bad requests": self.by(
+                    lambda: strangers.bad(BAD // 4), threads=4
+                ),
+                "100 bodies of 1 GB": self.by(
+                    lambda: [strangers.huge(number) for number in range(HUGE // 4)],
+                    threads=4,
+                ),
+            },
+            "errors to one poll each": {
+                "500": self.by(lambda: self.fault(500)),
+                "502": self.by(lambda: self.fault(502)),
+                "503": self.by(lambda: self.fault(503)),
+                "connection closed": self.by(lambda: self.fault(444)),
+            },
+            "nodes without a registered key": {"2 nodes": self.unregistered},
+            "a registered liar": {
+                "an object that cannot be read": self.lying("unreadable"),
+                "values a million times too far": self.lying("far"),
+                "empty values and no arrays": self.lying("empty"),
+            },
+            "a registered flooder": {"300 MB more a reply": self.lying("large")},
         }
 
     def by(self, work: Callable[[], object], threads: int = 1) -> Attack:
@@ -157,13 +166,14 @@ class Deployment:
             until(f"pull-messages {status}")
 
     def lying(self, lie: str) -> Attack:
-        """Return an attack by the registered liar."""
+        """Return an attack by the registered liar, who tells its lies in turn."""
 
         @contextmanager
         def attack() -> Iterator[None]:
-            self.lie.write_text(lie)
+            before = self.lie.read_text()
+            self.lie.write_text(f"{before} {lie}")
             yield
-            self.lie.write_text("")
+            self.lie.write_text(before)
 
         return attack
 
@@ -179,23 +189,42 @@ class Deployment:
         stop(*nodes)
 
 
+def together(attacks: Iterable[Attack]) -> Attack:
+    """Return an attack that is several at once."""
+
+    @contextmanager
+    def attack() -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in attacks:
+                stack.enter_context(one())
+            yield
+
+    return attack
+
+
 def main() -> None:
     """Do all runs and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rounds-of-a-run", type=int, default=3)
+    parser.add_argument("--each", action="store_true", help="each attack on its own")
     parser.add_argument("--only", default="", help="a part of the attacks' names")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name, Processes(Path(name, "home")) as flower:
         deployment = Deployment(Path(name), flower, arguments.rounds_of_a_run)
-        nobody = deployment.by(lambda: None)
+        attacks: dict[str, Attack] = {}
+        for who, own in deployment.attacks().items():
+            if arguments.each:
+                attacks |= {f"{who}: {what}": attack for what, attack in own.items()}
+            else:
+                attacks[who] = together(own.values())
+        attacks = {n: a for n, a in attacks.items() if arguments.only in n}
+        nobody = together([])
         deployment.run(nobody)  # nodes install the app
         before = deployment.run(nobody)
         for _ in range(arguments.rounds):
-            for attack, action in deployment.attacks().items():
-                if arguments.only not in attack:
-                    continue
+            for attack, action in attacks.items():
                 found, after = deployment.run(action), deployment.run(nobody)
                 usual = (before["seconds"] + after["seconds"]) / 2
                 row = result.setdefault(
