@@ -24,11 +24,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from test_replies import OwnStart
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, Checkpointed
+from autoflip_flwr.app import server
 from autoflip_flwr.app.grid import RunGrid
-from autoflip_flwr.errors import ReplyError, WireError
+from autoflip_flwr.errors import ReplyError, SettingsError, WireError
 from autoflip_flwr.method.outliers import capped, far_off
 from autoflip_flwr.server import replies as checks
-from autoflip_flwr.wire import flower
+from autoflip_flwr.wire.flower import set_message_id
 from autoflip_flwr.wire.manifest import Entry, Manifest
 from autoflip_flwr.wire.records import EPOCHS, MANIFEST, MEASURE, PATIENCE, PHASE
 
@@ -435,11 +436,12 @@ def test_late_and_repeated_replies_are_dropped(caplog):
 def test_a_reply_that_cannot_be_read_is_an_error_of_its_node(broken, monkeypatch):
     """Flower's grid would raise: the objects that a node pushes are read here first."""
     monkeypatch.setattr(http_grid, "inflate_object_from_contents", inflate)
+    grid = LocalGrid(toy_app(), [])
     for _ in range(2):
-        flower.outlive_unreadable_replies()
-    LocalGrid(toy_app(), [])  # lets messages be made
+        with pytest.raises(SettingsError, match="unknown preset"):
+            server.serve(grid, Context(1, 1, {}, RecordDict(), {"preset": "none"}))
     asked = Message(RecordDict(), 11, "train")
-    flower.set_message_id(asked, "asked")
+    set_message_id(asked, "asked")
     record = ConfigRecord({"x": 1})
     reply = Message(RecordDict({"config": record}), reply_to=asked)
     objects = {

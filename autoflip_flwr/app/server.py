@@ -25,8 +25,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def serve(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names."""
-    settings = build.settings_of(context.run_config)
     flower.outlive_unreadable_replies()
+    settings = build.settings_of(context.run_config)
     with quiet(unless=settings.log.verbose):
         _serve(grid, context, settings)
 
