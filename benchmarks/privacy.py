@@ -4,7 +4,8 @@
     python benchmarks/privacy.py short-mnist --data-dir PATH
 
 Our two apps in one process, unstructured pruning, one mask from the guidance of all
-clients. Prints for each epsilon at delta 1e-5 top-1 after the last round, with its
+clients; with --own the preset's pruning, whose first mask alone guidance decides.
+Prints for each epsilon at delta 1e-5 top-1 after the last round, with its
 standard deviation over the seeds, and how many of the parameters that the mask without
 privacy (inf) keeps this mask keeps, too. `random` prunes at random.
 """
@@ -30,10 +31,11 @@ from autoflip_flwr import GuidancePrivacy, settings
 from autoflip_flwr.app import client, server
 from autoflip_flwr.app.runlog import DELTA
 
-SETTINGS = (
-    "exploration.warm-start=false exploration.epochs=5 pruning.units=0 "
-    "pruning.score=guidance pruning.gradual-rounds=0 pruning.balance=global "
-    "pruning.vectors=true"
+#: Private clients tell no signs.
+SETTINGS = "exploration.warm-start=false exploration.epochs=5 "
+GUIDANCE_ALONE = (
+    "pruning.units=0 pruning.score=guidance pruning.gradual-rounds=0 "
+    "pruning.balance=global pruning.vectors=true "
 )
 
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset")
     parser.add_argument("--data-dir", default="")
+    parser.add_argument("--own", action="store_true", help="the preset's own pruning")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8, 4, 2, 1])
@@ -77,7 +80,8 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(arguments.seeds):
-            common = f"{SETTINGS} rounds={arguments.rounds} seed={seed} "
+            common = f"{SETTINGS}rounds={arguments.rounds} seed={seed} "
+            common += "" if arguments.own else GUIDANCE_ALONE
             common += f"data.dir={arguments.data_dir!r} " if arguments.data_dir else ""
             masks = {}
             for arm, own in arms.items():

@@ -17,6 +17,7 @@ undisturbed run before.
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--each", action="store_true", help="each attack on its own")
     parser.add_argument("--only", default="", help="a part of the attacks' names")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the processes, too
     result: dict[str, Any] = {"load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name, Processes(Path(name, "home")) as flower:
         deployment = Deployment(Path(name), flower, arguments.rounds_of_a_run)
