@@ -59,6 +59,12 @@ class ExplorationError(AutoFlipError, RuntimeError):
     """No node completed its exploration, so no mask can be made."""
 
 
+def one_line(text: str, most: int = 2000) -> str:
+    """Return a peer's text so that a log shows it as one line, of bounded length."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
+    return shown if len(text) <= most else f"{shown} ... ({len(text)} characters)"
+
+
 def by_reason(reasons: Mapping[int, str]) -> dict[str, list[int]]:
     """Return reason -> nodes, so that a reason that many share is told once."""
     nodes: dict[str, list[int]] = {}

@@ -226,3 +226,30 @@ def copy_key(source: Machine, name: str, target: Machine) -> None:
 
 def supernode(name: str) -> dict:
     return service("supernode", "edge", CLIENT_ID=name)
+
+
+def commands(server: Machine) -> list[list[str]]:
+    """Return what the guide runs in the server's container."""
+    found = service("superlink", "server")
+    return [
+        [server.placed(word, found) for word in command]
+        for command in in_guide(ON_SERVER)
+    ]
+
+
+def registered(server: Machine, name: str, part: int, parts: int) -> Machine:
+    """Set up a node's machine as the guide does, with samples and a registered key."""
+    machine = new_edge(server, name)
+    machine.script("make-node-key", name)
+    machine.samples(part, parts)
+    copy_key(machine, f"edge/{name}.pub", server)
+    first, *_ = commands(server)
+    said = server.run([word.replace("edge-1", name) for word in first])
+    assert "registered successfully" in said, said
+    return machine
+
+
+def memory(process: int, field: str) -> int:
+    """Return a field of a process's status, in kB: its memory now or at most."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1])

@@ -12,8 +12,6 @@ from flwr.clientapp import ClientApp
 from flwr.common import (
     Code,
     Status,
-    bytes_to_ndarray,
-    ndarray_to_bytes,
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
@@ -98,34 +96,6 @@ def test_a_round_needs_as_many_replies_as_it_is_told(caplog):
     assert "4 valid replies, expected 5 or more" in caplog.text
     for ours, start in zip(seen[-1], state_of(net()).values(), strict=True):
         assert_array_equal(ours, start)
-
-
-def test_a_reply_far_from_the_others_is_dropped_and_named(caplog):
-    def huge(result):
-        values = np.frombuffer(result.parameters.tensors[0], np.float32).copy()
-        values[:] = 1e30
-        result.parameters.tensors[0] = values.tobytes()
-
-    seen = []
-    strategy = AutoFLIP(FedAvg(**options(net, seen)), model=net())
-    with caplog.at_level(logging.WARNING, logger="flwr"):
-        serve(strategy, rounds=1, tamper=of("13", huge))
-    assert "the reply of node 13 is dropped: expected at most 100 times" in caplog.text
-    assert all(np.abs(a).max() < 1e3 for a in seen[-1])
-
-
-def test_a_reply_of_too_many_examples_is_dropped_and_named(caplog):
-    def many(result):
-        result.num_examples = 10**12
-
-    with caplog.at_level(logging.WARNING, logger="flwr"):
-        serve(
-            AutoFLIP(FedAvg(**options(net)), model=net()),
-            rounds=1,
-            tamper=of("12", many),
-        )
-    assert "the reply of node 12 is dropped" in caplog.text
-    assert "has examples" in caplog.text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -222,75 +192,26 @@ def test_the_inner_strategy_sees_the_masked_model_in_every_round():
                 assert not array[~keeps[name]].any(), name
 
 
-def test_an_explorer_far_from_the_others_is_left_out(caplog):
-    def loud(ins, result):
-        if ins.config["autoflip.phase"] == "explore" and result.num_examples == 32:
-            frame = np.frombuffer(result.parameters.tensors[0], np.uint8).copy()
-            levels = frame[: 8 * 4].view("<f4")
-            levels *= np.float32(1e20)
-            result.parameters.tensors[0] = frame.tobytes()
-        return result
-
-    with caplog.at_level(logging.WARNING, logger="flwr"):
-        serve(AutoFLIP(FedAvg(**options(net)), model=net()), rounds=1, tamper=loud)
-    assert "node 13 is left out: expected at most 100 times the median" in caplog.text
-
-
-# --- a whole result, its metrics, its weight ------------------------------------------
-
-
-def last_model(tamper=None, rounds=1, **settings):
-    seen = []
-    strategy = AutoFLIP(FedAvg(**options(net, seen)), **flat(model=net(), **settings))
-    serve(strategy, rounds=rounds, tamper=tamper)
-    return strategy, seen[-1]
-
-
-def assert_dropped(change, caplog, text, **settings):
-    """Node 13's result is named and changes nothing."""
-
-    def lost(result):
-        raise OSError("gone")
-
-    _, expected = last_model(of("13", lost), **settings)
-    caplog.clear()
-    strategy, found = last_model(of("13", change), **settings)
-    for ours, other in zip(found, expected, strict=True):
-        assert_array_equal(ours, other)
-    assert list(strategy.rounds.dropped) == [13]
-    assert text in caplog.text
+# --- what a result tells beside its arrays --------------------------------------------
 
 
 def told(**metrics):
     return lambda result: result.metrics.update(metrics)
 
 
-def array_as(name, value):
-    """Change an array that travels beside the mask: buffers, in the model's order."""
-    names = [n for n in state_of(net()) if n not in dict(net().named_parameters())]
-
-    def change(result):
-        index = 1 + names.index(name)
-        before = bytes_to_ndarray(result.parameters.tensors[index])
-        after = np.full_like(before, value)
-        result.parameters.tensors[index] = ndarray_to_bytes(after)
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (told(blob=bytes(2 << 20)), "a whole reply of at most"),
-        (told(loss=1.7e308), "a finite metric 'loss'"),
-        (told(loss=1e6), "it reports loss 1e+06"),
+        (told(blobs=[bytes(2 << 20)]), "a whole reply of at most"),
         (told(loss="none"), "['loss (number)'], as most replies have"),
         (lambda result: result.metrics.clear(), "as most replies have, got none"),
-        (array_as("1.num_batches_tracked", 2**63 - 1), "1.num_batches_tracked"),
     ],
 )
-def test_a_result_that_would_stop_or_steer_the_others_is_dropped(change, text, caplog):
-    assert_dropped(change, caplog, text)
+def test_a_result_that_tells_other_things_than_most_is_dropped(change, text, caplog):
+    strategy = AutoFLIP(FedAvg(**options(net)), model=net())
+    serve(strategy, rounds=1, tamper=of("13", change))
+    assert list(strategy.rounds.dropped) == [13]
+    assert text in caplog.text
 
 
 def test_metrics_that_most_do_not_send_are_removed_and_named(caplog):
@@ -305,45 +226,6 @@ def test_metrics_that_most_do_not_send_are_removed_and_named(caplog):
     serve(strategy, rounds=1, tamper=of("13", told(extra=b"x" * 9)))
     assert [set(metrics) for metrics in seen] == [{"loss"}] * 5
     assert "node 13 is removed what most do not send: ['extra (bytes)']" in caplog.text
-
-
-def test_a_result_counts_as_ten_times_the_usual_examples_at_most():
-    """Others have 24, 28, 36 and 40: with 3,200 of 13 the median is 36."""
-
-    def examples(count):
-        def change(result):
-            result.num_examples = count
-
-        return of("13", change)
-
-    _, found = last_model(examples(3200))
-    _, expected = last_model(examples(360))
-    for ours, other in zip(found, expected, strict=True):
-        assert_array_equal(ours, other)
-    _, uncapped = last_model(examples(3200), weight_cap=None)
-    assert any((a != b).any() for a, b in zip(found, uncapped, strict=True))
-
-
-@pytest.mark.parametrize("times", [2, 3])
-def test_a_round_that_loses_everybody_begins_again_or_ends_the_run(times, caplog):
-    calls = []
-
-    def tamper(ins, result):
-        if ins.config["autoflip.phase"] == "train":
-            calls.append(ins)
-            if 5 < len(calls) <= 5 + 5 * times:  # in round 2
-                raise OSError("the SuperLink is locked")
-        return result
-
-    if times == 3:
-        with pytest.raises(ReplyError, match="round 2 was lost 3 times"):
-            last_model(tamper, rounds=3)
-        return
-    _, found = last_model(tamper, rounds=3)
-    _, expected = last_model(rounds=3)
-    for ours, other in zip(found, expected, strict=True):
-        assert_array_equal(ours, other)
-    assert "round 2 begins again" in caplog.text
 
 
 # --- what the inner strategy holds and sends ------------------------------------------

@@ -6,37 +6,41 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from both import NODES, both, newer, older
 from flat import flat
 from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
+    get_all_nested_objects,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents as inflate,
+)
+from flwr.superlink.grid import http_grid
 from inprocess import LocalGrid, net, only_in, plain_net, run, toy_app
 from numpy.testing import assert_allclose, assert_array_equal
+from test_replies import OwnStart
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, Checkpointed
+from autoflip_flwr.app import server
 from autoflip_flwr.app.grid import RunGrid
-from autoflip_flwr.errors import ReplyError, WireError
+from autoflip_flwr.errors import ReplyError, SettingsError, WireError
 from autoflip_flwr.method.outliers import capped, far_off
 from autoflip_flwr.server import replies as checks
+from autoflip_flwr.wire.flower import set_message_id
 from autoflip_flwr.wire.manifest import Entry, Manifest
 from autoflip_flwr.wire.records import EPOCHS, MANIFEST, MEASURE, PATIENCE, PHASE
 
-NODES = [11, 12, 13, 14, 15]
 
-
-def changed(tamper, *, rounds=1, inner=None, app=None, **options):
-    """Run with tampered replies; return the strategy and the last model."""
-    strategy = AutoFLIP(inner or FedAvg(fraction_evaluate=0), **flat(**options))
-    grid = LocalGrid(app or toy_app(), NODES, tamper=tamper)
-    return strategy, run(strategy, grid, net(), rounds)[0][-1]
-
-
-def without_13(**options):
+def without_13(changed, **options):
     return changed(only_in("train", [13], lambda reply: "lost"), **options)[1]
 
 
-def assert_dropped(tamper, caplog, text, **options):
+def assert_dropped(changed, tamper, caplog, text, **options):
     """Node 13's reply is named, and the model is that of the other four."""
-    expected = without_13(**options)
+    expected = without_13(changed, **options)
     caplog.clear()
     _, found = changed(tamper, **options)
     for name, value in expected.items():
@@ -55,18 +59,34 @@ def array_as(name, change):
     return only_in("train", [13], lie)
 
 
+def error(reason):
+    """Answer with an error."""
+
+    def change(reply):
+        told = Message(Error(1, reason), reply_to=reply)
+        told.metadata.__dict__["_reply_to_message_id"] = (
+            reply.metadata.reply_to_message_id
+        )
+        return told
+
+    return change
+
+
 # --- the size of a whole reply --------------------------------------------------------
 
 
-def test_a_whole_reply_of_more_bytes_than_the_model_needs_is_dropped(caplog):
+@both
+def test_a_whole_reply_of_more_bytes_than_the_model_needs_is_dropped(changed, caplog):
     def lie(reply):
         reply.content["extra"] = ConfigRecord({"x": bytes(2 << 20)})
 
-    assert_dropped(only_in("train", [13], lie), caplog, "a whole reply of at most")
+    assert_dropped(
+        changed, only_in("train", [13], lie), caplog, "a whole reply of at most"
+    )
 
 
 def test_the_largest_reply_by_hand():
-    strategy, _ = changed(None)
+    strategy, _ = newer(None)
     # 6 x 16 + 4 x 16 + 16 x 3 + 3 float32 entries and one int64; twice, and 1 MiB
     assert strategy.rounds.manifest.dense_bytes == 4 * (96 + 64 + 48 + 3) + 8
     assert strategy.rounds.manifest.largest_message == 2 * 852 + 2**20
@@ -75,7 +95,8 @@ def test_the_largest_reply_by_hand():
         checks.check_size(11, 10)
 
 
-def test_an_explorer_of_too_many_bytes_is_left_out(caplog):
+@both
+def test_an_explorer_of_too_many_bytes_is_left_out(changed, caplog):
     def lie(reply):
         reply.content["extra"] = ConfigRecord({"x": bytes(2 << 20)})
 
@@ -94,15 +115,40 @@ def test_records_that_most_do_not_send_are_removed_and_named(caplog):
     def lie(reply):
         reply.content["extra"] = ConfigRecord({"x": bytes(1 << 19)})
 
-    _, found = changed(only_in("train", [13], lie), inner=Looks(fraction_evaluate=0))
+    _, found = newer(only_in("train", [13], lie), inner=Looks(fraction_evaluate=0))
     assert seen == [["arrays", "metrics"]] * 5
     told = "node 13 is removed what most do not send: ['extra']"
     assert told in caplog.text
-    for name, value in changed(None)[1].items():
+    for name, value in newer(None)[1].items():
         assert_array_equal(found[name], value)
     seen.clear()
-    changed(only_in("train", NODES, lie), inner=Looks(fraction_evaluate=0))
+    newer(only_in("train", NODES, lie), inner=Looks(fraction_evaluate=0))
     assert seen == [["arrays", "extra", "metrics"]] * 5, "an app's own record"
+
+
+@both
+@pytest.mark.parametrize("value", ["", b"", []])
+def test_a_value_without_a_size_stops_nobody(changed, value, caplog):
+    """Flower's count of a message's bytes would fail on it."""
+
+    def lie(reply):
+        reply.content["extra"] = ConfigRecord({"x": value})
+
+    _, found = changed(only_in("train", [13], lie))
+    assert "node 13 is removed what most do not send" in caplog.text
+    for name, array in changed(None)[1].items():
+        assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("phase", ["explore", "train"])
+def test_what_a_node_says_is_one_line_of_a_log(phase, caplog):
+    lie = error(f"\n\x1b[2JINFO: all is well {'x' * 10**6}")
+    newer(only_in(phase, [13], lie))
+    lines = [record.getMessage() for record in caplog.records]
+    (line,) = [line for line in lines if "all is well" in line]
+    assert line.isprintable()
+    assert "13" in line
+    assert len(line) < 2200
 
 
 # --- bounds without holes -------------------------------------------------------------
@@ -115,7 +161,8 @@ def frozen_last_layer(reply):
 
 
 @pytest.mark.parametrize("value", [3e38, 1.0, np.float32(1e10)])
-def test_a_layer_that_nobody_moves_is_moved_by_nobody(value, caplog):
+@both
+def test_a_layer_that_nobody_moves_is_moved_by_nobody(changed, value, caplog):
     """The usual movement is 0: nothing is 100 times that."""
 
     def frozen(lie):
@@ -136,7 +183,8 @@ def test_a_layer_that_nobody_moves_is_moved_by_nobody(value, caplog):
     assert "since most did nothing: it moved 3.weight" in caplog.text
 
 
-def test_a_layer_that_few_train_may_move_as_far_as_it_is_large():
+@both
+def test_a_layer_that_few_train_may_move_as_far_as_it_is_large(changed):
     """Who trains what the others leave alone is no liar."""
 
     def tamper(message, reply):
@@ -148,9 +196,23 @@ def test_a_layer_that_few_train_may_move_as_far_as_it_is_large():
 
 
 @pytest.mark.parametrize("count", [2**63 - 1, -(2**63), 10**6])
-def test_an_integer_far_from_the_others_is_dropped(count, caplog):
+@both
+def test_an_integer_far_from_the_others_is_dropped(changed, count, caplog):
     lie = array_as("1.num_batches_tracked", lambda array: np.int64(count))
-    assert_dropped(lie, caplog, "it moved 1.num_batches_tracked")
+    assert_dropped(changed, lie, caplog, "it moved 1.num_batches_tracked")
+
+
+def test_a_truth_value_is_what_most_say():
+    def make():
+        model = plain_net()
+        model.register_buffer("open", torch.zeros(4, dtype=torch.bool))
+        return model
+
+    lie = array_as("open", np.ones_like)
+    grid = LocalGrid(toy_app(make), NODES, tamper=lie)
+    seen, _ = run(AutoFLIP(FedAvg(fraction_evaluate=0), **flat()), grid, make(), 1)
+    assert seen[-1]["open"].dtype == np.bool_
+    assert not seen[-1]["open"].any()
 
 
 def weighted(key, value):
@@ -175,9 +237,9 @@ def test_examples_are_checked_under_the_key_that_the_strategy_weights_by(value, 
         gone = message.metadata.dst_node_id == 13
         return None if gone else weighted("n", 36)(message, reply)
 
-    expected = changed(lost, inner=inner)[1]
+    expected = newer(lost, inner=inner)[1]
     caplog.clear()
-    strategy, found = changed(weighted("n", value), inner=inner)
+    strategy, found = newer(weighted("n", value), inner=inner)
     for name, array in expected.items():
         assert_array_equal(found[name], array)
     assert list(strategy.rounds.dropped) == [13]
@@ -185,14 +247,18 @@ def test_examples_are_checked_under_the_key_that_the_strategy_weights_by(value, 
 
 
 @pytest.mark.parametrize("value", [1.7e308, -1e39, 1e6])
-def test_a_metric_that_would_ruin_an_average_is_dropped(value, caplog):
+@both
+def test_a_metric_that_would_ruin_an_average_is_dropped(changed, value, caplog):
     def lie(reply):
         reply.content["metrics"]["train-loss"] = value
 
-    assert_dropped(only_in("train", [13], lie), caplog, "")
+    assert_dropped(changed, only_in("train", [13], lie), caplog, "")
 
 
-def test_metrics_may_differ_by_ten_thousand_times_and_small_ones_as_they_like(caplog):
+@both
+def test_metrics_may_differ_by_ten_thousand_times_and_small_ones_as_they_like(
+    changed, caplog
+):
     def lie(value):
         def change(reply):
             reply.content["metrics"]["train-loss"] = value
@@ -225,7 +291,10 @@ def told(count):
 
 @pytest.mark.parametrize("phase", ["train", "explore"])
 @pytest.mark.parametrize("warm_start", [False, True])
-def test_a_reply_counts_as_ten_times_the_usual_examples_at_most(phase, warm_start):
+@both
+def test_a_reply_counts_as_ten_times_the_usual_examples_at_most(
+    changed, phase, warm_start
+):
     """Others have 24, 28, 36, 40; with 3,200 of 13 the median is 36, the cap 360."""
     lie = only_in(phase, [13], told(3200))
     _, found = changed(lie, warm_start=warm_start)
@@ -261,20 +330,16 @@ def losing(times, change=lambda reply: "lost", server_round=2):
     return tamper
 
 
-def broken(reply):
-    return Message(Error(1, "no disk"), reply_to=reply)
+def own_start(tamper, **options):
+    return newer(tamper, inner=OwnStart(fraction_evaluate=0), **options)
 
 
-@pytest.mark.parametrize("inner", [FedAvg, type("Own", (FedAvg,), {"start": None})])
+@pytest.mark.parametrize("changed", [newer, own_start, older])
 @pytest.mark.parametrize(
-    "change", [lambda reply: "lost", broken], ids=["lost", "error"]
+    "change", [lambda reply: "lost", error("no disk")], ids=["lost", "error"]
 )
-def test_a_round_that_loses_everybody_begins_again(change, inner, caplog):
-    if inner.start is None:  # a strategy with a start of its own
-        inner.start = lambda self, *args, **named: FedAvg.start(self, *args, **named)
-    strategy, found = changed(
-        losing(2, change), rounds=3, inner=inner(fraction_evaluate=0), **ONE_MASK
-    )
+def test_a_round_that_loses_everybody_begins_again(change, changed, caplog):
+    strategy, found = changed(losing(2, change), rounds=3, **ONE_MASK)
     assert caplog.text.count("round 2 begins again") == 2
     assert not strategy.rounds.dropped
     for name, value in changed(None, rounds=3, **ONE_MASK)[1].items():
@@ -291,7 +356,7 @@ def test_a_round_that_is_lost_three_times_ends_the_run(tmp_path):
     inner = AutoFLIP(FedAvg(fraction_evaluate=0), **flat(**ONE_MASK))
     grid = LocalGrid(toy_app(), NODES)
     seen, _ = run(Checkpointed(inner, tmp_path), grid, net(), 3)
-    for name, value in changed(None, rounds=3, **ONE_MASK)[1].items():
+    for name, value in newer(None, rounds=3, **ONE_MASK)[1].items():
         assert_allclose(seen[-1][name], value, rtol=1e-5, atol=1e-6)
 
 
@@ -335,7 +400,7 @@ def test_a_round_of_too_few_begins_again_with_the_config_it_had():
             sent.append(config["lr"])
         return losing(1, server_round=1)(message, reply) if len(sent) <= 5 else reply
 
-    changed(tamper, rounds=2, inner=Decays(fraction_evaluate=0))
+    newer(tamper, rounds=2, inner=Decays(fraction_evaluate=0))
     assert rates == [0.5, 0.25]
     assert sent == [0.5] * 10 + [0.25] * 5
 
@@ -361,14 +426,44 @@ def test_late_and_repeated_replies_are_dropped(caplog):
     grid = Repeats(toy_app(), NODES)
     strategy = AutoFLIP(FedAvg(fraction_evaluate=0), **flat())
     seen, _ = run(strategy, grid, net(), 2)
-    for name, value in changed(None, rounds=2)[1].items():
+    for name, value in newer(None, rounds=2)[1].items():
         assert_array_equal(seen[-1][name], value)
     # Each twice in two rounds; those of the round before in training and evaluation.
     assert caplog.text.count("it answers no message of the round") == 2 * 5 + 3 * 5
 
 
+@pytest.mark.parametrize("broken", ["none", "record", "records", "message", "kind"])
+def test_a_reply_that_cannot_be_read_is_an_error_of_its_node(broken, monkeypatch):
+    """Flower's grid would raise: the objects that a node pushes are read here first."""
+    monkeypatch.setattr(http_grid, "inflate_object_from_contents", inflate)
+    grid = LocalGrid(toy_app(), [])
+    for _ in range(2):
+        with pytest.raises(SettingsError, match="unknown preset"):
+            server.serve(grid, Context(1, 1, {}, RecordDict(), {"preset": "none"}))
+    asked = Message(RecordDict(), 11, "train")
+    set_message_id(asked, "asked")
+    record = ConfigRecord({"x": 1})
+    reply = Message(RecordDict({"config": record}), reply_to=asked)
+    objects = {
+        "record": record,
+        "records": reply.content,
+        "message": reply,
+    }
+    contents = {n: o.deflate() for n, o in get_all_nested_objects(reply).items()}
+    if broken in objects:
+        what = objects[broken]
+        contents[what.object_id] = add_header_to_object_body(b"\xff" * 9, what)
+    top = record if broken == "kind" else reply
+    read = http_grid.inflate_object_from_contents(top.object_id, contents)
+    assert read.has_error() == (broken != "none")
+    known = broken not in ("message", "kind")  # which message it answers
+    assert read.metadata.reply_to_message_id == ("asked" if known else "")
+    if read.has_content():
+        assert read.content["config"] == record
+
+
 def test_a_system_clock_that_jumps_changes_nothing(monkeypatch):
-    expected = changed(None, rounds=2)[1]
+    expected = newer(None, rounds=2)[1]
     jumps = iter(range(10**9))
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(jumps) * 86_400.0)

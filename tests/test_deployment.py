@@ -25,14 +25,16 @@ from machines import (
     DOCKER,
     GUIDE,
     ON_ONE_MACHINE,
-    ON_SERVER,
     Machine,
     Processes,
     Started,
+    commands,
     compose,
     copy_key,
     in_guide,
+    memory,
     new_edge,
+    registered,
     service,
     start_superlink,
     started_server,
@@ -54,27 +56,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield started_server(folder / "server", flower)
 
 
-def commands(server: Machine) -> list[list[str]]:
-    """Return what the guide runs in the server's container."""
-    found = service("superlink", "server")
-    return [
-        [server.placed(word, found) for word in command]
-        for command in in_guide(ON_SERVER)
-    ]
-
-
 @pytest.fixture(scope="module")
 def nodes(server: Machine) -> list[tuple[Machine, Started]]:
     """Start the guide's two nodes, with a key and samples each."""
-    machines = [new_edge(server, f"edge-{i + 1}") for i in range(2)]
-    for part, machine in enumerate(machines):
-        machine.script("make-node-key", machine.name)
-        machine.samples(part, 2)
-        copy_key(machine, f"edge/{machine.name}.pub", server)
     *register, seen, _, _ = commands(server)
-    assert len(register) == 2
-    for command in register:
-        assert "registered successfully" in server.run(command)
+    names = [Path(command[-1]).stem for command in register]
+    assert names == ["edge-1", "edge-2"]
+    machines = [registered(server, name, part, 2) for part, name in enumerate(names)]
     logs = [
         machine.start(supernode(machine.name), machine.name, again=True)
         for machine in machines
@@ -98,12 +86,6 @@ def ask(server: Machine, port: str, path: str, method: str = "POST") -> int:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
-
-
-def memory(process: int, field: str) -> int:
-    """Return a field of a process's status, in kB: its memory now or at most."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
 @real

@@ -1,6 +1,7 @@
 """The documentation as a site."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,28 @@ def test_a_setting_is_documented_from_its_field():
     assert (values, default) == ("a number in (0, 1]", "0.6")
     assert meaning.startswith("Density of round 1. It falls")  # the comment above
     assert rows["floor"][2] == "least share of every tensor that is kept"  # beside
+
+
+def test_every_test_that_a_page_names_is_there():
+    files = {path.stem: path.read_text() for path in (ROOT / "tests").glob("*.py")}
+    tests = {stem: set(re.findall(r"def (\w+)", text)) for stem, text in files.items()}
+    there = set().union(*tests.values())
+    for page in sorted(ROOT.glob("docs/**/*.md")):
+        for file, name in re.findall(r"(test_\w+)\.py::(\w+)", page.read_text()):
+            assert name in tests[file], f"{page.name}: {file}.py::{name}"
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert name in there, f"{page.name}: {name}"
+
+
+def test_every_promise_names_its_test():
+    text = (ROOT / "docs" / "security.md").read_text()
+    promises = 0
+    for table in text.split(" | test |\n")[1:]:
+        for row in table.partition("\n\n")[0].splitlines()[1:]:
+            promise, test = row.strip("| ").rsplit(" | ", 1)
+            assert "test" in test, promise
+            promises += 1
+    assert promises > 20
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from both import NODES, both
 from flat import PLAIN, flat
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -37,8 +38,6 @@ from autoflip_flwr.wire.records import (
     guidance_record,
     named_arrays,
 )
-
-NODES = [11, 12, 13, 14, 15]
 
 # --- frames of any bytes --------------------------------------------------------------
 
@@ -262,7 +261,8 @@ def lying(content, rng):
     elif kind == 1:
         metrics["more"] = value
     elif kind == 2:
-        content["more"] = ConfigRecord({"k": rng.randbytes(9)})
+        told = rng.choice([rng.randbytes(9), b"", "", [], [""]])
+        content["more"] = ConfigRecord({"k": told})
     elif kind == 3:
         content.pop(rng.choice(sorted(content)))
     elif kind == 4:
@@ -338,16 +338,18 @@ def examples(count):
     return change_reply
 
 
+def lost(changed, phase, **options):
+    """Run without node 13's replies of a phase; return the last model."""
+    return changed(only_in(phase, [13], lambda reply: "lost"), **options)[1]
+
+
+@both
 @pytest.mark.parametrize("lie", [scaled(1e6), scaled(-1e30), examples(10**15)])
-def test_a_huge_reply_is_dropped_and_named_and_the_others_decide(lie, caplog):
-    honest = LocalGrid(
-        toy_app(), NODES, tamper=only_in("train", [13], lambda r: "lost")
-    )
-    expected, _ = run(AutoFLIP(), honest, net(), 2)
-    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], lie))
-    found, _ = run(AutoFLIP(), grid, net(), 2)
-    for name, value in expected[-1].items():
-        assert_array_equal(found[-1][name], value)
+def test_a_huge_reply_is_dropped_and_named_and_the_others_decide(changed, lie, caplog):
+    expected = lost(changed, "train", rounds=2)
+    _, found = changed(only_in("train", [13], lie), rounds=2)
+    for name, value in expected.items():
+        assert_array_equal(found[name], value)
     assert "the reply of node 13 is dropped: expected at most 100 times" in caplog.text
 
 
@@ -367,14 +369,12 @@ def buffer(name, value):
         (buffer("3.weight", 1e20), {"exclude": ["3.*"]}),
     ],
 )
-def test_what_travels_beside_the_mask_is_compared_too(lie, options, caplog):
-    gone = only_in("train", [13], lambda reply: "lost")
-    honest = LocalGrid(toy_app(), NODES, tamper=gone)
-    expected, _ = run(AutoFLIP(**flat(**options)), honest, net(), 1)
-    grid = LocalGrid(toy_app(), NODES, tamper=only_in("train", [13], lie))
-    found, _ = run(AutoFLIP(**flat(**options)), grid, net(), 1)
-    for name, value in expected[-1].items():
-        assert_array_equal(found[-1][name], value)
+@both
+def test_what_travels_beside_the_mask_is_compared_too(changed, lie, options, caplog):
+    expected = lost(changed, "train", **options)
+    _, found = changed(only_in("train", [13], lie), **options)
+    for name, value in expected.items():
+        assert_array_equal(found[name], value)
     assert "node 13 is dropped" in caplog.text
 
 
@@ -441,45 +441,39 @@ def test_huge_values_of_one_of_two_are_no_error():
     assert strategy.rounds.diagnostics.update_variance is None
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_an_explorer_far_from_the_others_is_left_out_of_mask_and_start(warm, caplog):
-    def huge(reply):
-        (key,) = reply.content.array_records
-        record = reply.content[key]
-        good = record["autoflip.guidance"]
-        levels = 2 * len(dict(net().named_parameters()))
-        data = bytearray(good.data)
-        numbers = np.frombuffer(data, "<f4", count=levels)
-        data[: 4 * levels] = (numbers * np.float32(1e6)).tobytes()
-        record["autoflip.guidance"] = Array(
-            dtype=good.dtype, shape=good.shape, stype=good.stype, data=bytes(data)
-        )
+def louder(factor):
+    """Multiply an explorer's guidance."""
 
-    def weights(lie):
-        grid = LocalGrid(toy_app(), NODES, tamper=only_in("explore", [13], lie))
-        strategy = AutoFLIP(**flat(normalization="global", warm_start=warm))
-        return run(strategy, grid, net(), 1)[0][-1]
-
-    lost = weights(lambda reply: "lost")
-    for name, value in weights(huge).items():
-        assert_array_equal(value, lost[name])
-    assert "node 13 is left out: expected at most 100 times the median" in caplog.text
-
-
-def test_an_explorer_that_comes_alone_is_compared_with_those_before(caplog):
-    def huge(reply):
+    def change_reply(reply):
         (key,) = reply.content.array_records
         record = reply.content[key]
         good = record["autoflip.guidance"]
         data = bytearray(good.data)
         count = 2 * len(dict(net().named_parameters()))
-        levels = np.frombuffer(bytes(data), "<f4", count=count) * np.float32(1e12)
+        levels = np.frombuffer(bytes(data), "<f4", count=count) * np.float32(factor)
         data[: levels.nbytes] = levels.tobytes()
         record["autoflip.guidance"] = Array(
             dtype=good.dtype, shape=good.shape, stype=good.stype, data=bytes(data)
         )
 
-    grid = LocalGrid(toy_app(), NODES, tamper=only_in("explore", [99], huge))
+    return change_reply
+
+
+@both
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_explorer_far_from_the_others_is_left_out_of_mask_and_start(
+    changed, warm, caplog
+):
+    options = {"normalization": "global", "warm_start": warm}
+    expected = lost(changed, "explore", **options)
+    _, found = changed(only_in("explore", [13], louder(1e6)), **options)
+    for name, value in expected.items():
+        assert_array_equal(found[name], value)
+    assert "node 13 is left out: expected at most 100 times the median" in caplog.text
+
+
+def test_an_explorer_that_comes_alone_is_compared_with_those_before(caplog):
+    grid = LocalGrid(toy_app(), NODES, tamper=only_in("explore", [99], louder(1e12)))
 
     def join(server_round, arrays):
         if server_round == 1:

@@ -671,6 +671,14 @@ def test_a_record_that_lies_about_its_type_is_refused(dtype):
         wire.arrays_of(record)
 
 
+def test_a_truth_value_is_one_bit():
+    entry = Entry("open", (3,), "|b1", False)
+    body = npy(np.array([True, False, True]))
+    assert_array_equal(wire.read_array(flower(body), entry), [True, False, True])
+    with pytest.raises(WireError, match="open: expected bytes 0 and 1"):
+        wire.read_array(flower(body[:-1] + b"\x02"), entry)
+
+
 def lying(shape, descr="<f4"):
     return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}}}"
 

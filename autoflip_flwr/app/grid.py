@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.errors import SettingsError, one_line
 from autoflip_flwr.pruners.store import write
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
 from autoflip_flwr.server.savings import Traffic
@@ -26,6 +26,9 @@ _ROLL_CALL_TIMEOUT = 120.0
 
 #: More samples or epochs than anybody has: a client that says so is not believed.
 _MOST = 1 << 40
+
+#: Characters of a client's name; a node that gives a longer one has none.
+_LONGEST_NAME = 200
 
 
 class RunGrid(Grid):
@@ -256,13 +259,16 @@ class RunGrid(Grid):
             nodes = nodes or nodes_by_message(batch)  # sent by now
             node_id = node_of(reply, nodes)
             if reply.has_error():
-                _log.warning("roll call: node %d: %s", node_id, reply.error.reason)
+                reason = one_line(str(reply.error.reason))
+                _log.warning("roll call: node %d: %s", node_id, reason)
                 continue
             self.traffic.count("roll-call", "up", reply.content)
             claims[node_id] = node_id
             for record in reply.content.config_records.values():
                 name = record.get(records.CLIENT_ID)
-                if isinstance(name, str) or (isinstance(name, int) and name >= 0):
+                if (isinstance(name, str) and len(name) <= _LONGEST_NAME) or (
+                    isinstance(name, int) and name >= 0
+                ):
                     claims[node_id] = client = _client_of(name)
                     self._names.setdefault(client, name)
         # In the order of the nodes, not that of the answers.

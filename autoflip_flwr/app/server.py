@@ -17,7 +17,7 @@ from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.server.checkpoint import Checkpointed
 from autoflip_flwr.server.strategy import AutoFLIP
 from autoflip_flwr.settings import Settings
-from autoflip_flwr.wire import records
+from autoflip_flwr.wire import flower, records
 
 _log = logging.getLogger("flwr")
 
@@ -26,6 +26,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def serve(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names."""
+    flower.outlive_unreadable_replies()
     settings = build.settings_of(context.run_config)
     with nullcontext() if settings.log.verbose else quiet():
         _serve(grid, context, settings)

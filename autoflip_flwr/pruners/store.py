@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.errors import CheckpointError, WireError
+from autoflip_flwr.errors import CheckpointError, WireError, one_line
 from autoflip_flwr.method.guidance import Statistics, statistics
 from autoflip_flwr.types import Float32, Mask
 from autoflip_flwr.wire.codec import (
@@ -261,8 +261,8 @@ class Answers:
 
     def fail(self, node_id: int, reason: str) -> None:
         """Keep the reason why a node has no valid answer in this round."""
+        self._results[node_id] = reason = one_line(reason)
         self._write(f"{node_id}.answerless", reason.encode(errors="replace"))
-        self._results[node_id] = reason
 
     def failure(self, node_id: int) -> str | None:
         """Return the reason why a node failed; None if it has not failed."""

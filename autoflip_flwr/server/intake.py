@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flwr.app import ArrayRecord
 
-from autoflip_flwr.errors import WireError, by_reason
+from autoflip_flwr.errors import WireError, by_reason, one_line
 from autoflip_flwr.method.mean import WeightedMean
 from autoflip_flwr.method.outliers import capped, far_off, root_mean_square
 from autoflip_flwr.pruners import Ask, Pruner
@@ -172,7 +172,7 @@ class Intake:
                 if warm is not None:
                     self._warmth.add(warm, weights[node_id])
             except ValueError as error:
-                reasons[node_id] = str(error)
+                reasons[node_id] = one_line(str(error))
         for reason, nodes in by_reason(reasons).items():
             named = f"node {nodes[0]} is" if len(nodes) == 1 else f"nodes {nodes} are"
             _log.warning("exploration: %s left out: %s", named, reason)

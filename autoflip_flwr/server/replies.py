@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from flwr.app import ArrayRecord
 
-from autoflip_flwr.errors import AutoFlipError, ReplyError, WireError
+from autoflip_flwr.errors import AutoFlipError, ReplyError, WireError, one_line
 from autoflip_flwr.method.outliers import (
     capped,
     far_off,
@@ -110,7 +110,7 @@ class Replies:
                 _log.warning(
                     "round %d: from the reply of node %d is removed what most do not "
                     "send: %s",
-                    *(self._rounds.number, reply.node_id, unasked),
+                    *(self._rounds.number, reply.node_id, one_line(str(unasked))),
                 )
         return reasons
 
@@ -151,7 +151,7 @@ class Replies:
         self._warn(max(moved))
         if not replies:
             reasons = [rounds.dropped[node_id] for node_id, _ in received]
-            self._check_apps([*reasons, *map(str, failures)])
+            self._check_apps([*reasons, *(one_line(str(f)) for f in failures)])
         replies = self._without(replies, self._outliers(replies))
         for reply in replies:
             assert plan is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.errors import SettingsError, one_line
 from autoflip_flwr.method import mask as masking
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import Problem, Pruner
@@ -133,7 +133,7 @@ class Rounds:
 
     def drop(self, node_id: int, reason: str) -> None:
         """Leave a node's reply out of the round, with a log line."""
-        self.dropped[node_id] = reason
+        self.dropped[node_id] = reason = one_line(reason)
         _log.warning(
             "round %d: the reply of node %d is dropped: %s",
             *(self.number, node_id, reason),
@@ -148,14 +148,15 @@ class Rounds:
     def finish(self, aggregated: Params) -> None:
         """Take the aggregate of the inner strategy as the global model.
 
-        Arrays get their own type back, since Flower averages integers to floats. No
-        client trained the pruned entries: they become zero, or keep their value.
+        Arrays get their own type back, since Flower averages integers and truth values
+        to floats. No client trained the pruned entries: they become zero, or keep their
+        value.
         """
         assert self.plan is not None
         settled: dict[str, Array] = {}
         for entry in self.manifest.entries:
             value = np.asarray(aggregated[entry.name])
-            if entry.dtype[1] in "iu" and value.dtype.kind == "f":
+            if entry.dtype[1] in "iub" and value.dtype.kind == "f":
                 value = np.rint(value)
             value = np.array(value, dtype=entry.dtype)
             if entry.masked:

@@ -2,10 +2,11 @@
 
 import logging
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable as ClientAppCallable
 
 from autoflip_flwr.errors import FlowerVersionError
@@ -71,6 +72,42 @@ def error_reply(message: Message, error: Exception) -> Message:
 def forget_round(strategy: object, server_round: int) -> None:
     """Let a strategy that accounts for privacy be asked for a round again."""
     vars(strategy).get("_pending_events", {}).pop(server_round, None)
+
+
+def outlive_unreadable_replies() -> None:
+    """Let Flower's grid return an error in place of a reply that it cannot read.
+
+    It would raise and end the run of all nodes. Nobody reads a node's objects before
+    the ServerApp does.
+    """
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_object_children_ids_from_object_content as children_of,
+    )
+    from flwr.superlink.grid import http_grid
+
+    grid: Any = http_grid
+    inflate = grid.inflate_object_from_contents
+    if inflate.__module__ == __name__:
+        return
+
+    def read(message_id: str, contents: dict[str, bytes]) -> Message:
+        own = contents[message_id]
+        try:
+            reply = inflate(message_id, contents)
+            if not isinstance(reply, Message):
+                raise TypeError(f"expected a Message, got {type(reply).__name__}")
+            if reply.has_content() and not isinstance(reply.content, RecordDict):
+                raise TypeError(f"expected records, got {type(reply.content).__name__}")
+            return reply
+        except Exception as error:  # hostile bytes can raise any error
+            asked = Message(RecordDict(), 1, "train")
+            with suppress(Exception):  # it may not even say what it answers
+                empty: Any = dict.fromkeys(children_of(own), RecordDict())
+                told = Message.inflate(own, empty).metadata
+                set_message_id(asked, told.reply_to_message_id)
+            return error_reply(asked, error)
+
+    grid.inflate_object_from_contents = read
 
 
 def become_task() -> None:

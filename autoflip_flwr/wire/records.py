@@ -357,6 +357,8 @@ def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array
 def _converted(values: NDArray[Any], entry: Entry) -> Array:
     """Convert finite values to the entry's type; others raise a WireError."""
     wanted = np.dtype(entry.dtype)
+    if values.dtype.kind == "b" and (values.view(np.uint8) > 1).any():
+        raise WireError(f"{entry.name}: expected bytes 0 and 1 for truth values")
     if wanted.kind in "iu" and values.dtype.kind == "f":
         limits = np.iinfo(wanted)
         inside = (values >= limits.min) & (values <= limits.max)
@@ -485,7 +487,11 @@ def own_bytes(content: RecordDict) -> int:
 
 
 def _record_bytes(record: Any) -> int:
-    return int(record.count_bytes()) if len(record) else 0
+    if isinstance(record, ConfigRecord):  # Flower counts no empty values
+        empty = [key for key, value in record.items() if value in ("", b"", [])]
+        rest = {key: value for key, value in record.items() if key not in empty}
+        return sum(map(len, empty)) + int(ConfigRecord(rest).count_bytes())
+    return int(record.count_bytes())
 
 
 def _raw(frame: bytes, dtype: str) -> FlowerArray:
