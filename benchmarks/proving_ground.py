@@ -23,7 +23,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class Cell:
 CELLS = [
     Cell("cnn", "momentum", "two-classes", "mnist", "tune"),
     Cell("cnn", "adam", "iid", "mnist", "tune"),
+    Cell("cnn", "adam", "iid", "mnist-turned", "tune"),
     Cell("resnet-gn", "momentum", "iid", "mnist", "tune"),
     Cell("resnet-gn", "adam", "dirichlet", "cifar10", "tune"),
     Cell("transformer", "adam", "iid", "mnist", "tune"),
@@ -112,6 +113,7 @@ RATES = {
 
 _FOLDERS = {
     "mnist": "",
+    "mnist-turned": "",
     "cifar10": "",
     "femnist": "femnist",
     "shakespeare": "shakespeare",
@@ -279,8 +281,9 @@ def _data(cell: Cell, folder: str, seed: int) -> tuple[Any, ...]:
     place = (
         {} if cell.data == "digits" else {"dir": str(Path(folder, _FOLDERS[cell.data]))}
     )
+    name, _, turned = cell.data.partition("-")
     clients = data.load(
-        cell.data,
+        name,
         num_partitions=CLIENTS,
         seed=seed,
         max_samples=2000,
@@ -288,16 +291,25 @@ def _data(cell: Cell, folder: str, seed: int) -> tuple[Any, ...]:
         **place,
         **_SPLITS[cell.split],
     )
-    test = clients.test
+    spec = data.spec(name)
+    parts, test = [clients.partition(i) for i in range(CLIENTS)], clients.test
+    if turned:
+        parts, test = [_turned(part) for part in parts], _turned(test)
     held = min(VALIDATION, len(test) // 3)
-    spec = data.spec(cell.data)
     return (
         spec.input_shape,
-        spec.num_classes,
-        [clients.partition(i) for i in range(CLIENTS)],
+        spec.num_classes * (4 if turned else 1),
+        parts,
         (test.x[:held], test.y[:held]),
         (test.x[held:], test.y[held:]),
     )
+
+
+def _turned(samples: Any) -> Any:
+    """Turn images by quarters, one after another; the turn is part of the class."""
+    turns = np.arange(len(samples)) % 4
+    turned = [np.rot90(x, k, (1, 2)) for x, k in zip(samples.x, turns, strict=True)]
+    return replace(samples, x=np.stack(turned), y=10 * turns + samples.y)
 
 
 def _app(
