@@ -128,7 +128,17 @@ def test_every_model_is_exported(tmp_path, name, shape, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["encoder", "vision-transformer", "swin", "bert", "vit", "gpt2", "llama"]
+    "name",
+    [
+        "encoder",
+        "vision-transformer",
+        "timm-vit",
+        "swin",
+        "bert",
+        "vit",
+        "gpt2",
+        "llama",
+    ],
 )
 def test_transformers_are_exported_with_fewer_heads(tmp_path, name):
     pytest.importorskip("onnx")
