@@ -84,6 +84,12 @@ def _vit() -> nn.Module:
     return VisionTransformer(16, 4, 2, 4, 12, 16, num_classes=5)
 
 
+def _timm_vit() -> nn.Module:
+    library = pytest.importorskip("timm", reason="needs the extra dev")
+    sizes = {"embed_dim": 12, "depth": 2, "num_heads": 4, "mlp_ratio": 4 / 3}
+    return library.models.VisionTransformer(16, 4, num_classes=5, **sizes)
+
+
 def _swin() -> nn.Module:
     from torchvision.models.swin_transformer import SwinTransformer
 
@@ -101,6 +107,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "no-bias": (lambda: stack(bias=False), TOKENS),
     "cross": (lambda: Encoder(Cross(batch_first=True)), TOKENS),
     "vision-transformer": (_vit, IMAGES),
+    "timm-vit": (_timm_vit, IMAGES),
     "swin": (_swin, IMAGES),
     "bert": (
         lambda: transformers(

@@ -86,6 +86,7 @@ HEADS = {
         ("encoder.layers.encoder_layer_{}.self_attention", 4, 3),
         ("encoder.layers.encoder_layer_{}.mlp.0",),
     ),
+    "timm-vit": (("blocks.{}.attn", 4, 3), ("blocks.{}.mlp.fc1",)),
     "bert": (
         ("network.bert.encoder.layer.{}.attention", 4, 3),
         ("network.bert.encoder.layer.{}.intermediate.dense",),

@@ -159,6 +159,16 @@ def test_a_forgotten_mod_is_an_error(pruner, monkeypatch):
         serve(strategy, rounds=2)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_the_density_falls_if_the_number_of_rounds_is_told(told, caplog):
+    strategy = AutoFLIP(FedAvg(**options(net)), model=net())
+    strategy = strategy.expect(6) if told else strategy
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        serve(strategy, rounds=1)
+    assert strategy.rounds.density == pytest.approx(0.6 if told else 0.2, abs=0.01)
+    assert told is not any("AutoFLIP(strategy).expect" in m for m in caplog.messages)
+
+
 class Saver(FedAvg):
     """Keeps what it aggregates, as a strategy does that saves its best model."""
 

@@ -137,7 +137,17 @@ def test_every_model_is_exported(tmp_path, name, shape, options, answers_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["encoder", "vision-transformer", "swin", "bert", "vit", "gpt2", "llama"]
+    "name",
+    [
+        "encoder",
+        "vision-transformer",
+        "timm-vit",
+        "swin",
+        "bert",
+        "vit",
+        "gpt2",
+        "llama",
+    ],
 )
 def test_transformers_are_exported_with_fewer_heads(tmp_path, name, answers_of):
     pytest.importorskip("onnx")

@@ -65,6 +65,11 @@ class AutoFlipPruner(Pruner):
         self._exploration = problem.exploration
         self._trainable_known = problem.trainable_known
         self._check_units()
+        if problem.rounds is None and settings.gradual_rounds is None:
+            _log.info(
+                "the number of rounds is not known, so the first mask has the final "
+                "density; AutoFLIP(strategy).expect(num_rounds) lets it fall"
+            )
         self._asked: set[int] = set()
         self._renewing = False
         self._renewed = 0  # the last round in which all explore again

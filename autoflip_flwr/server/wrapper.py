@@ -6,7 +6,7 @@ import tempfile
 import weakref
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from flwr.serverapp.strategy import Result
@@ -175,14 +175,16 @@ class Wrapper(Flow[S]):
                 self.traffic = Traffic()
             self._begin(total)
 
-    def expect(self, num_rounds: int, timeout: float | None = TIMEOUT) -> None:
+    def expect(self, num_rounds: int, timeout: float | None = TIMEOUT) -> Self:
         """Tell how many rounds the run has, before it starts, and how long one waits.
 
         On the Message API `start` does. On the older API you may, so that the density
-        falls over the first half of the rounds instead of at once.
+        falls over the first half of the rounds instead of at once:
+        ``strategy = AutoFLIP(strategy).expect(num_rounds)``.
         """
         self.rounds.total = num_rounds
         self.timeout = timeout
+        return self
 
     def preview(
         self,
