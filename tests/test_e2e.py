@@ -140,10 +140,10 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
 ):
     """Nodes with data of their own; warm start, a second mask, momentum at the server.
 
-    The ServerApp is killed with SIGKILL in the third round, and goes on where it was.
+    The ServerApp is killed with SIGKILL in the second round, and goes on where it was.
     """
     overrides = (
-        "rounds=3 strategy.fraction-train=1.0 strategy.min-nodes=3 "
+        "rounds=2 strategy.fraction-train=1.0 strategy.min-nodes=3 "
         "strategy.fraction-evaluate=1.0 pruning.units=0.8 "
         f"strategy.server=fedavgm strategy.server-momentum=0.9 {FROM_GUIDANCE}"
     )
@@ -153,7 +153,7 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     with deployment(tmp_path / "home", words) as flower:
         with ThreadPoolExecutor() as pool:
             running = pool.submit(flower.run, ROOT, config(real, overrides))
-            wait_for(lambda: len(lines(real)) > 1, running)
+            wait_for(lambda: len(lines(real)) > 0, running)
             servers = flower.server_apps()
             assert servers
             for process in servers:
@@ -163,7 +163,7 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     assert "AutoFLIP run finished" in out, out
     assert "going on after round" in out
     assert "nodes explore" not in out
-    assert summary(real)["rounds"] == 3
+    assert summary(real)["rounds"] == 2
     assert summary(real)["networks"]["pruned"]["parameters"] < 0.6 * 31050
     expected = in_one_process(whole, overrides, nodes)
     found = load_file(real / "model.safetensors")
@@ -171,7 +171,7 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     for name, values in found.items():  # its sums are those of other threads
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
     sent = [summary(folder)["bytes"] for folder in (real, whole)]
-    # The third round may have begun before the kill, and begins with whole masks.
+    # The second round may have begun before the kill, and begins with whole masks.
     once_more = 3 * (4 * 6210 + math.ceil(31050 / 8) + 2048)
     for phase, most in (("explore", 0), ("train", once_more), ("evaluate", once_more)):
         for way in (f"{phase}_down", f"{phase}_up"):
@@ -256,23 +256,22 @@ def test_an_unknown_preset_ends_the_run_and_lists_the_known_ones(superlink, tmp_
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(
-    ("api", "states"),
-    [
-        ("message_api", ("before", "after", "smaller")),
-        ("legacy_api", ("before", "after")),
-    ],
-)
-def test_an_existing_app_runs_before_and_after(superlink, api, states):
-    accuracy = {}
-    for state in states:
-        out = superlink.run(
-            ROOT / "examples" / api / state,
-            "num-server-rounds=5",
-            federation="num-supernodes=4",  # two cores each: one process on two cores
-        )
-        found = [line for line in out.splitlines() if "final accuracy" in line]
-        assert found, out
-        accuracy[state] = float(found[-1].split()[-1])
-        assert ("mask: density 0.2000" in out) == (state != "before")
-    assert min(accuracy.values()) > 0.9, accuracy
+@pytest.mark.parametrize("api", ["message_api", "legacy_api"])
+def test_an_existing_app_runs_before_and_after(superlink, api):
+    """Before, and with smaller models, in one process; `test_core.py` has more."""
+    out = superlink.run(
+        ROOT / "examples" / api / "after",
+        "num-server-rounds=5",
+        federation="num-supernodes=4",  # two cores each: one process on two cores
+    )
+    found = [line for line in out.splitlines() if "final accuracy" in line]
+    assert found, out
+    assert float(found[-1].split()[-1]) > 0.9
+    assert "mask: density 0.2000" in out
+    for folder in (ROOT / "examples" / api).glob("[!a]*"):
+        command = [sys.executable, Path(__file__).with_name("plugged_in.py"), folder]
+        done = subprocess.run([*command, "5"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["accuracy"] > 0.9
+        assert result["masked"] == (folder.name != "before")
