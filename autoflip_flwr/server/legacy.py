@@ -67,9 +67,10 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._returned: list[bytes] | None = None
         self._asked: tuple[Parameters, ClientManager] | None = None
         self._values = b""  # the frame of kept values that was sent
-        # This API does not tell a strategy that the run is over.
+        # This API does not tell a strategy that the run is over, and Flower may keep
+        # it until the log has ended: told once, after the last round if we know it.
         known = self.rounds, self.traffic, self.model, self._example_inputs
-        weakref.finalize(self, lambda: log_savings(savings_of(*known)))
+        self._tell = weakref.finalize(self, lambda: log_savings(savings_of(*known)))
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Return the inner strategy's initial parameters."""
@@ -155,6 +156,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         )
         plan = self.rounds.plan
         if plan is None or not instructions:
+            self._tell_if_last(server_round)
             return instructions
         return self._packed(instructions, self._named(parameters), plan, "evaluate")
 
@@ -168,7 +170,12 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         self._count_all("evaluate", "up", [result for _, result in results])
         valid = self._replies.readable(server_round, _by_id(results), self._read)
         pairs = [_weighed(reply) for reply in valid]
+        self._tell_if_last(server_round)
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
+
+    def _tell_if_last(self, server_round: int) -> None:
+        if server_round == self.rounds.total:
+            self._tell()
 
     def _explore(
         self,
