@@ -3,11 +3,16 @@
 import os
 import time
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from autoflip_flwr.app import grid
 from autoflip_flwr.server import messages
+
+_usual = hypothesis.settings.get_profile(hypothesis.settings.get_current_profile_name())
+hypothesis.settings.register_profile("untimed", _usual, deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 class Clock:

@@ -136,7 +136,7 @@ def test_a_model_of_transformers_is_traced_once(monkeypatch):
 # --- exact ----------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 0.5), multiple=st.integers(1, 3))
 def test_a_random_mask_of_heads_and_neurons_is_exact(seed, share, multiple):
     model, x = attentive.build("encoder")

@@ -16,7 +16,7 @@ from autoflip_flwr.method import mask
 from autoflip_flwr.method.guidance import combine
 from autoflip_flwr.wire import codec
 
-properties = settings(deadline=None, max_examples=100)
+properties = settings(max_examples=100)
 shapes = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 guided = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
@@ -504,7 +504,7 @@ def hostile(draw, valid):
     return bytes(frame)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(frame=hostile(VALID["values"]), dtype=st.sampled_from(codec.VALUE_TYPES))
 def test_hostile_values_decode_or_raise_wire_error_and_nothing_else(frame, dtype):
     try:
@@ -518,7 +518,7 @@ def test_hostile_values_decode_or_raise_wire_error_and_nothing_else(frame, dtype
         assert codec.encode(found, MASKS, dtype=dtype) == frame
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(frame=hostile(VALID["mask"]))
 def test_hostile_masks_decode_or_raise_wire_error_and_nothing_else(frame):
     try:
@@ -528,7 +528,7 @@ def test_hostile_masks_decode_or_raise_wire_error_and_nothing_else(frame):
     assert codec.pack_mask(found) == frame
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(frame=hostile(VALID["guidance"]))
 def test_hostile_guidance_decodes_or_raises_wire_error_and_nothing_else(frame):
     try:

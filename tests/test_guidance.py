@@ -15,7 +15,7 @@ from autoflip_flwr.method.guidance import (
     statistics,
 )
 
-properties = settings(deadline=None, max_examples=60)
+properties = settings(max_examples=60)
 
 
 def matrix(**tensors):

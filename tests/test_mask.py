@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.method import mask
 
-properties = settings(deadline=None, max_examples=150)
+properties = settings(max_examples=150)
 
 shapes = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
 any_score = st.floats(width=32, allow_nan=False)  # negative, zero and infinite too

@@ -27,7 +27,7 @@ def assert_each_sample_is_on_one_client(clients, count):
     assert all(len(rows) for rows in clients)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     labels=labels_of_up_to_six_classes,
     partition=st.sampled_from(PARTITIONS),

@@ -131,6 +131,19 @@ def test_the_older_api_tells_it_when_the_strategy_is_given_up(caplog):
     assert f"FedAvg would have sent {saved.dense / 1e6:.2f} MB" in told
 
 
+@pytest.mark.parametrize("evaluated", [0.0, 1.0])
+def test_the_older_api_tells_it_once_after_the_last_round_that_it_expects(
+    evaluated, caplog
+):
+    inner = OlderFedAvg(**options(net), fraction_evaluate=evaluated)
+    strategy = older.AutoFLIP(inner, model=net()).expect(2)
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        serve(strategy, rounds=2)
+        assert len(lines(caplog)) == 2, "Flower still holds the strategy"
+        del strategy
+    assert len(lines(caplog)) == 2
+
+
 def test_a_resumed_run_tells_the_bytes_of_all_its_rounds(tmp_path):
     """The same nodes, whole: 2 rounds and 2 more send what 4 do."""
 

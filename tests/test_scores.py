@@ -50,7 +50,7 @@ def test_saliency_writes_over_the_guidance_and_not_over_the_weights():
     assert_array_equal(initial, [-1.0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     npst.arrays(
         np.float32,

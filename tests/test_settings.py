@@ -21,7 +21,7 @@ from autoflip_flwr.settings import (
     read,
 )
 
-properties = hypothesis_settings(deadline=None, max_examples=50)
+properties = hypothesis_settings(max_examples=50)
 
 
 def quoted(text):

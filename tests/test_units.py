@@ -408,7 +408,7 @@ def test_a_model_that_cannot_be_traced_is_trained_whole_with_a_warning(caplog):
     assert "Bilinear" in caplog.text
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 0.7), multiple=st.integers(1, 4))
 def test_a_random_mask_of_units_is_exact_and_meets_its_share(seed, share, multiple):
     torch.manual_seed(seed)

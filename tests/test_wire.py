@@ -20,7 +20,7 @@ from autoflip_flwr.wire import records as wire
 from autoflip_flwr.wire.manifest import Entry, Manifest
 from autoflip_flwr.wire.records import Plan
 
-fuzzing = settings(deadline=None, max_examples=200)
+fuzzing = settings(max_examples=200)
 
 
 def model():

@@ -67,9 +67,10 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def _begin(self, total: int | None = None) -> None:
         super()._begin(total)
         self._returned: list[bytes] | None = None
-        # This API does not tell a strategy that the run is over.
+        # This API does not tell a strategy that the run is over, and Flower may keep
+        # it until the log has ended: told once, after the last round if we know it.
         known = self.rounds, self.traffic, self.model, self._example_inputs
-        weakref.finalize(self, lambda: log_savings(savings_of(*known)))
+        self._tell = weakref.finalize(self, lambda: log_savings(savings_of(*known)))
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Begin a run; return the inner strategy's initial parameters."""
@@ -162,6 +163,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         instructions = self.strategy.configure_evaluate(
             server_round, parameters, client_manager
         )
+        if not instructions:
+            self._tell_if_last(server_round)
         return _filled(instructions, self._packed(_requests(instructions), "evaluate"))
 
     def aggregate_evaluate(
@@ -174,7 +177,12 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         received, _ = self._received("evaluate", results, failures)
         valid = self._replies.readable(received, self._read)
         pairs = [_weighed(reply) for reply in valid]
+        self._tell_if_last(server_round)
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)
+
+    def _tell_if_last(self, server_round: int) -> None:
+        if server_round == self.rounds.total:
+            self._tell()
 
     # --- between instructions, results and records -----------------------------------
 
