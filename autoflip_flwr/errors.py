@@ -52,7 +52,7 @@ class NodesError(AutoFlipError, RuntimeError):
 
 
 class ReplyError(AutoFlipError, RuntimeError):
-    """No round of a run had valid replies to change the model: it is untrained."""
+    """A round lost all its replies for good, or no round of a run changed the model."""
 
 
 class ExplorationError(AutoFlipError, RuntimeError):

@@ -23,6 +23,11 @@ def names(planned):
     return [run.directory.name for run in planned]
 
 
+def test_a_value_may_be_a_list_with_brackets_in_it():
+    found = compare.parse_vary(['pruning.exclude=["conv[12]*",fc],[]'])
+    assert found == {"pruning.exclude": ['["conv[12]*",fc]', "[]"]}
+
+
 def test_every_strategy_is_run_with_every_seed(tmp_path):
     planned = compare.plan(
         "smoke", output=tmp_path, strategies=["fedavg", "l1"], seeds=2
@@ -254,7 +259,7 @@ def command(output, *more):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_command_runs_all_and_ends_with_a_table(compared):
     folder, done = compared
     assert runs_in(folder) == ["autoflip-0", "fedavg-0"]
@@ -269,7 +274,7 @@ def test_the_command_runs_all_and_ends_with_a_table(compared):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_compared_run_is_the_run_itself(compared, tmp_path):
     """Bit for bit the weights of the same apps on another grid."""
     folder, _ = compared
@@ -283,7 +288,7 @@ def test_a_compared_run_is_the_run_itself(compared, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_finished_comparison_is_not_run_again(compared):
     folder, first = compared
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
@@ -296,7 +301,7 @@ def test_a_finished_comparison_is_not_run_again(compared):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
     words = command(tmp_path)
     words[words.index(SMALL)] = f"{SMALL} rounds=8"
@@ -341,7 +346,7 @@ def _wait_for(path, process):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     words = command(tmp_path, "--vary", "pruning.floor=0.9,0.01")
     words[words.index("fedavg,autoflip")] = "autoflip"
@@ -355,7 +360,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_node_that_fails_dies_or_is_late_ends_no_run(tmp_path):
     """On a Ray of its own, in a process of its own."""
     script = tmp_path / "nodes.py"

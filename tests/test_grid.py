@@ -70,12 +70,13 @@ def test_nodes_are_listed_by_partition_and_nodes_without_one_last():
     assert grid_of(inner).get_node_ids() == [0, 1, 2, 3, 5, 7]
 
 
-def test_a_name_without_end_is_none():
+def test_a_name_without_end_is_none(caplog):
     configs = {100: {"client-id": "x" * 200}, 101: {"client-id": "x" * 201}}
     app = load_script("named_client_app", ROOT / "client_app.py").app
     grid = grid_of(LocalGrid(app, configs, node_configs=configs))
     _, second = grid.get_node_ids()
     assert second == 101
+    assert "node 101 has a name of 201 characters" in caplog.text
 
 
 def test_the_list_does_not_depend_on_the_order_in_which_nodes_connect():

@@ -209,6 +209,13 @@ def test_a_change_of_the_whole_model_is_refused_where_a_smaller_one_is_trained()
         model.load_state_dict(net().state_dict())
 
 
+def test_a_layer_that_is_put_into_the_whole_model_is_refused():
+    model = net()
+    refused = pytest.raises(MaskError, match="the block has changed the whole model")
+    with refused, masked(model, some_masks(model), ONE):
+        model.load_state_dict(net().state_dict(), assign=True)
+
+
 def test_what_a_block_learned_before_it_failed_is_not_lost():
     model = net()
     masks = some_masks(model)

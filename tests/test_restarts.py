@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flat import flat
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.server.strategy import FedAvg as OlderFedAvg
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
@@ -18,8 +18,8 @@ from numpy.testing import assert_allclose
 from test_legacy import AutoFLIP as OlderAutoFLIP
 from test_legacy import options, serve
 
-from autoflip_flwr import AutoFLIP, Checkpointed
-from autoflip_flwr.errors import ReplyError
+from autoflip_flwr import AutoFLIP, Checkpointed, ExplorationSettings
+from autoflip_flwr.errors import ExplorationError, ReplyError
 
 NODES = [11, 12, 13, 14, 15]
 
@@ -68,6 +68,75 @@ def test_a_run_that_has_ended_does_not_excuse_the_next_one():
     run(strategy, LocalGrid(toy_app(), NODES), net(), 1)
     with pytest.raises(ReplyError, match="the model is untrained: none of 1 rounds"):
         run(strategy, LocalGrid(toy_app(), NODES, tamper=lost), other_net(), 1)
+
+
+def test_a_run_that_goes_on_keeps_its_density_and_explores_again_when_it_is_due():
+    """Rounds of a second start begin at 1, where the schedule would be dense."""
+    explorations = ExplorationSettings(every=3)
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), exploration=explorations, seed=0)
+    grid = LocalGrid(toy_app(), NODES)
+    _, first = run(strategy, grid, net(), 4)
+    density = strategy.rounds.density
+    assert density == pytest.approx(0.2, abs=0.01)
+    assert len(grid.nodes("explore")) == 2 * len(NODES)
+    second = strategy.start(grid, first.arrays, num_rounds=1)
+    assert strategy.rounds.density == density
+    strategy.start(grid, second.arrays, num_rounds=4)
+    assert len(grid.nodes("explore")) == 3 * len(NODES)
+
+
+def test_a_start_after_one_that_failed_explores_from_its_own_weights():
+    strategy = strategy_of()
+    grid = LocalGrid(toy_app(), NODES, tamper=lambda message, reply: None)
+    with pytest.raises(ExplorationError):
+        run(strategy, grid, net(), 2)
+    grid = LocalGrid(toy_app(), NODES)
+    seen, _ = run(strategy, grid, other_net(), 2)
+    assert grid.nodes("explore") == NODES
+    expected, _ = run(strategy_of(), LocalGrid(toy_app(), NODES), other_net(), 2)
+    assert_same_arrays(seen[-1], expected[-1])
+
+
+def test_nodes_for_which_the_inner_strategy_waits_explore():
+    """The grid shows none at first; Flower's sampling asks until there are enough."""
+
+    class Late(LocalGrid):
+        asked = 0
+
+        def get_node_ids(self):
+            self.asked += 1
+            return super().get_node_ids() if self.asked > 1 else []
+
+    grid = Late(toy_app(), NODES)
+    run(strategy_of(), grid, net(), 1)
+    assert grid.nodes("explore") == NODES
+
+
+def test_a_warm_start_whose_round_was_lost_is_in_the_checkpoint():
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), seed=0)
+    lost = only_in("train", NODES, lambda reply: "lost")
+    grid, start = (
+        LocalGrid(toy_app(), NODES, tamper=lost),
+        ArrayRecord(net().state_dict()),
+    )
+    with pytest.raises(ReplyError):
+        strategy.start(grid, start, num_rounds=1)
+    warm = strategy.rounds.arrays
+    resumed = AutoFLIP(
+        FedAvg(fraction_evaluate=0), seed=0, store=strategy.rounds.directory
+    )
+    resumed.restore(strategy.state(start), start)
+    assert_same_arrays(resumed.rounds.arrays, warm)
+    assert any((warm[n] != a.numpy()).any() for n, a in start.items())
+
+
+def test_a_config_may_hold_what_numpy_computed():
+    config = ConfigRecord({"lr": np.float64(0.1) * 0.5})
+    strategy = strategy_of()
+    arrays = ArrayRecord(net().state_dict())
+    grid = LocalGrid(toy_app(), NODES)
+    strategy.start(grid, arrays, num_rounds=1, train_config=config)
+    assert sorted(grid.nodes("train")) == NODES
 
 
 def test_a_run_with_checkpoints_goes_on_with_the_same_object(tmp_path):

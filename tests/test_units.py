@@ -1,6 +1,7 @@
 """The units of PyTorch models: what they are, what stays whole, what is refused."""
 
 import copy
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from autoflip_flwr import units
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
 from autoflip_flwr.units.enforce import enforce
+from autoflip_flwr.units.signature import signature
 
 
 def sizes(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
@@ -658,6 +660,78 @@ def test_a_model_with_settings_of_unknown_kind_is_traced_each_time():
     assert "first" in sizes(Configured(config), BLANK)
     config.flip = True
     assert "first" not in sizes(Configured(config), BLANK)
+
+
+def of_width(width):
+    """A forward that uses `width` channels, of one name whatever it is."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self[0].weight[:width])
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, k: setattr(model, "forward", MethodType(of_width(k), model)),
+        lambda model, k: setattr(model, "order", torch.arange(4).roll(k)),
+        lambda model, k: model.register_buffer("order", torch.arange(4).roll(k)),
+        lambda model, k: setattr(model, "parts", [nn.BatchNorm1d(k)]),
+        lambda model, k: model[0].register_forward_hook(of_width(k)),
+    ],
+)
+def test_models_that_may_compute_something_else_have_other_signatures(change):
+    def build(k):
+        torch.manual_seed(k)  # of parameters the values say nothing
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        change(model, k)
+        return signature(model, torch.full((1, 4), k))
+
+    assert build(1) is not None
+    assert build(1) != build(2)
+
+
+def test_equal_models_have_equal_signatures():
+    def build(k):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        model.train()(torch.randn(3, 4))  # other statistics
+        model.register_buffer("order", torch.arange(4))
+        return signature(model, torch.full((1, 4), k))
+
+    assert build(1) == build(2)
+
+
+def test_a_recurrent_layer_alone_is_refused_in_a_sentence():
+    with pytest.raises(ModelError, match="LSTM: expected a model that holds it"):
+        units.trace(nn.LSTM(4, 8), torch.zeros(1, 3, 4))
+
+
+class Odd:
+    """Cannot be compared."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError
+
+
+def test_a_smaller_model_is_traced_once(monkeypatch):
+    """Also one that is not remembered."""
+    from autoflip_flwr.units import graph
+
+    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 2))
+    model.odd = Odd()
+    traced, calls = graph._traced, []
+    monkeypatch.setattr(graph, "_traced", lambda *a: calls.append(a) or traced(*a))
+    keep = np.arange(40) < 10
+    rows = np.repeat(keep[:, None], 4, axis=1)
+    columns = np.repeat(keep[None], 2, axis=0)
+    masks = {"0.weight": rows, "0.bias": keep, "2.weight": columns}
+    small = units.compact_if_it_pays(model, masks, torch.zeros(1, 4))
+    assert small[0].weight.shape == (10, 4)
+    assert len(calls) == 1
 
 
 def test_a_failed_trace_is_remembered(monkeypatch):

@@ -266,9 +266,13 @@ class RunGrid(Grid):
             claims[node_id] = node_id
             for record in reply.content.config_records.values():
                 name = record.get(records.CLIENT_ID)
-                if (isinstance(name, str) and len(name) <= _LONGEST_NAME) or (
-                    isinstance(name, int) and name >= 0
-                ):
+                if isinstance(name, str) and len(name) > _LONGEST_NAME:
+                    _log.warning(
+                        "roll call: node %d has a name of %d characters, and none "
+                        "counts of more than %d",
+                        *(node_id, len(name), _LONGEST_NAME),
+                    )
+                elif isinstance(name, str) or (isinstance(name, int) and name >= 0):
                     claims[node_id] = client = _client_of(name)
                     self._names.setdefault(client, name)
         # In the order of the nodes, not that of the answers.

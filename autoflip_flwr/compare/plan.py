@@ -314,11 +314,11 @@ def parse_seeds(text: str) -> int | list[int]:
 
 
 def parse_vary(words: Iterable[str]) -> dict[str, list[str]]:
-    """Read ``key=value,value,...``; a value may be a list in brackets."""
+    """Read ``key=value,value,...``; a value may be a list, with brackets in it."""
     varied: dict[str, list[str]] = {}
     for word in words:
         key, _, text = word.partition("=")
-        values = re.findall(r"(?:\[[^]]*\]|[^,])+", text)
+        values = re.findall(r"(?:\[(?:\[[^]]*\]|[^]])*\]|[^,])+", text)
         if not (key and values):
             raise SettingsError(f"--vary: expected key=value,value,..., got {word!r}")
         varied.setdefault(key, []).extend(values)

@@ -188,18 +188,24 @@ def read_run(directory: Path) -> Run:
     metrics, summary = directory / "metrics.jsonl", directory / "summary.json"
     try:
         chosen = settings.read(directory / "settings.yaml")
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        whole = summary.read_text(encoding="utf-8")
     except SettingsError as error:
         raise SettingsError(f"run folder {directory}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"run folder {directory}: {error}; {_REMEDY}") from error
+    lines, whole = _text(metrics).splitlines(), _text(summary)
     if not lines:
         raise DataError(f"{metrics}: expected a line a round, got none; {_REMEDY}")
     rounds = [
         _parsed(Round, each, f"{metrics}, line {n}") for n, each in enumerate(lines, 1)
     ]
     return Run(directory, chosen, rounds, _parsed(Summary, whole, str(summary)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"run folder {path.parent}: {path}: {error}; {_REMEDY}"
+        ) from error
 
 
 def _parsed(record: type[_R], text: str, where: str) -> _R:
@@ -242,8 +248,11 @@ def find_runs(directories: Iterable[Path]) -> list[Run]:
 def experiments(runs: Iterable[Run], target: float | None = None) -> list[Experiment]:
     """Group runs by preset, sorted, and each preset's runs into arms.
 
-    Costs are compared at the target accuracy; None: `default_target` of each preset.
+    Costs are compared at the target accuracy, in [0, 1]; None: `default_target` of each
+    preset.
     """
+    if target is not None and not 0 <= target <= 1:
+        raise SettingsError(f"target: expected an accuracy in [0, 1], got {target}")
     by_preset: dict[str, list[Run]] = {}
     for run in runs:
         by_preset.setdefault(run.settings.preset, []).append(run)

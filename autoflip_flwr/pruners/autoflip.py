@@ -72,7 +72,7 @@ class AutoFlipPruner(Pruner):
             )
         self._asked: set[int] = set()
         self._renewing = False
-        self._renewed = 0  # the last round in which all explore again
+        self._renewed = 0  # this round, if all explore again in it
         self._store = GuidanceStore(problem.directory, self.shapes)
         self._population: dict[str, Float32] | None = None
         self._weights: dict[int, float] = {}  # of nodes, for `clipped-mean`
@@ -112,7 +112,9 @@ class AutoFlipPruner(Pruner):
         Every `exploration.every` rounds all nodes explore again, from the global model.
         """
         every, fraction = self._exploration.every, self._exploration.fraction
-        if every and due(server_round, every) and server_round != self._renewed:
+        if server_round != self._renewed:
+            self._renewed = 0
+        if every and due(server_round, every) and not self._renewed:
             self._renewed = server_round  # once, should the round begin again
             self._asked.clear()
             self._renewing = True  # the old guidance stays until the first new answer
@@ -194,6 +196,8 @@ class AutoFlipPruner(Pruner):
         mu = self.settings.population_weight
         share = mu + (1 - mu) * missing
         threshold = self.threshold_of(server_round)
+        if self._threshold > threshold:  # a run that goes on counts from 1 again
+            threshold = self._threshold
         lasting = share == 1.0 or self._by_weights
         if lasting and self._masks is not None and threshold == self._threshold:
             return self._masks  # until another node explores, or density falls

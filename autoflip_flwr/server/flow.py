@@ -59,7 +59,7 @@ class Flow(ABC, Generic[S]):
     _key: str | None = None  # of the model's record, if the inner strategy names it
     _weight = EXAMPLES  # the metric that replies are weighted by
     _open = False  # whether the round has messages
-    _values = b""  # the frame of kept values that was sent
+    _values = b""  # the frame of kept values that was sent to train
 
     @abstractmethod
     def _read(self, node_id: int, origin: Any) -> Reply[Any]:
@@ -80,7 +80,7 @@ class Flow(ABC, Generic[S]):
         server_round: int,
         ask_inner: Callable[[], list[Request]],
         ask: Ask,
-        connected: Sequence[int],
+        connected: Callable[[], Sequence[int]],
     ) -> list[RecordDict]:
         """Let new nodes explore, make the mask, pack the inner strategy's messages."""
         self.rounds.number = server_round
@@ -88,10 +88,9 @@ class Flow(ABC, Generic[S]):
         self._open = bool(requests)
         if not requests:
             return []
-        if self.traffic is not None:
-            _, dense = records.model_record(requests[0][1], self._key)
-            self.traffic.dense_bytes = dense.count_bytes()
-        if self._explored(server_round, requests, ask, connected):
+        self._measure(requests)
+        # An inner strategy may have waited for nodes: now they are connected.
+        if self._explored(server_round, requests, ask, connected()):
             requests = ask_inner()  # with the weights of the warm start
         self.rounds.begin(server_round, [node_id for node_id, _ in requests])
         self._hold(self.rounds.arrays)
@@ -135,6 +134,8 @@ class Flow(ABC, Generic[S]):
 
         Before the first mask they stay as they are.
         """
+        requests = list(requests)
+        self._measure(requests)
         plan = self.rounds.plan
         # By the ids of its frames, which are held: so they stay unique.
         packed: dict[tuple[int, ...], tuple[ArrayRecord, ArrayRecord]] = {}
@@ -155,8 +156,9 @@ class Flow(ABC, Generic[S]):
                 content[config_key] = ConfigRecord({**config, **entries, **several})
             self._count(phase, "down", content)
             made.append(content)
-        sent = [record[records.VALUES].data for _, record in packed.values()]
-        self._values = sent[0] if sent else b""
+        if phase == "train":
+            sent = [record[records.VALUES].data for _, record in packed.values()]
+            self._values = sent[0] if sent else b""
         return made
 
     def _valid(
@@ -240,6 +242,12 @@ class Flow(ABC, Generic[S]):
         except WireError as error:
             return str(error)
         return Answer(frame, signs, reply.examples)
+
+    def _measure(self, requests: Sequence[Request]) -> None:
+        """Note the size of the dense model, of which a message is a copy."""
+        if self.traffic is not None and requests and not self.traffic.dense_bytes:
+            _, dense = records.model_record(requests[0][1], self._key)
+            self.traffic.dense_bytes = dense.count_bytes()
 
     def _count(
         self, phase: records.Phase, direction: Direction, content: RecordDict

@@ -65,6 +65,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     )
 
     def _begin(self, total: int | None = None) -> None:
+        if tell := vars(self).get("_tell"):
+            tell()
         super()._begin(total)
         self._returned: list[bytes] | None = None
         # This API does not tell a strategy that the run is over, and Flower may keep
@@ -92,7 +94,11 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             self._returned = parameters.tensors
         self._asked = parameters, client_manager
         instructions: list[tuple[ClientProxy, FitIns]] = []
-        proxies = {_id(client): client for client in client_manager.all().values()}
+        proxies: dict[int, ClientProxy] = {}
+
+        def connected() -> list[int]:
+            proxies.update({_id(each): each for each in client_manager.all().values()})
+            return sorted(proxies)
 
         def ask_inner() -> list[Request]:
             nonlocal instructions
@@ -100,7 +106,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             instructions = self.strategy.configure_fit(
                 server_round, current, client_manager
             )
-            return _requests(instructions)
+            return _requests(instructions, current)
 
         def ask(
             content: RecordDict, nodes: Sequence[int]
@@ -120,7 +126,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 for task in as_completed(tasks):
                     yield tasks[task], task.result()
 
-        contents = self._configured(server_round, ask_inner, ask, sorted(proxies))
+        contents = self._configured(server_round, ask_inner, ask, connected)
         return _filled(instructions, contents)
 
     def aggregate_fit(
@@ -165,7 +171,8 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         )
         if not instructions:
             self._tell_if_last(server_round)
-        return _filled(instructions, self._packed(_requests(instructions), "evaluate"))
+        requests = _requests(instructions, parameters)
+        return _filled(instructions, self._packed(requests, "evaluate"))
 
     def aggregate_evaluate(
         self,
@@ -267,7 +274,13 @@ def _ins(kind: type[_Ins], content: RecordDict) -> _Ins:
     return kind(Parameters(tensors, _TENSOR_TYPE), cast(dict[str, Scalar], config))
 
 
-def _requests(instructions: Sequence[tuple[ClientProxy, _Ins]]) -> list[Request]:
+def _requests(
+    instructions: Sequence[tuple[ClientProxy, _Ins]], whole: Parameters
+) -> list[Request]:
+    """Return the records of instructions; what is no whole model becomes `whole`."""
+    for _, ins in instructions:
+        if len(ins.parameters.tensors) != len(whole.tensors):
+            ins.parameters = whole
     return [(_id(client), _content(ins)) for client, ins in instructions]
 
 

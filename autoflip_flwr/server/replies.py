@@ -284,7 +284,7 @@ def chain(strategy: object) -> Iterator[object]:
 
 def setting(strategy: object, name: str, kind: Any, default: Any) -> Any:
     """Return what a strategy, or one inside it, has under a name."""
-    found = (vars(one).get(name) for one in chain(strategy))
+    found = (getattr(one, name, None) for one in chain(strategy))
     return next((value for value in found if isinstance(value, kind)), default)
 
 

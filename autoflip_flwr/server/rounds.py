@@ -53,6 +53,11 @@ class Rounds:
         self._manifest: Manifest | None = None
 
     @property
+    def adopted(self) -> bool:
+        """Whether a global model has come: the run has begun."""
+        return self._manifest is not None
+
+    @property
     def manifest(self) -> Manifest:
         """Names, shapes and types of the model's arrays."""
         assert self._manifest is not None, "adopt() first"

@@ -37,6 +37,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     def _begin(self, total: int | None = None) -> None:
         super()._begin(total)
         self._returned: ArrayRecord | None = None  # the model that `start` knows
+        self._handed_out: ArrayRecord | None = None  # the one that a run goes on from
         self._sent: list[Message] = []
         self._record: tuple[Params, ArrayRecord] = {}, ArrayRecord()  # see `_current`
         self._key = setting(self.strategy, "arrayrecord_key", str, None)
@@ -56,7 +57,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         in place of those that `Strategy.start` calls. A second `start` goes on from the
         arrays of the first one's result; with other arrays it begins anew.
         """
-        if initial_arrays is not self._returned:
+        if initial_arrays is not self._handed_out:
             self._reopen()
         self.expect(num_rounds, named.get("timeout", rest[0] if rest else TIMEOUT))
         start, kind = super().start, type(self.strategy)
@@ -102,7 +103,9 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 node_id = node_of(reply, known)
                 yield node_id, _error_of(reply) or reply.content
 
-        connected = list(grid.get_node_ids())
+        def connected() -> list[int]:
+            return list(grid.get_node_ids())
+
         return self._filled(self._configured(server_round, ask_inner, ask, connected))
 
     def aggregate_train(
@@ -132,6 +135,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         made.update(self._returned)  # if the inner strategy keeps it
         if self.pruner.restores:
             self._returned = records.record_of(self.rounds.masked_arrays())
+        self._handed_out = self._returned
         return self._returned, metrics
 
     def configure_evaluate(
@@ -158,7 +162,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         """
         self._adopt(arrays)
         return {
-            "current": self._current() if self.pruner.restores else None,
+            "current": None if arrays is self._current() else self._current(),
             "rounds": self.rounds.state(),
             "intake": self._intake.state(),
             "traffic": self.traffic and self.traffic.state(),
@@ -174,7 +178,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
         """
         self._reopen(self.rounds.total)
         current = arrays if state["current"] is None else state["current"]
-        self._returned = arrays
+        self._returned = self._handed_out = arrays
         self.rounds.restore(state["rounds"], records.arrays_of(current))
         self._intake.restore(state["intake"])
         if self.traffic is not None and state.get("traffic"):

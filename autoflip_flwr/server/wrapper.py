@@ -170,7 +170,7 @@ class Wrapper(Flow[S]):
 
     def _reopen(self, total: int | None = None) -> None:
         """Begin another run if there has been one."""
-        if self.rounds.trained is not None:
+        if self.rounds.adopted:
             if self.traffic is not None:
                 self.traffic = Traffic()
             self._begin(total)

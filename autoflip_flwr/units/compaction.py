@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
-from autoflip_flwr.method.structured import Limits
+from autoflip_flwr.method.structured import Keep, Limits, Units
 from autoflip_flwr.types import Masks, Scores
 from autoflip_flwr.units import enforce
 from autoflip_flwr.units.graph import trace
@@ -110,7 +110,11 @@ def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn
     """
     masks = enforce.resolve(model, masks)
     units = trace(model, example_inputs)
-    small = shrink(model, units, units.used(masks))
+    return _shrunk(model, masks, units, units.used(masks))
+
+
+def _shrunk(model: nn.Module, masks: Masks, units: Units, used: Keep) -> nn.Module:
+    small = shrink(model, units, used)
     enforce.zero(small, small_masks(small, masks))
     return small
 
@@ -119,8 +123,9 @@ def compact_if_it_pays(
     model: nn.Module, masks: Masks, example_inputs: ExampleInputs
 ) -> nn.Module | None:
     """Return `compact`'s model, or None where a client trains the whole one."""
-    pays = operations_left(model, masks, example_inputs) < 1
-    return compact(model, masks, example_inputs) if pays else None
+    masks = enforce.resolve(model, masks)
+    pays = _what_pays(model, masks, example_inputs)
+    return None if pays is None else _shrunk(model, masks, *pays[1:])
 
 
 def operations_left(
@@ -132,19 +137,26 @@ def operations_left(
     `PAYS`, if the model cannot be traced (with a warning), or if it has hooks on its
     parameters, which would not see the smaller model's gradients.
     """
-    masks = enforce.resolve(model, masks)
+    pays = _what_pays(model, enforce.resolve(model, masks), example_inputs)
+    return 1.0 if pays is None else pays[0]
+
+
+def _what_pays(
+    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
+) -> tuple[float, Units, Keep] | None:
+    """Return the share of the operations that is left, and of which units."""
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     hooked = any(getattr(p, each) for p in model.parameters() for each in hooks)
     if hooked or not loses_units(masks):
-        return 1.0
+        return None
     try:
         units = trace(model, example_inputs)
     except ModelError as error:
         _log.warning("the model is trained whole: %s", error)
-        return 1.0
-    left = units.operations(units.levelled(units.used(masks)))
-    share = left / max(1, units.operations())
-    return share if share <= PAYS else 1.0
+        return None
+    used = units.used(masks)
+    share = units.operations(units.levelled(used)) / max(1, units.operations())
+    return (share, units, used) if share <= PAYS else None
 
 
 def loses_units(masks: Masks) -> bool:

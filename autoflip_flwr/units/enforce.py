@@ -136,15 +136,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
         "train the model that masked() hands out, and make the optimizer of its "
         "parameters: with masked(model, message, example_inputs) as net: ..."
     )
-    versions = {parameter: parameter._version for parameter in model.parameters()}
+    own = list(model.parameters())
+    before = [(id(parameter), parameter._version) for parameter in own]
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
-        if not versions.keys().isdisjoint(parameters_of(optimizer)):
+        if not set(own).isdisjoint(parameters_of(optimizer)):
             raise MaskError(f"the optimizer holds the parameters of the {advice}")
 
     with register_optimizer_step_pre_hook(before_step):
         yield
-        if any(p._version != version for p, version in versions.items()):
+        if [(id(p), p._version) for p in model.parameters()] != before:
             raise MaskError(f"the block has changed the {advice}")
 
 

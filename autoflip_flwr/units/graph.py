@@ -83,6 +83,8 @@ class _Tracer:
     """One trace: numbers the units and notes whose each index is."""
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        if isinstance(model, nn.RNNBase | nn.MultiheadAttention):
+            raise ModelError(f"{type(model).__name__}: expected a model that holds it")
         self._shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         self._shared = _shared(model)
         self._groups: list[Group] = []

@@ -21,7 +21,7 @@ def arguments(
     return tuple(mapped(lambda x: x.to(own[0].device).clone(), each) for each in given)
 
 
-def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def mapped(function: Callable[[torch.Tensor], object], value: Any) -> Any:
     """Apply a function to all tensors in nested tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return function(value)

@@ -35,6 +35,9 @@ class PartialNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return an array of the shape of `x`."""
+        given, own = x.dtype, self.weight.dtype
+        if given != own and not torch.is_autocast_enabled(x.device.type):
+            return self.forward(x.to(own)).to(given)  # as the whole one's class does
         if not self.groups:  # the zeros may stand anywhere
             x = x.movedim(self._dim, -1)
             missing = (0, self.width - x.shape[-1])

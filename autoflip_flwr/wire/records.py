@@ -488,7 +488,10 @@ def own_bytes(content: RecordDict) -> int:
 
 def _record_bytes(record: Any) -> int:
     if isinstance(record, ConfigRecord):  # Flower counts no empty values
-        empty = [key for key, value in record.items() if value in ("", b"", [])]
+        kinds = (str, bytes, list)
+        empty = [
+            k for k, value in record.items() if isinstance(value, kinds) and not value
+        ]
         rest = {key: value for key, value in record.items() if key not in empty}
         return sum(map(len, empty)) + int(ConfigRecord(rest).count_bytes())
     return int(record.count_bytes())
