@@ -69,8 +69,11 @@ def pytest_xdist_auto_num_workers(config):
     """More processes than cores: slow tests wait. None for a file that is named."""
     if all("::" in word or word.endswith(".py") for word in config.args):
         return 0
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit both
-    os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # or each would compile the package
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited, as are these
+    os.environ |= {
+        "PYTHONDONTWRITEBYTECODE": "",  # or each would compile the package
+        "RAY_worker_niceness": "0",  # not last behind tests that take all processors
+    }
     quick = "not slow" in config.option.markexpr
     return min(len(os.sched_getaffinity(0)), 4) + (1 if quick else 2)
 
