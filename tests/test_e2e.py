@@ -140,10 +140,10 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
 ):
     """Nodes with data of their own; warm start, a second mask, momentum at the server.
 
-    The ServerApp is killed with SIGKILL in the second round, and goes on where it was.
+    The ServerApp is killed with SIGKILL in the third round, and goes on where it was.
     """
     overrides = (
-        "rounds=2 strategy.fraction-train=1.0 strategy.min-nodes=3 "
+        "rounds=3 strategy.fraction-train=1.0 strategy.min-nodes=3 "
         "strategy.fraction-evaluate=1.0 pruning.units=0.8 "
         f"strategy.server=fedavgm strategy.server-momentum=0.9 {FROM_GUIDANCE}"
     )
@@ -153,7 +153,7 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     with deployment(tmp_path / "home", words) as flower:
         with ThreadPoolExecutor() as pool:
             running = pool.submit(flower.run, ROOT, config(real, overrides))
-            wait_for(lambda: len(lines(real)) > 0, running)
+            wait_for(lambda: len(lines(real)) > 1, running)
             servers = flower.server_apps()
             assert servers
             for process in servers:
@@ -163,15 +163,17 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     assert "AutoFLIP run finished" in out, out
     assert "going on after round" in out
     assert "nodes explore" not in out
-    assert summary(real)["rounds"] == 2
+    assert summary(real)["rounds"] == 3
     assert summary(real)["networks"]["pruned"]["parameters"] < 0.6 * 31050
     expected = in_one_process(whole, overrides, nodes)
     found = load_file(real / "model.safetensors")
     assert found.keys() == expected.keys()
-    for name, values in found.items():  # its sums are those of other threads
-        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
+    # Its sums over nodes have another order, which drifts to 5e-5 in three rounds. A
+    # lost momentum, mask or warm start moves weights by 1e-2 and more.
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-4)
     sent = [summary(folder)["bytes"] for folder in (real, whole)]
-    # The second round may have begun before the kill, and begins with whole masks.
+    # The third round may have begun before the kill, and begins with whole masks.
     once_more = 3 * (4 * 6210 + math.ceil(31050 / 8) + 2048)
     for phase, most in (("explore", 0), ("train", once_more), ("evaluate", once_more)):
         for way in (f"{phase}_down", f"{phase}_up"):
