@@ -281,6 +281,23 @@ def test_what_the_inner_strategy_sends_is_what_clients_train():
             assert_array_equal(ours, 2 * start)
 
 
+def test_an_inner_strategy_that_sends_no_weights_has_the_global_model_evaluated():
+    class Sparing(FedAvg):
+        def configure_evaluate(self, server_round, parameters, client_manager):
+            made = super().configure_evaluate(server_round, parameters, client_manager)
+            for _, ins in made:
+                ins.parameters = ndarrays_to_parameters([])
+            return made
+
+    def sent(inner):
+        strategy = AutoFLIP(inner(**options(net)), model=net())
+        serve(strategy, rounds=1)
+        return strategy.traffic.sent
+
+    assert sent(Sparing) == sent(FedAvg)
+    assert sent(FedAvg)["evaluate", "down"] > 0
+
+
 def test_a_client_that_says_that_it_failed_to_explore_is_told_with_its_reason(caplog):
     def fail(ins, result):
         if ins.config["autoflip.phase"] == "explore" and result.num_examples == 28:

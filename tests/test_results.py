@@ -338,3 +338,15 @@ def test_missing_metrics_and_broken_settings_name_the_folder(tmp_path):
     (folder / "settings.yaml").write_text("preset: quickstart\nunknown: 1\n")
     with pytest.raises(SettingsError, match=r"torn.*unknown"):
         find_runs([tmp_path])
+
+
+def test_a_target_that_is_no_accuracy_is_refused():
+    with pytest.raises(SettingsError, match=r"accuracy in \[0, 1\], got 90"):
+        experiments([], 90)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    write_run(tmp_path / "a")
+    (tmp_path / "a" / "metrics.jsonl").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"a/metrics\.jsonl: 'utf-8'"):
+        read_run(tmp_path / "a")

@@ -14,6 +14,7 @@ from torch import nn
 from autoflip_flwr import units
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
 from autoflip_flwr.units.enforce import enforce
+from autoflip_flwr.units.partial import PartialNorm
 from autoflip_flwr.units.signature import signature
 
 
@@ -700,6 +701,15 @@ def test_equal_models_have_equal_signatures():
         return signature(model, torch.full((1, 4), k))
 
     assert build(1) == build(2)
+
+
+@pytest.mark.parametrize("whole", [nn.LayerNorm(4), nn.GroupNorm(2, 4)])
+def test_a_norm_takes_what_a_class_that_casts_takes(whole):
+    """Inputs of another type than the weights, and returns that type."""
+    norm, x = PartialNorm(whole, np.arange(4)), torch.randn(3, 4)
+    found = norm(x.double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), whole(x))
 
 
 def test_a_recurrent_layer_alone_is_refused_in_a_sentence():

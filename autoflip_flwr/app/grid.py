@@ -268,8 +268,8 @@ class RunGrid(Grid):
                 name = record.get(records.CLIENT_ID)
                 if isinstance(name, str) and len(name) > _LONGEST_NAME:
                     _log.warning(
-                        "roll call: node %d has a name of %d characters, and none "
-                        "counts of more than %d",
+                        "roll call: node %d has a name of %d characters, expected at "
+                        "most %d: it counts as a node without a name",
                         *(node_id, len(name), _LONGEST_NAME),
                     )
                 elif isinstance(name, str) or (isinstance(name, int) and name >= 0):

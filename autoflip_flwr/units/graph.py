@@ -84,7 +84,10 @@ class _Tracer:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         if isinstance(model, nn.RNNBase | nn.MultiheadAttention):
-            raise ModelError(f"{type(model).__name__}: expected a model that holds it")
+            raise ModelError(
+                f"{type(model).__name__}: expected a model that holds it, got the "
+                "layer alone; put it into a module"
+            )
         self._shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         self._shared = _shared(model)
         self._groups: list[Group] = []
