@@ -443,6 +443,22 @@ def test_a_node_that_misses_a_roll_call_is_asked_again():
     assert inner.nodes("query").count(100) == 1
 
 
+def test_a_node_that_goes_during_a_roll_call_is_not_listed():
+    """Flower's FedAvg waits without end for nodes that it has seen in the list."""
+
+    def tamper(message, reply):
+        inner.contexts.pop(101, None)
+        return reply
+
+    configs = parts(0, 1, 2)
+    inner = LocalGrid(toy_app(), configs, node_configs=configs)
+    grid = grid_of(inner)
+    grid.get_node_ids()
+    inner.tamper = tamper
+    inner.join(103, {"partition-id": 3})
+    assert grid.get_node_ids() == [0, 2, 3]
+
+
 def test_samples_that_nobody_has_are_not_counted():
     def lie(reply):
         reply.content["metrics"]["num-examples"] = 1e308

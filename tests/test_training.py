@@ -193,10 +193,11 @@ def test_optimizers_take_what_the_settings_say():
         assert len(made.param_groups[0]["params"]) == 6
 
 
-def test_an_optimizer_steps_as_torch_s_does_but_imports_no_compiler():
-    """In a process of its own: others here have imported it."""
+def test_an_optimizer_steps_as_torch_s_does_and_a_message_imports_no_compiler():
+    """In a process of its own, as a message to a node: others here have imported it."""
     code = """
 import sys, numpy as np, torch
+from autoflip_flwr import units
 from autoflip_flwr.app import training
 from autoflip_flwr.settings import TrainingSettings
 
@@ -216,7 +217,9 @@ kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.
 given = {"momentum": 0.9, "weight_decay": 0.1}
 every = {n: TrainingSettings(optimizer=n, **given) for n in kinds}
 ours = {n: trained(lambda m: training.optimizer_of(m, every[n])) for n in kinds}
-assert "torch._dynamo" not in sys.modules
+net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+assert units.trace(net, torch.zeros(1, 3)).count == 4
+assert not {"torch._dynamo", "timm", "torchvision"} & set(sys.modules)
 for name, kind in kinds.items():
     options = {"lr": every[name].learning_rate, "weight_decay": 0.1}
     options |= {"momentum": 0.9} if name == "sgd" else {}

@@ -161,10 +161,10 @@ class RunGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """Return the connected clients in a stable order, the generator seeded."""
-        connected = self._online()
         self._listing += 1
-        new = sorted(connected.difference(self._claims))
+        new = sorted(self._online().difference(self._claims))
         self._roll_call([n for n in new if self._listing >= self._again.get(n, 0)])
+        connected = self._online()  # who has gone meanwhile is not waited for
         strangers = {n: n for n in new if n not in self._claims.keys() | self._refused}
         self._nodes = {}
         for node_id, client in {**self._claims, **strangers}.items():

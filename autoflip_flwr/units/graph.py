@@ -4,9 +4,11 @@ Torch-Pruning (github.com/VainF/Torch-Pruning, arXiv:2301.12900) tells which cha
 which modules are coupled; `layers` tells what a channel is in a module's tensors.
 """
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -113,9 +115,10 @@ class _Tracer:
         self._graph = self._build(example_inputs)
 
     def _build(self, example_inputs: ExampleInputs) -> Any:
-        # It imports torchvision, timm and transformers where these are installed, which
-        # takes seconds in each message's process; only a trace needs it.
-        from torch_pruning import DependencyGraph
+        # Imported here, since only a trace needs it, and without timm: that takes
+        # seconds in each message's process, and is for Torch-Pruning's counts alone.
+        with _hidden("timm"):
+            from torch_pruning import DependencyGraph
 
         inputs = arguments(example_inputs, like=self._model)
         with self._products:
@@ -286,6 +289,19 @@ class _Tracer:
         if dim not in dimensions:
             dimensions[dim] = np.full(self._shapes[name][dim], -1, np.int64)
         return dimensions[dim]
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Let imports of a module fail for a while, if it is not loaded yet."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _visible(_: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,11 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     is None where there is none.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say that torch.compile need not be kept away: that imports it, in seconds."""
+        return False
+
     def __init__(self, model: nn.Module, places: Mapping[nn.Module, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry  # imports Triton
