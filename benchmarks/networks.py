@@ -106,10 +106,10 @@ class Transformer(nn.Module):
         self.output = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the mean over places."""
+        """Return the logits of the last letter's state, or of the mean over rows."""
         rows = x if self.text else x.transpose(1, 2).flatten(2)
         states = self.encoder(self.embed(rows) + self.place)
-        return self.output(states.mean(1))
+        return self.output(states[:, -1] if self.text else states.mean(1))
 
 
 def _group_norm(width: int) -> nn.Module:
