@@ -333,13 +333,16 @@ def test_a_weight_that_prunefl_takes_back_has_the_value_it_had():
     assert sum(np.count_nonzero(sent) for sent, _ in pairs) > 10
 
 
-@pytest.mark.parametrize("method", ["feddst", "fedrts", "fedtiny"])
-def test_a_weight_that_an_exchange_grows_starts_from_zero(method):
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [("feddst", 11), ("fedrts", 11), ("fedtiny", 5)],  # the last in one block alone
+)
+def test_a_weight_that_an_exchange_grows_starts_from_zero(method, least):
     pairs = list(brought_back(plainly(method)))
     for sent, known in pairs:
         assert not sent.any()
         assert len(known) == 0 or known.any()
-    assert sum(len(sent) for sent, _ in pairs) > 10
+    assert sum(len(sent) for sent, _ in pairs) >= least
 
 
 @pytest.mark.parametrize("method", ["eflprune", "l1", "bn", "random"])
