@@ -183,12 +183,13 @@ def _inner() -> FedAvg:
     return FedAvg(fraction_train=SAMPLED, fraction_evaluate=0.0)
 
 
-def _as_l1(task: Task) -> AutoFLIP:
+def _as_l1(task: Task, **pruning: Any) -> AutoFLIP:
     """Return AutoFLIP with the operations that `l1` needs, whatever the weights."""
     like = task.strategy(units=True, pruner=L1(dense_rounds=0))
     like.rounds.adopt({n: v.numpy() for n, v in task.model.state_dict().items()})
     share = operations_left(task.model, like.rounds.begin(1, []).masks, task.example)
-    return task.strategy(units=True, pruning=PruningSettings(operations=share))
+    settings = PruningSettings(operations=share, **pruning)
+    return task.strategy(units=True, pruning=settings)
 
 
 class Gradual(Pruner):
@@ -219,7 +220,8 @@ ARMS: dict[str, Make] = {
         _inner(), threshold=0.0, exploration=WARM, seed=task.seed
     ),
     "autoflip": Task.strategy,
-    "autoflip-ops": _as_l1,
+    "autoflip-ops": _as_l1,  # the last network; below, all of the training
+    "autoflip-ops-fixed": lambda task: _as_l1(task, gradual_rounds=0),
 }
 _PRUNERS: dict[str, Callable[[Task], Pruner]] = {
     "gradual": lambda _: Gradual(),
@@ -228,6 +230,7 @@ _PRUNERS: dict[str, Callable[[Task], Pruner]] = {
     "ssfl": lambda _: SSFL(),
     "prunefl": lambda _: PruneFL(every=5),
     "feddst": lambda _: FedDST(every=5, until=10),
+    "feddst-authors": lambda _: FedDST(every=15, replaced=0.01),
     "fedrts": _exchanging(FedRTS),
     "fedtiny": _exchanging(FedTiny),
 }

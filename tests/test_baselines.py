@@ -345,6 +345,18 @@ def test_a_weight_that_an_exchange_grows_starts_from_zero(method, least):
     assert sum(len(sent) for sent, _ in pairs) >= least
 
 
+def test_fedrts_hears_the_clients_of_a_round():
+    found = ran("fedrts", rounds=2, fraction=0.4)
+    pruner = found.strategy.rounds.pruner
+    split = 0
+    for name, keep in found.masks()[1].items():
+        alpha, beta = pruner._alpha[name], pruner._beta[name]
+        # 1 + 1, and ten of the round where a weight was kept
+        assert_allclose(alpha + beta, np.where(keep, 12, 2), rtol=1e-6)
+        split += np.count_nonzero((alpha[keep] > 1) & (alpha[keep] < 11))
+    assert split, "two clients and the global model have the same largest weights"
+
+
 @pytest.mark.parametrize("method", ["eflprune", "l1", "bn", "random"])
 def test_who_reselects_restores_units_with_the_values_they_had(method):
     app = nudging_app(scale=0.3)  # what is pruned stays, what is kept wanders
