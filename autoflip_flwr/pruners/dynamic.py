@@ -125,8 +125,9 @@ class TopGradientPruner(DynamicPruner):
 
     def add(self, node_id: int, measured: Measured, start: Params) -> None:
         """Add the largest gradients of the weights that may return; others are 0."""
-        del node_id, start
-        assert self._chosen is not None
+        if self._chosen is None:
+            super().add(node_id, measured, start)
+            return
         gradients = measured.guidance().dense()
         heard = {
             name: self._heard(
@@ -275,13 +276,6 @@ class FedTiny(TopGradientPruner):
             return Ask(nodes=connected, measure="saliency")
         return super().asks(server_round, connected=connected, sampled=sampled)
 
-    def add(self, node_id: int, measured: Measured, start: Params) -> None:
-        """Add saliency whole, and of gradients the largest."""
-        if self._chosen is None:
-            GradientPruner.add(self, node_id, measured, start)
-        else:
-            super().add(node_id, measured, start)
-
     def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
         """Return the best candidate, later the mask with one block adjusted."""
         del sampled
@@ -310,7 +304,7 @@ class FedTiny(TopGradientPruner):
     def _block(self, adjustment: int) -> list[str]:
         """Return the layers of an adjustment, numbered from 0: the last ones first."""
         layers = [name for name, shape in self.shapes.items() if len(shape) > 1]
-        count = min(self._blocks, len(layers))
+        count = min(self._blocks, len(layers)) or 1
         ends = [len(layers) * i // count for i in range(count + 1)]
         index = count - 1 - adjustment % count
         return layers[ends[index] : ends[index + 1]]
