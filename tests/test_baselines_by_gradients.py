@@ -240,6 +240,15 @@ def test_feddst_starts_with_the_largest_weights_of_each_layer():
     assert_array_equal(masks["b"], [[0, 1, 1], [1, 1, 1]])
 
 
+@pytest.mark.parametrize("kind", [FedDST, FedRTS])
+def test_an_exchange_starts_with_the_weights_of_the_first_round(kind):
+    """A warm start has moved them away from the initial ones."""
+    pruner = prepared(kind(), {"w": rows([1, 2], [3, 4])}, pruning(1 / 2))
+    warm = {"w": rows([-9, 2], [3, 8])}
+    assert_array_equal(pruner.masks([], warm, 1)["w"], [[1, 0], [0, 1]])
+    assert_array_equal(pruner.masks([], {"w": rows([1, 7], [7, 1])}, 2)["w"], np.eye(2))
+
+
 def test_feddst_drops_the_smallest_and_grows_where_the_gradient_is_largest():
     pruner, initial = matrix(replaced=0.5)
     pruner.masks([], initial, 1)
@@ -293,10 +302,12 @@ def test_feddst_replaces_ever_less_as_a_cosine_falls(until, server_round, replac
 
 
 def test_feddst_asks_nobody_before_the_first_round_and_then_at_every_adjustment():
-    pruner, _ = matrix(until=8, every=3)
+    pruner, initial = matrix(until=8, every=3)
+    assert pruner.asks(1, connected=NODES, sampled=NODES[:2]) is None
+    pruner.masks([], initial, 1)
     asked = [
         server_round
-        for server_round in range(1, 14)
+        for server_round in range(2, 14)
         if pruner.asks(server_round, connected=NODES, sampled=NODES[:2])
     ]
     assert asked == [4, 7]
@@ -369,8 +380,9 @@ def test_fedrts_draws_the_same_again_after_a_restart():
         return pruner.masks([], initial, 2)["w"], pruner._alpha["w"]
 
     pruner, initial = believing()
+    first = pruner.masks([], initial, 1)
     pruner.observe({**initial, "w": rows([0] * 4, [5, -9, 0, 1])}, 3)
-    pruner.learn(None, pruner._chosen)
+    pruner.learn(None, first)
     resumed, _ = believing()
     resumed.restore(copy.deepcopy(pruner.state()))
     for one, other in zip(measured(pruner), measured(resumed), strict=True):

@@ -1,6 +1,6 @@
 """Baselines that exchange weights of a sparse mask, from round to round.
 
-All begin with the largest initial weights of each layer, keep biases and scales of
+All begin with the largest weights of each layer, keep biases and scales of
 normalization, and never change the number of kept weights in a layer.
 """
 
@@ -39,14 +39,14 @@ class DynamicPruner(GradientPruner):
         self.replaced = self._replaced if share is None else share
 
     def prepare(self, problem: Problem) -> None:
-        """Choose the largest initial weights, by Erdos-Renyi-Kernel."""
+        """Check that there can be a mask."""
         super().prepare(problem)
         if self.settings.mode == "value":
             raise SettingsError(
                 f"{type(self).__name__.lower()} needs the number of weights to keep: "
                 "mode quantile or compression, got value"
             )
-        self._chosen = self._largest()
+        self._largest(self.initial)
 
     def asks(
         self, server_round: int, *, connected: Nodes, sampled: Nodes
@@ -57,11 +57,13 @@ class DynamicPruner(GradientPruner):
             return Ask(nodes=sampled, measure="gradient", current=True)
         return None
 
-    def _largest(self, factors: Mapping[str, float] | None = None) -> dict[str, Mask]:
-        """Keep the largest initial weights of each layer; see `layer_budgets`."""
+    def _largest(
+        self, weights: Params, factors: Mapping[str, float] | None = None
+    ) -> dict[str, Mask]:
+        """Keep the largest weights of each layer; see `layer_budgets`."""
         total = sum(math.prod(shape) for shape in self.shapes.values())
         kept = total - self.pruned_count(self.initial)
-        floor, sizes = self.settings.floor, magnitudes(self.initial)
+        floor, sizes = self.settings.floor, magnitudes(weights)
         budgets = layer_budgets(self.shapes, kept, floor=floor, factors=factors)
         return {n: top(sizes[n], budgets[n]) for n in self.shapes}
 
@@ -80,11 +82,11 @@ class FedDST(DynamicPruner):
 
     Bibikar et al., Federated Dynamic Sparse Training: Computing Less, Communicating
     Less, Yet Learning Better (arXiv:2112.09824; bibikar/feddst). The first mask keeps
-    the largest initial weights of each layer, at the densities of Erdos-Renyi-Kernel
-    (Evci et al., arXiv:1911.11134). Every `every` rounds until `until`, each layer
-    drops its smallest weights. As many grow, from zero, where the mean gradient is
-    largest; a weight that was just dropped may grow again. The share falls as a cosine
-    from `replaced` (0.5) to 0. The authors' readme has ``replaced=0.01, every=15`` on
+    the largest weights of each layer, at the densities of Erdos-Renyi-Kernel (Evci et
+    al., arXiv:1911.11134). Every `every` rounds until `until`, each layer drops its
+    smallest weights. As many grow, from zero, where the mean gradient is largest; a
+    weight that was just dropped may grow again. The share falls as a cosine from
+    `replaced` (0.5) to 0. The authors' readme has ``replaced=0.01, every=15`` on
     CIFAR-10.
 
     Notes
@@ -100,7 +102,8 @@ class FedDST(DynamicPruner):
     def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
         """Return the mask, adjusted if there are new gradients."""
         del sampled
-        assert self._chosen is not None
+        if self._chosen is None:
+            self._chosen = self._largest(weights)
         if self._measured.weight:
             share, gradients = self._share(server_round), self._measured.take()
             sizes = magnitudes(weights)
@@ -194,7 +197,8 @@ class FedRTS(TopGradientPruner):
     def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
         """Return the mask, drawn anew if there are new gradients."""
         del sampled
-        assert self._chosen is not None
+        if self._chosen is None:
+            self._chosen = self._largest(weights)
         self._round = server_round
         self._votes.take()  # of a round that changed nothing
         voted, self._voted = self._voted, {}
@@ -240,12 +244,12 @@ class FedTiny(TopGradientPruner):
 
     Huang et al., Distributed Pruning Towards Tiny Neural Networks in Federated Learning
     (arXiv:2212.01977; FedPruning/FedPruning, api/distributed/fedtiny in its history and
-    fedtinyclean). Candidates keep the largest initial weights, with other densities of
-    the layers each; the clients' data say which is kept. Then, every `every` rounds
-    until `until`, one of five blocks of layers is adjusted, the last one first. Each
-    client names the largest gradients of pruned weights, as many as may be exchanged;
-    their mean says which grow, from zero, and as many of the smallest weights go. The
-    share falls as in `FedDST`.
+    fedtinyclean). Candidates keep the largest weights, with other densities of the
+    layers each; the clients' data say which is taken. Then, every `every` rounds until
+    `until`, one of five blocks of layers is adjusted, the last one first. Each client
+    names the largest gradients of pruned weights, as many as may be exchanged; their
+    mean says which grow, from zero, and as many of the smallest weights go. The share
+    falls as in `FedDST`.
 
     Notes
     -----
@@ -262,11 +266,6 @@ class FedTiny(TopGradientPruner):
 
     _replaced = REPLACED["fedtiny"]
     _candidates, _blocks = 10, 5
-
-    def prepare(self, problem: Problem) -> None:
-        """Start without a mask, but check that there can be one."""
-        super().prepare(problem)
-        self._chosen = None
 
     def asks(
         self, server_round: int, *, connected: Nodes, sampled: Nodes
@@ -285,7 +284,7 @@ class FedTiny(TopGradientPruner):
             def kept(masks: Masks) -> float:
                 return sum(float(saliency[n][keep].sum()) for n, keep in masks.items())
 
-            self._chosen = max(self._pool(), key=kept)
+            self._chosen = max(self._pool(weights), key=kept)
         elif self._measured.weight:
             share, gradients = self._share(server_round), self._measured.take()
             sizes = magnitudes(weights)
@@ -295,11 +294,11 @@ class FedTiny(TopGradientPruner):
                 self._chosen[name] = adjusted(keep, sizes[name], gradients[name], share)
         return self._chosen
 
-    def _pool(self) -> Iterator[dict[str, Mask]]:
-        yield self._largest()
+    def _pool(self, weights: Params) -> Iterator[dict[str, Mask]]:
+        yield self._largest(weights)
         for _ in range(self._candidates - 1):
             drawn = self.rng.uniform(0.5, 1.5, len(self.shapes)).tolist()
-            yield self._largest(dict(zip(self.shapes, drawn, strict=True)))
+            yield self._largest(weights, dict(zip(self.shapes, drawn, strict=True)))
 
     def _block(self, adjustment: int) -> list[str]:
         """Return the layers of an adjustment, numbered from 0: the last ones first."""
