@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from autoflip_flwr.method import guidance, mask
     from autoflip_flwr.method.privacy import GuidancePrivacy
     from autoflip_flwr.pruners import L1, L2, SSFL, BatchNormScale, EFLPrune, FedDST
-    from autoflip_flwr.pruners import Magnitude, PruneFL, Pruner, Random, Similarity
+    from autoflip_flwr.pruners import FedRTS, FedTiny, Magnitude, PruneFL, Pruner
+    from autoflip_flwr.pruners import Random, Similarity
     from autoflip_flwr.server.checkpoint import Checkpointed
     from autoflip_flwr.server.strategy import AutoFLIP
     from autoflip_flwr.settings import ExplorationSettings, PruningSettings
@@ -54,6 +55,7 @@ _PUBLIC = {
     "pruners": (
         *("Pruner", "Random", "Magnitude", "L1", "L2", "Similarity"),
         *("BatchNormScale", "EFLPrune", "SSFL", "PruneFL", "FedDST"),
+        *("FedRTS", "FedTiny"),
     ),
     "server.checkpoint": ("Checkpointed",),
     "server.strategy": ("AutoFLIP",),

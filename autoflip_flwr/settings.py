@@ -38,6 +38,9 @@ PrunedWeights = Literal["zero", "keep"]
 Agreement = Literal["none", "vote", "sign"]
 StrategyName = Literal["fedavg", MethodName]
 
+#: Methods that exchange a share of the kept weights -> that share at first.
+REPLACED: dict[StrategyName, float] = {"feddst": 0.5, "fedrts": 0.2, "fedtiny": 0.2}
+
 T = TypeVar("T")
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -198,12 +201,17 @@ class BaselineSettings(Group):
     """What only the methods that AutoFLIP is compared with have."""
 
     dense_rounds: Count = 2  # before weights are judged: magnitude, l1, ..., eflprune
-    # Rounds from one adjustment to the next: prunefl, feddst. None: a twentieth of a
-    # run's rounds; where their number is not known, 10.
+    # random, magnitude, l1, l2, similarity, bn: choose anew before every round; pruned
+    # weights keep their values at the server. eflprune always does.
+    reselect: bool = False
+    # Rounds from one adjustment to the next: prunefl, feddst, fedrts, fedtiny. None: a
+    # twentieth of a run's rounds; where their number is not known, 10.
     every: AtLeastOne | None = None
-    replaced: Share = 0.5  # feddst: share of a layer's kept weights, at first
-    # feddst: last round that may adjust. None: half of a run's rounds; where their
-    # number is not known, all, and the share stays as it is.
+    # feddst, fedrts, fedtiny: share of a layer's kept weights that is exchanged, at
+    # first. None: 0.5 with feddst, else the authors' 0.2.
+    replaced: Share | None = None
+    # feddst, fedrts, fedtiny: last round that may adjust. None: half of a run's rounds;
+    # where their number is not known, all, and the share stays as it is.
     until: Count | None = None
 
 
@@ -305,7 +313,8 @@ class Settings(Group):
             )
         half, twentieth = self.rounds // 2, max(1, self.rounds // 20)
         self._resolve("data", holdout=0.2 if evaluates else 0.0)
-        self._resolve("baselines", until=half, every=twentieth)
+        replaced = REPLACED.get(self.strategy.name, REPLACED["feddst"])
+        self._resolve("baselines", until=half, every=twentieth, replaced=replaced)
         self._resolve("pruning", gradual_rounds=half)
         return self
 
@@ -364,12 +373,13 @@ def reads(name: StrategyName, key: str) -> bool:
 #: Which methods read a setting of the group `baselines`.
 _BASELINES_READ: dict[str, tuple[StrategyName, ...]] = {
     "dense-rounds": ("magnitude", "l1", "l2", "similarity", "bn", "eflprune"),
-    "every": ("prunefl", "feddst"),
-    "replaced": ("feddst",),
-    "until": ("feddst",),
+    "reselect": ("random", "magnitude", "l1", "l2", "similarity", "bn"),
+    "every": ("prunefl", *REPLACED),
+    "replaced": (*REPLACED,),
+    "until": (*REPLACED,),
 }
 
-_ASK_FOR_GRADIENTS: tuple[StrategyName, ...] = ("ssfl", "prunefl", "feddst")
+_ASK_FOR_GRADIENTS: tuple[StrategyName, ...] = ("ssfl", "prunefl", *REPLACED)
 
 _PRUNING_OF_BASELINES = (
     "threshold",

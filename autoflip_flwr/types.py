@@ -61,6 +61,8 @@ MethodName: TypeAlias = Literal[
     "ssfl",
     "prunefl",
     "feddst",
+    "fedrts",
+    "fedtiny",
 ]
 
 #: What a node measures per parameter. ``deviation``: the squared change in training.

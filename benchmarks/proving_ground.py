@@ -46,18 +46,26 @@ from torch import nn
 from torch.nn import functional
 
 from autoflip_flwr import (
+    L1,
+    L2,
     SSFL,
     AutoFLIP,
     AutoFlipMod,
+    BatchNormScale,
     ExplorationSettings,
     FedDST,
+    FedRTS,
+    FedTiny,
     Magnitude,
     PruneFL,
     Pruner,
     PruningSettings,
     Random,
+    Similarity,
     data,
 )
+from autoflip_flwr.types import Masks
+from autoflip_flwr.units import operations_left
 from autoflip_flwr.wire import records
 from autoflip_flwr.wire.flower import become_task, set_message_id
 
@@ -140,42 +148,48 @@ def _optimizer(name: str, model: nn.Module, rate: float) -> torch.optim.Optimize
 # --- arms -------------------------------------------------------------------------
 
 
-Make = Callable[[float, int], Any]
+@dataclass(frozen=True)
+class Task:
+    """What a strategy may know of a run."""
+
+    pruned: float
+    seed: int
+    rounds: int
+    model: nn.Module
+    example: torch.Tensor
+
+    def strategy(self, *, units: bool = False, **settings: Any) -> AutoFLIP:
+        """Return AutoFLIP with settings; it knows the model where units are pruned."""
+        known = {"model": self.model, "example_inputs": self.example} if units else {}
+        return AutoFLIP(
+            _inner(), threshold=self.pruned, seed=self.seed, **known, **settings
+        )
+
+
+Make = Callable[[Task], Any]
 WARM = ExplorationSettings(warm_start=True)
 
 
-def _baseline(pruner: Callable[[], Any], *, warm: bool = False) -> Make:
+def _baseline(
+    pruner: Callable[[Task], Pruner], *, warm: bool = False, units: bool = False
+) -> Make:
     exploration = WARM if warm else ExplorationSettings()
-
-    def make(pruned: float, seed: int) -> AutoFLIP:
-        return AutoFLIP(
-            _inner(),
-            threshold=pruned,
-            pruner=pruner(),
-            exploration=exploration,
-            seed=seed,
-        )
-
-    return make
+    return lambda task: task.strategy(
+        units=units, pruner=pruner(task), exploration=exploration
+    )
 
 
 def _inner() -> FedAvg:
     return FedAvg(fraction_train=SAMPLED, fraction_evaluate=0.0)
 
 
-def _autoflip(**settings: Any) -> Make:
-    pruning = settings.pop("pruning", {})
-
-    def make(pruned: float, seed: int) -> AutoFLIP:
-        return AutoFLIP(
-            _inner(),
-            threshold=pruned,
-            pruning=PruningSettings(**pruning) if pruning else None,
-            seed=seed,
-            **settings,
-        )
-
-    return make
+def _as_l1(task: Task, **pruning: Any) -> AutoFLIP:
+    """Return AutoFLIP with the operations that `l1` needs, whatever the weights."""
+    like = task.strategy(units=True, pruner=L1(dense_rounds=0))
+    like.rounds.adopt({n: v.numpy() for n, v in task.model.state_dict().items()})
+    share = operations_left(task.model, like.rounds.begin(1, []).masks, task.example)
+    settings = PruningSettings(operations=share, **pruning)
+    return task.strategy(units=True, pruning=settings)
 
 
 class Gradual(Pruner):
@@ -193,27 +207,51 @@ class Gradual(Pruner):
         return self.cut(sizes, threshold=threshold, balance="lamp")
 
 
-#: Name -> (share to prune, seed) -> strategy. A warm baseline has the same exploration
-#: as AutoFLIP and begins where the explorers on average ended.
+def _exchanging(kind: type[FedRTS | FedTiny]) -> Callable[[Task], Pruner]:
+    """Adjust in the first 0.6 of the rounds, as the authors' code does."""
+    return lambda task: kind(every=task.rounds // 20, until=round(0.6 * task.rounds))
+
+
+#: Name -> task -> strategy. A warm baseline has the same exploration as AutoFLIP and
+#: begins where the explorers on average ended.
 ARMS: dict[str, Make] = {
-    "dense": lambda *_: _inner(),
-    "dense-warm": lambda _, seed: AutoFLIP(
-        _inner(), threshold=0.0, exploration=WARM, seed=seed
+    "dense": lambda _: _inner(),
+    "dense-warm": lambda task: AutoFLIP(
+        _inner(), threshold=0.0, exploration=WARM, seed=task.seed
     ),
-    "autoflip": _autoflip(),
-    "magnitude": _baseline(lambda: Magnitude(dense_rounds=2)),
-    "magnitude-warm": _baseline(lambda: Magnitude(dense_rounds=0), warm=True),
-    "gradual": _baseline(Gradual),
-    "gradual-warm": _baseline(Gradual, warm=True),
-    "random": _baseline(Random),
-    "random-warm": _baseline(Random, warm=True),
-    "ssfl": _baseline(SSFL),
-    "ssfl-warm": _baseline(SSFL, warm=True),
-    "prunefl": _baseline(lambda: PruneFL(every=5)),
-    "prunefl-warm": _baseline(lambda: PruneFL(every=5), warm=True),
-    "feddst": _baseline(lambda: FedDST(every=5, until=10)),
-    "feddst-warm": _baseline(lambda: FedDST(every=5, until=10), warm=True),
+    "autoflip": Task.strategy,
+    "autoflip-ops": _as_l1,  # the last network; below, all of the training
+    "autoflip-ops-fixed": lambda task: _as_l1(task, gradual_rounds=0),
 }
+_PRUNERS: dict[str, Callable[[Task], Pruner]] = {
+    "gradual": lambda _: Gradual(),
+    "random": lambda _: Random(),
+    "random-reselect": lambda _: Random(reselect=True),
+    "ssfl": lambda _: SSFL(),
+    "prunefl": lambda _: PruneFL(every=5),
+    "feddst": lambda _: FedDST(every=5, until=10),
+    "feddst-authors": lambda _: FedDST(every=15, replaced=0.01),
+    "fedrts": _exchanging(FedRTS),
+    "fedtiny": _exchanging(FedTiny),
+}
+for _name, _pruner in _PRUNERS.items():
+    ARMS[_name] = _baseline(_pruner)
+    ARMS[f"{_name}-warm"] = _baseline(_pruner, warm=True)
+_JUDGES = {
+    "magnitude": Magnitude,
+    "l1": L1,
+    "l2": L2,
+    "similarity": Similarity,
+    "bn": BatchNormScale,
+}
+for (_name, _kind), _again, _warm in itertools.product(
+    _JUDGES.items(), (False, True), (False, True)
+):
+    _dense = 0 if _warm else 2
+    _made = functools.partial(_kind, dense_rounds=_dense, reselect=_again)
+    ARMS[_name + "-reselect" * _again + "-warm" * _warm] = _baseline(
+        lambda _, made=_made: made(), warm=_warm, units=_name != "magnitude"
+    )
 
 
 # --- one run ----------------------------------------------------------------------
@@ -273,6 +311,26 @@ class InProcess(Grid):
     @property
     def run(self) -> Any:
         """There is no run."""
+
+
+class Operations:
+    """Counts the multiply-accumulates of a run's training, dense FedAvg's being 1."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.spent, self.dense = task, 0.0, 0.0
+        self._masks: Masks = {}
+        self.left = 1.0  # the share that the network of the last mask needs
+
+    def count(self, samples: int, masks: Masks | None) -> None:
+        """Count a pass over samples; without masks of the whole model, for pruning."""
+        if masks is None:
+            self.spent += samples
+            return
+        if masks is not self._masks:
+            self.left = operations_left(self.task.model, masks, self.task.example)
+            self._masks = masks
+        self.spent += self.left * samples
+        self.dense += samples
 
 
 @functools.lru_cache(maxsize=4)
@@ -384,8 +442,20 @@ def one(job: Job, folder: str) -> dict[str, Any]:
     shape, classes, parts, validation, test = _data(cell, folder, job.seed)
     model = build(cell.network, shape, classes, job.seed)
     initial = ArrayRecord(model.state_dict())
-    grid = InProcess(_app(cell, parts, model, job.rate, job.seed), job.seed)
-    strategy = ARMS[job.arm](job.pruned, job.seed)
+    example = torch.from_numpy(parts[0].x[:1])
+    task = Task(job.pruned, job.seed, cell.rounds, model, example)
+    strategy, operations = ARMS[job.arm](task), Operations(task)
+    app = _app(cell, parts, model, job.rate, job.seed)
+
+    def counted(message: Message, context: Context) -> Message:
+        (config,) = message.content.config_records.values()
+        explores = records.phase_of(config) == "explore"
+        plan = strategy.rounds.plan if isinstance(strategy, AutoFLIP) else None
+        samples = len(parts[int(context.node_config["client"])])
+        operations.count(samples, None if explores else plan.masks if plan else {})
+        return app(message, context)
+
+    grid = InProcess(counted, job.seed)
     seen: list[tuple[float, float]] = []
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> None:
@@ -415,6 +485,8 @@ def one(job: Job, folder: str) -> dict[str, Any]:
         "validation": statistics.mean(v for v, _ in seen or chance),
         "test": statistics.mean(t for _, t in seen or chance),
         "bytes": grid.sent,
+        "operations": operations.left,
+        "trained": operations.spent / max(1, operations.dense),
         "least_layer": min(least, key=least.__getitem__) if least else "",
         "least_density": min(least.values(), default=1.0),
         "seconds": time.monotonic() - began,
@@ -502,29 +574,52 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _cells(
     rows: list[dict[str, Any]], pruned: float, seeds: list[int]
-) -> Iterator[tuple[str, str, dict]]:
-    """Yield role, cell and arm -> accuracies by seed, at the chosen rates."""
+) -> Iterator[tuple[str, str, dict[str, dict[int, Any]]]]:
+    """Yield role, cell and arm -> runs by seed, at the chosen rates."""
     rates = _best_rates(rows, seeds[0])
     for cell in CELLS:
-        own: dict[str, dict[int, float]] = {}
+        own: dict[str, dict[int, Any]] = {}
         for row in rows:
             key = row["cell"], row["arm"], row["pruned"]
             right = row["seed"] in seeds and row["pruned"] in (pruned, 0.0)
             if row["cell"] == cell.name and right and row["rate"] == rates.get(key):
-                own.setdefault(row["arm"], {})[row["seed"]] = row["test"]
+                own.setdefault(row["arm"], {})[row["seed"]] = row
         if own:
             yield cell.role, cell.name, own
 
 
+def _of_dense(runs: dict[int, Any]) -> str:
+    """Say what an arm's last network and its training need of dense operations."""
+    if not all("trained" in row for row in runs.values()):
+        return ""  # of an earlier version
+    each = [
+        statistics.mean(row[key] for row in runs.values())
+        for key in ("operations", "trained")
+    ]
+    return f" ({each[0]:.2f}, trained {each[1]:.2f})"
+
+
 def table(arguments: argparse.Namespace) -> None:
-    """Print each cell's accuracies, AutoFLIP's regret, and its mean rank."""
+    """Print each cell's accuracies, AutoFLIP's regret, and its mean rank.
+
+    In brackets: the share of the dense multiply-accumulates that the last network
+    needs, and that of all training, exploration included.
+    """
     rows = _read(arguments.output / "results.jsonl")
     for pruned in arguments.pruned:
         regrets: dict[str, list[float]] = {}
         ranks: dict[str, list[int]] = {}
-        for role, name, own in _cells(rows, pruned, arguments.seeds):
+        for role, name, runs in _cells(rows, pruned, arguments.seeds):
+            if arguments.arms:
+                runs = {arm: v for arm, v in runs.items() if arm in arguments.arms}
+            own = {a: {s: r["test"] for s, r in v.items()} for a, v in runs.items()}
             means = {arm: statistics.mean(v.values()) for arm, v in own.items()}
-            baselines = {a: m for a, m in means.items() if not a.startswith("dense")}
+            others = ("dense", "autoflip")  # ours in other ways is no baseline
+            baselines = {
+                arm: mean
+                for arm, mean in means.items()
+                if arm == arguments.ours or not arm.startswith(others)
+            }
             best = max((a for a in baselines if a != arguments.ours), key=baselines.get)
             ours = own[arguments.ours]
             pairs = [own[best][s] - ours[s] for s in ours if s in own[best]]
@@ -533,7 +628,9 @@ def table(arguments: argparse.Namespace) -> None:
             order = sorted(baselines, key=baselines.get, reverse=True)
             regrets.setdefault(role, []).append(regret)
             ranks.setdefault(role, []).append(1 + order.index(arguments.ours))
-            shown = ", ".join(f"{a} {m:.3f}" for a, m in sorted(means.items()))
+            shown = ", ".join(
+                f"{a} {m:.3f}{_of_dense(runs[a])}" for a, m in sorted(means.items())
+            )
             print(
                 f"{pruned:.0%} {role:8} {name:38} ours {means[arguments.ours]:.3f} "
                 f"best {best} regret {100 * regret:+.1f} +- {100 * error:.1f} | {shown}"

@@ -39,10 +39,8 @@ from torch import nn
 
 from autoflip_flwr import AutoFLIP, units
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
-from autoflip_flwr.pruners.gradients import (
-    FedDST,
-    PruneFL,
-)
+from autoflip_flwr.pruners.dynamic import FedDST
+from autoflip_flwr.pruners.gradients import PruneFL
 from autoflip_flwr.settings import BaselineSettings
 from autoflip_flwr.units import optimizers
 from autoflip_flwr.wire import codec
@@ -53,7 +51,7 @@ ONE = torch.zeros(1, 6)
 
 OF_UNITS = ["l1", "l2", "similarity", "bn", "eflprune"]
 OF_WEIGHTS = ["magnitude", *OF_UNITS]
-OF_GRADIENTS = ["ssfl", "prunefl", "feddst"]
+OF_GRADIENTS = ["ssfl", "prunefl", "feddst", "fedrts", "fedtiny"]
 BASELINES = ["random", *OF_WEIGHTS, *OF_GRADIENTS]
 
 
@@ -195,7 +193,9 @@ def test_baselines_that_choose_once_keep_their_mask(method):
             assert_array_equal(masks[server_round][name], keep)
 
 
-@pytest.mark.parametrize("method", ["prunefl", "feddst", "eflprune"])
+@pytest.mark.parametrize(
+    "method", ["prunefl", "feddst", "fedrts", "fedtiny", "eflprune"]
+)
 def test_baselines_that_adjust_change_their_mask_when_they_are_due(method):
     masks = plainly(method).masks()
     changes = [
@@ -203,7 +203,7 @@ def test_baselines_that_adjust_change_their_mask_when_they_are_due(method):
         for earlier, later in itertools.pairwise(masks)
         if any((masks[earlier][n] != k).any() for n, k in masks[later].items())
     ]
-    due = {"prunefl": [4, 7], "feddst": [4]}
+    due = {"prunefl": [4, 7], "feddst": [4], "fedrts": [4], "fedtiny": [4]}
     if method in due:
         assert changes == due[method]
     else:
@@ -241,12 +241,21 @@ def test_prunefl_asks_one_node_and_then_the_sampled():
     assert all(len(nodes) == 2 for nodes in list(expected.values())[1:])
 
 
-def test_feddst_asks_the_sampled_and_nobody_after_its_last_round():
-    found = plainly("feddst")
+@pytest.mark.parametrize("method", ["feddst", "fedrts"])
+def test_they_ask_the_sampled_and_nobody_after_their_last_round(method):
+    found = plainly(method)
     assert asked_by_round(found) == {4: sampled_in(found, 4)}
 
 
-@pytest.mark.parametrize("method", ["prunefl", "feddst"])
+def test_fedtiny_asks_all_nodes_and_then_the_sampled():
+    found = plainly("fedtiny")
+    assert asked_by_round(found) == {1: NODES, 4: sampled_in(found, 4)}
+    asked = found.of_phase("explore")
+    measures = [sent.config["autoflip.measure"] for sent in asked]
+    assert measures == ["saliency"] * 5 + ["gradient"] * 2
+
+
+@pytest.mark.parametrize("method", ["prunefl", "feddst", "fedrts", "fedtiny"])
 def test_an_adjustment_is_asked_with_the_kept_values_alone(method):
     found = plainly(method)
     dense = sum(v.nbytes for v in wide().state_dict().values() for v in [v.numpy()])
@@ -263,7 +272,7 @@ def test_an_adjustment_is_asked_with_the_kept_values_alone(method):
 
 
 def test_the_first_measurement_is_from_the_whole_initial_model():
-    for method in ("ssfl", "prunefl"):
+    for method in ("ssfl", "prunefl", "fedtiny"):
         sent = plainly(method).of_phase("explore")[0]
         assert "autoflip.mask" not in sent.config
         for name, value in state_of(wide()).items():
@@ -324,17 +333,34 @@ def test_a_weight_that_prunefl_takes_back_has_the_value_it_had():
     assert sum(np.count_nonzero(sent) for sent, _ in pairs) > 10
 
 
-def test_a_weight_that_feddst_grows_starts_from_zero():
-    pairs = list(brought_back(plainly("feddst")))
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [("feddst", 11), ("fedrts", 11), ("fedtiny", 5)],  # the last in one block alone
+)
+def test_a_weight_that_an_exchange_grows_starts_from_zero(method, least):
+    pairs = list(brought_back(plainly(method)))
     for sent, known in pairs:
         assert not sent.any()
         assert len(known) == 0 or known.any()
-    assert sum(len(sent) for sent, _ in pairs) > 10
+    assert sum(len(sent) for sent, _ in pairs) >= least
 
 
-def test_eflprune_restores_units_with_the_values_they_had():
+def test_fedrts_hears_the_clients_of_a_round():
+    found = ran("fedrts", rounds=2, fraction=0.4)
+    pruner = found.strategy.rounds.pruner
+    split = 0
+    for name, keep in found.masks()[1].items():
+        alpha, beta = pruner._alpha[name], pruner._beta[name]
+        # 1 + 1, and ten of the round where a weight was kept
+        assert_allclose(alpha + beta, np.where(keep, 12, 2), rtol=1e-6)
+        split += np.count_nonzero((alpha[keep] > 1) & (alpha[keep] < 11))
+    assert split, "two clients and the global model have the same largest weights"
+
+
+@pytest.mark.parametrize("method", ["eflprune", "l1", "bn", "random"])
+def test_who_reselects_restores_units_with_the_values_they_had(method):
     app = nudging_app(scale=0.3)  # what is pruned stays, what is kept wanders
-    found = ran("eflprune", app=app, baselines={"dense_rounds": 1})
+    found = ran(method, app=app, baselines={"dense_rounds": 1, "reselect": True})
     pairs = list(brought_back(found))
     for sent, known in pairs:
         assert_array_equal(sent, known)

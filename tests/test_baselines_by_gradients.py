@@ -1,5 +1,6 @@
 """Baselines that ask for gradients, and the gradients that clients see."""
 
+import copy
 import math
 
 import numpy as np
@@ -28,13 +29,9 @@ from torch import nn
 from autoflip_flwr import AutoFlipMod
 from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError
 from autoflip_flwr.method.structured import Units
-from autoflip_flwr.pruners.gradients import (
-    SSFL,
-    FedDST,
-    PruneFL,
-    layer_budgets,
-)
-from autoflip_flwr.settings import BaselineSettings
+from autoflip_flwr.pruners.dynamic import FedDST, FedRTS, FedTiny, layer_budgets
+from autoflip_flwr.pruners.gradients import SSFL, PruneFL
+from autoflip_flwr.settings import BaselineSettings, defaults
 from autoflip_flwr.units import optimizers
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire import records as wire
@@ -243,6 +240,15 @@ def test_feddst_starts_with_the_largest_weights_of_each_layer():
     assert_array_equal(masks["b"], [[0, 1, 1], [1, 1, 1]])
 
 
+@pytest.mark.parametrize("kind", [FedDST, FedRTS])
+def test_an_exchange_starts_with_the_weights_of_the_first_round(kind):
+    """A warm start has moved them away from the initial ones."""
+    pruner = prepared(kind(), {"w": rows([1, 2], [3, 4])}, pruning(1 / 2))
+    warm = {"w": rows([-9, 2], [3, 8])}
+    assert_array_equal(pruner.masks([], warm, 1)["w"], [[1, 0], [0, 1]])
+    assert_array_equal(pruner.masks([], {"w": rows([1, 7], [7, 1])}, 2)["w"], np.eye(2))
+
+
 def test_feddst_drops_the_smallest_and_grows_where_the_gradient_is_largest():
     pruner, initial = matrix(replaced=0.5)
     pruner.masks([], initial, 1)
@@ -296,19 +302,169 @@ def test_feddst_replaces_ever_less_as_a_cosine_falls(until, server_round, replac
 
 
 def test_feddst_asks_nobody_before_the_first_round_and_then_at_every_adjustment():
-    pruner, _ = matrix(until=8, every=3)
+    pruner, initial = matrix(until=8, every=3)
+    assert pruner.asks(1, connected=NODES, sampled=NODES[:2]) is None
+    pruner.masks([], initial, 1)
     asked = [
         server_round
-        for server_round in range(1, 14)
+        for server_round in range(2, 14)
         if pruner.asks(server_round, connected=NODES, sampled=NODES[:2])
     ]
     assert asked == [4, 7]
     pruner.check({})  # it has a mask whatever happens
 
 
-def test_feddst_needs_the_number_of_weights():
-    with pytest.raises(SettingsError, match=r"feddst.*got value"):
-        prepared(FedDST(), PAIR, pruning(0.5, mode="value"))
+@pytest.mark.parametrize("kind", [FedDST, FedRTS, FedTiny])
+def test_an_exchange_needs_the_number_of_weights(kind):
+    with pytest.raises(SettingsError, match=rf"{kind.__name__.lower()}.*got value"):
+        prepared(kind(), PAIR, pruning(0.5, mode="value"))
+
+
+# --- fedrts ---------------------------------------------------------------------------
+
+
+def believing(**settings):
+    """A layer of 2 x 4 of which the last four are kept, and a bias."""
+    initial = {"w": rows([1, 2, 3, 4], [5, 6, 7, 8]), "bias": rows(0, 0)}
+    settings = {"every": 1, "replaced": 0.5, **settings}
+    return prepared(FedRTS(**settings), initial, pruning(4 / 10), seed=1), initial
+
+
+def test_fedrts_believes_what_clients_and_the_global_model_say():
+    pruner, initial = believing()
+    first = pruner.masks([], initial, 1)
+    assert_array_equal(first["w"], [[0] * 4, [1] * 4])
+    # Half of four weights is the core: of one client 7 and 8, of the other, with three
+    # times the examples, 5 and -9. Pruned weights do not count.
+    pruner.observe({**initial, "w": rows([99] * 4, [5, 6, 7, 8])}, 1)
+    pruner.observe({**initial, "w": rows([0] * 4, [5, -9, 0, 1])}, 3)
+    pruner.learn(None, first)
+    # the core of the global model: 7 and 8
+    assert pruner.masks([], {**initial, "w": rows([0] * 4, [1, 6, 7, 8])}, 2) is first
+    # x = 1/2 [global] + 1/2 (1/4 [one] + 3/4 [other]): 3/8, 3/8, 1/2 + 1/8, 1/2 + 1/8
+    expected = [0.375, 0.375, 0.625, 0.625]
+    assert_allclose(pruner._alpha["w"], [[1] * 4, [1 + 10 * x for x in expected]])
+    assert_allclose(pruner._beta["w"], [[1] * 4, [11 - 10 * x for x in expected]])
+    # of the pruned weights as many as may go get a vote: half of four, at each client
+    pruner.asks(3, connected=NODES, sampled=NODES)
+    for weight, gradient in [(1, [4, 3, 2, 1]), (1, [1, 2, 3, 4])]:
+        grown = codec.quantize({"w": rows(gradient, [9] * 4), "bias": rows(1, 1)})
+        added(pruner, 11, grown, weight, initial)
+    before = pruner._alpha["w"].copy()
+    drawn = pruner.masks([], initial, 3)
+    # 1/4 + 1/2 * 1/2: one client of two named each; the kept ones have no outcome
+    assert_allclose(pruner._alpha["w"][0], [1 + 10 * 0.5] * 4)
+    assert_allclose(pruner._beta["w"][0], [1 + 10 * 0.5] * 4)
+    assert_array_equal(pruner._alpha["w"][1], before[1])
+    assert drawn["w"].sum() == 4
+    assert drawn["bias"].all()
+
+
+def test_fedrts_keeps_the_largest_draws_of_each_layer():
+    pruner, initial = believing()
+    kept = pruner.masks([], initial, 1)
+    pruner._alpha["w"] = rows([1e6, 1, 1, 1], [1e6, 1, 1e6, 1e6])
+    pruner._beta["w"] = rows([1, 1e6, 1e6, 1e6], [1, 1e6, 1, 1])
+    pruner.asks(2, connected=NODES, sampled=NODES)
+    grown = codec.quantize({"w": rows([9, 8, 1, 1], [9] * 4), "bias": rows(1, 1)})
+    added(pruner, 11, grown, 1, initial)
+    assert_array_equal(pruner.masks([], initial, 2)["w"], [[1, 0, 0, 0], [1, 0, 1, 1]])
+    assert kept["w"].sum() == 4
+
+
+def test_fedrts_draws_the_same_again_after_a_restart():
+    def measured(pruner):
+        pruner.asks(2, connected=NODES, sampled=NODES)
+        frame = codec.quantize({"w": rows([4, 3, 2, 1], [0] * 4), "bias": rows(1, 1)})
+        added(pruner, 11, frame, 1, initial)
+        return pruner.masks([], initial, 2)["w"], pruner._alpha["w"]
+
+    pruner, initial = believing()
+    first = pruner.masks([], initial, 1)
+    pruner.observe({**initial, "w": rows([0] * 4, [5, -9, 0, 1])}, 3)
+    pruner.learn(None, first)
+    resumed, _ = believing()
+    resumed.restore(copy.deepcopy(pruner.state()))
+    for one, other in zip(measured(pruner), measured(resumed), strict=True):
+        assert_array_equal(one, other)
+
+
+def test_fedrts_forgets_votes_of_a_round_that_changed_nothing():
+    pruner, initial = believing()
+    pruner.masks([], initial, 1)
+    pruner.observe(initial, 1)
+    pruner.masks([], initial, 2)  # round 1 was abandoned
+    assert_array_equal(pruner._alpha["w"], np.ones((2, 4)))
+
+
+# --- fedtiny --------------------------------------------------------------------------
+
+
+def test_fedtiny_takes_the_candidate_that_loses_the_least_saliency():
+    """All weight of the saliency is in one layer, so of it the most is kept."""
+    initial = {n: np.arange(1, 101).reshape(10, 10) for n in ("a", "b")}
+    initial = {n: value.astype(np.float32) for n, value in initial.items()}
+    kept = {}
+    for name in ("a", "b"):
+        pruner = prepared(FedTiny(), initial, pruning(0.5), seed=3)
+        ask = pruner.asks(1, connected=NODES, sampled=NODES[:2])
+        assert (list(ask.nodes), ask.measure, ask.current) == (NODES, "saliency", False)
+        saliency = {n: np.full((10, 10), float(n == name)) for n in initial}
+        added(pruner, 11, codec.quantize(saliency), 1.0, initial)
+        masks = pruner.masks([], initial, 1)
+        assert sum(int(keep.sum()) for keep in masks.values()) == 100
+        kept[name] = {n: int(keep.sum()) for n, keep in masks.items()}
+        for n, keep in masks.items():  # the largest weights of the layer
+            assert keep.reshape(-1)[-kept[name][n] :].all()
+    # of 100, factors of 0.5 and 1.5 would give a layer 25 and the other 75
+    assert kept["a"]["a"] > 55
+    assert kept["b"]["b"] > 55
+    assert max(kept["a"]["a"], kept["b"]["b"]) <= 75
+
+
+def test_fedtiny_adjusts_one_block_at_a_time_the_last_one_first():
+    initial = {f"l{i}": rows([1, 2, 3, 4]) for i in range(6)} | {"bias": rows(0, 0)}
+    pruner = prepared(FedTiny(every=2, replaced=0.5), initial, pruning(12 / 26))
+    assert pruner.asks(1, connected=NODES, sampled=NODES).measure == "saliency"
+    added(pruner, 11, codec.quantize(initial), 1.0, initial)
+    before = pruner.masks([], initial, 1)
+    changed = []
+    for server_round in range(2, 14):
+        if pruner.asks(server_round, connected=NODES, sampled=NODES[:2]) is not None:
+            gradients = {n: 5 - v for n, v in initial.items()}
+            added(pruner, 11, codec.quantize(gradients), 1.0, initial)
+        after = pruner.masks([], initial, server_round)
+        changed.append([n for n in after if (after[n] != before[n]).any()])
+        before = after
+    # six layers in five blocks; the last block has two
+    blocks = [["l4", "l5"], ["l3"], ["l2"], ["l1"], ["l0"]]
+    assert changed[1::2] == [*blocks, blocks[0]]
+    assert not any(changed[::2])
+
+
+def test_fedtiny_grows_by_the_mean_of_what_clients_name():
+    initial = {"w": rows([1, 2, 3, 4], [5, 6, 7, 8])}
+    pruner = prepared(FedTiny(every=1, replaced=0.25), initial, pruning(4 / 8))
+    added(pruner, 11, codec.quantize(initial), 1.0, initial)
+    assert_array_equal(pruner.masks([], initial, 1)["w"], [[0] * 4, [1] * 4])
+    ask = pruner.asks(2, connected=NODES, sampled=NODES[:2])
+    assert (list(ask.nodes), ask.measure, ask.current) == (NODES[:2], "gradient", True)
+    # each names one weight: 6 + 0 + 0, 0 + 5 + 4. All told, 5 + 5 + 4 would be first.
+    for gradient in ([6, 0, 5, 0], [0, 5, 4, 0], [0, 4, 3, 0]):
+        frame = codec.quantize({"w": rows(gradient, [9] * 4)})
+        added(pruner, 11, frame, 1.0, initial)
+    assert_array_equal(pruner.masks([], initial, 2)["w"], [[0, 1, 0, 0], [0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [(FedDST, 0.5), (FedRTS, 0.2), (FedTiny, 0.2)]
+)
+def test_the_share_is_the_authors_where_none_is_given(kind, share):
+    assert kind().replaced == share
+    assert kind(replaced=0.01).replaced == 0.01
+    name = kind.__name__.lower()
+    settings = defaults(f"strategy.name={name}").baselines
+    assert settings.replaced == share
 
 
 @pytest.mark.parametrize("until", [-1, 2.5])

@@ -11,11 +11,8 @@ from preparing import FOUR, PAIR, four, prepared, pruning, rows
 
 from autoflip_flwr.errors import MaskError, SettingsError
 from autoflip_flwr.method.structured import Group, Units
-from autoflip_flwr.pruners.gradients import (
-    SSFL,
-    FedDST,
-    PruneFL,
-)
+from autoflip_flwr.pruners.dynamic import FedDST
+from autoflip_flwr.pruners.gradients import SSFL, PruneFL
 from autoflip_flwr.pruners.weights import (
     L1,
     L2,
@@ -245,8 +242,11 @@ def test_weights_are_judged_once_after_the_dense_rounds():
         assert pruner.masks([12], PAIR, server_round) is chosen
 
 
-def test_eflprune_judges_before_every_release_and_takes_units_back():
-    pruner = prepared(EFLPrune(dense_rounds=1), FOUR, pruning(3 / 12), four())
+@pytest.mark.parametrize(
+    "pruner", [EFLPrune(dense_rounds=1), L1(dense_rounds=1, reselect=True)]
+)
+def test_who_reselects_judges_before_every_release_and_takes_units_back(pruner):
+    prepared(pruner, FOUR, pruning(3 / 12), four())
     assert pruner.restores
     assert units_left(pruner.masks([], FOUR, 1)) == "ABCD"
     assert units_left(pruner.masks([], FOUR, 2)) == "ACD"
@@ -256,9 +256,19 @@ def test_eflprune_judges_before_every_release_and_takes_units_back():
 
 
 def test_only_baselines_that_bring_values_back_have_the_server_remember_them():
-    kinds = (Magnitude, L1, L2, Similarity, SSFL)
-    assert not any(kind.restores for kind in (*kinds, FedDST, Random))
-    assert PruneFL.restores
+    once = (Magnitude, L1, L2, Similarity, BatchNormScale, Random, SSFL, FedDST)
+    assert not any(kind().restores for kind in once)
+    assert all(kind(reselect=True).restores for kind in once[:6])
+    assert PruneFL().restores
+
+
+def test_a_random_mask_that_is_drawn_anew_differs_in_every_round():
+    pruner = prepared(Random(reselect=True), FOUR, pruning(0.5), seed=3)
+    masks = [pruner.masks([], FOUR, server_round) for server_round in (1, 2, 3)]
+    bits = [np.packbits([*m["w"].flat, *m["out"].flat]).tobytes() for m in masks]
+    assert len(set(bits)) == 3
+    fixed = prepared(Random(), FOUR, pruning(0.5), seed=3).masks([], FOUR, 1)
+    assert_array_equal(fixed["w"], masks[0]["w"])
 
 
 def test_the_random_mask_is_the_same_in_every_round_and_the_seed_decides():

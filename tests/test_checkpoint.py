@@ -24,6 +24,7 @@ from numpy.testing import assert_array_equal
 from autoflip_flwr import AutoFLIP, PruningSettings
 from autoflip_flwr.errors import CheckpointError
 from autoflip_flwr.server.checkpoint import Checkpointed, read, write
+from autoflip_flwr.settings import BaselineSettings
 
 NODES = [11, 12, 13, 14, 15]
 ROUNDS = 5
@@ -238,6 +239,11 @@ MAKES = {
         method: pruning(method=method)
         for method in ("random", "magnitude", "ssfl", "prunefl", "feddst")
     },
+    **{
+        method: pruning(method=method, baselines=BaselineSettings(every=2))
+        for method in ("fedrts", "fedtiny")
+    },
+    "drawn anew": pruning(method="random", baselines=BaselineSettings(reselect=True)),
 }
 
 

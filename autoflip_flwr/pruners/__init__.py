@@ -10,7 +10,8 @@ from collections.abc import Callable
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.pruners.autoflip import AutoFlipPruner
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner
-from autoflip_flwr.pruners.gradients import SSFL, FedDST, PruneFL
+from autoflip_flwr.pruners.dynamic import FedDST, FedRTS, FedTiny
+from autoflip_flwr.pruners.gradients import SSFL, PruneFL
 from autoflip_flwr.pruners.weights import (
     L1,
     L2,
@@ -32,6 +33,8 @@ __all__ = [
     "BatchNormScale",
     "EFLPrune",
     "FedDST",
+    "FedRTS",
+    "FedTiny",
     "Magnitude",
     "Problem",
     "PruneFL",
@@ -53,6 +56,8 @@ _PRUNERS: dict[MethodName, Callable[..., Pruner]] = {
     "ssfl": SSFL,
     "prunefl": PruneFL,
     "feddst": FedDST,
+    "fedrts": FedRTS,
+    "fedtiny": FedTiny,
 }
 
 

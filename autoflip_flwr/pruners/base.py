@@ -195,6 +195,13 @@ class Pruner(ABC):
             If the mask would cut a layer off.
         """
 
+    def observe(self, weights: Params, examples: float) -> None:
+        """Take the weights of one client after its training, the pruned ones unchanged.
+
+        `weights` has all arrays of the model; `examples` is the client's weight.
+        """
+        del weights, examples
+
     def learn(self, agreement: Float32 | None, masks: Masks) -> None:
         """Take the agreement of the clients of a round, float32 in [0, 1].
 

@@ -4,19 +4,19 @@ All prune to the density of the settings and keep biases and scales of normaliza
 as their sources do.
 """
 
-import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
-from autoflip_flwr.errors import ExplorationError, MaskError, SettingsError, by_reason
+from autoflip_flwr.errors import ExplorationError, by_reason
 from autoflip_flwr.method.mean import WeightedMean
 from autoflip_flwr.method.schedule import due
 from autoflip_flwr.pruners.base import Ask, FixedPruner, Problem
 from autoflip_flwr.pruners.store import Measured
-from autoflip_flwr.pruners.weights import but_vectors, magnitudes
+from autoflip_flwr.pruners.weights import but_vectors
 from autoflip_flwr.settings import BaselineSettings
-from autoflip_flwr.types import Float32, Mask, Masks, Nodes, Params
+from autoflip_flwr.types import Float32, Masks, Nodes, Params
 
 #: Default number of rounds from one adjustment to the next.
 EVERY = 10
@@ -25,7 +25,7 @@ EVERY = 10
 class GradientPruner(FixedPruner):
     """Averages the nodes' measurements, weighted by their numbers of examples."""
 
-    _saved = ("_chosen", "_measured")
+    _saved: ClassVar[tuple[str, ...]] = ("_chosen", "_measured")
 
     def prepare(self, problem: Problem) -> None:
         """Start without a measurement."""
@@ -142,132 +142,3 @@ class PruneFL(GradientPruner):
             if going < active.size:
                 bar = np.partition(active, going)[going]
                 scores[name][keep & (size >= bar)] = np.inf
-
-
-class FedDST(GradientPruner):
-    """A sparse mask that drops weights by magnitude and grows them by gradient.
-
-    Bibikar et al., Federated Dynamic Sparse Training: Computing Less, Communicating
-    Less, Yet Learning Better (arXiv:2112.09824; bibikar/feddst). The first mask keeps
-    the largest initial weights of each layer, at the densities of Erdos-Renyi-Kernel
-    (Evci et al., arXiv:1911.11134). Every `every` rounds until `until`, each layer
-    drops its smallest weights. As many grow, from zero, where the mean gradient is
-    largest; a weight that was just dropped may grow again. The share falls as a cosine
-    from `replaced` to 0.
-
-    Notes
-    -----
-    In the paper clients adjust their own masks and the server prunes their union. Here
-    the server adjusts one mask by the gradients of the sampled clients, so that both
-    sides know the mask and only kept values travel. A weight that grows again at once
-    keeps its value; the authors' code sets it to zero.
-    """
-
-    def __init__(
-        self, *, every: int = EVERY, replaced: float = 0.5, until: int | None = None
-    ) -> None:
-        checked = BaselineSettings(every=every, replaced=replaced, until=until)
-        self.every, self.until = int(checked.every or EVERY), checked.until
-        self.replaced = checked.replaced
-
-    def prepare(self, problem: Problem) -> None:
-        """Choose the largest initial weights."""
-        super().prepare(problem)
-        if self.settings.mode == "value":
-            raise SettingsError(
-                "feddst needs the number of weights to keep: mode quantile or "
-                "compression, got value"
-            )
-        total = sum(math.prod(shape) for shape in self.shapes.values())
-        kept = total - self.pruned_count(self.initial)
-        budgets = layer_budgets(self.shapes, kept, floor=self.settings.floor)
-        sizes = magnitudes(self.initial)
-        self._chosen = {n: top(sizes[n], budgets[n]) for n in self.shapes}
-
-    def asks(
-        self, server_round: int, *, connected: Nodes, sampled: Nodes
-    ) -> Ask | None:
-        """Ask the sampled nodes at each adjustment."""
-        del connected
-        if due(server_round, self.every) and self._share(server_round) > 0:
-            return Ask(nodes=sampled, measure="gradient", current=True)
-        return None
-
-    def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
-        """Return the mask, adjusted if there are new gradients."""
-        del sampled
-        assert self._chosen is not None
-        if self._measured.weight:
-            share, gradients = self._share(server_round), self._measured.take()
-            sizes = magnitudes(weights)
-            self._chosen = {
-                name: adjusted(keep, sizes[name], gradients[name], share)
-                for name, keep in self._chosen.items()
-            }
-        return self._chosen
-
-    def _share(self, server_round: int) -> float:
-        """Return the share to exchange: always the same without an end."""
-        if self.until is None:
-            return self.replaced
-        if server_round > self.until:
-            return 0.0
-        past = (server_round - 1) / max(1, self.until)
-        return self.replaced / 2 * (1 + math.cos(math.pi * past))
-
-
-def layer_budgets(
-    shapes: Mapping[str, tuple[int, ...]], kept: int, *, floor: float = 0.0
-) -> dict[str, int]:
-    """Divide the kept weights among layers by Erdos-Renyi-Kernel.
-
-    A layer's density is proportional to the sum of its dimensions over their product
-    (arXiv:1911.11134, section 3), at most 1. A layer keeps at least the share `floor`
-    and one weight. Vectors are kept whole. If `kept` is too small for all that, the
-    error is a MaskError.
-    """
-    sizes = np.array([math.prod(shape) for shape in shapes.values()], np.int64)
-    whole = np.array([len(shape) < 2 for shape in shapes.values()])
-    least = np.where(whole, sizes, np.maximum(1, np.ceil(floor * sizes))).astype(int)
-    least = np.minimum(least, sizes)
-    if not least.sum() <= kept <= sizes.sum():
-        raise MaskError(
-            f"expected to keep {least.sum()} (the vectors and the minimum of every "
-            f"layer) to {sizes.sum()} weights, got {kept}; prune less, or lower the "
-            "floor"
-        )
-    widths = np.array([sum(shape) for shape in shapes.values()], np.float64)
-    low, high = 0.0, float(sizes.sum())
-    for _ in range(200):  # bisection for the scale at which the budgets sum to `kept`
-        scale = (low + high) / 2
-        over = np.clip(scale * widths, least, sizes).sum() > kept
-        low, high = (low, scale) if over else (scale, high)
-    quotas = np.clip(low * widths, least, sizes)
-    budgets = np.floor(quotas + 1e-9).astype(int)
-    for index in np.argsort(budgets - quotas, kind="stable"):  # largest remainders
-        if budgets.sum() < kept and budgets[index] < sizes[index]:
-            budgets[index] += 1
-    return dict(zip(shapes, budgets.tolist(), strict=True))
-
-
-def adjusted(keep: Mask, size: Float32, gradient: Float32, share: float) -> Mask:
-    """Drop a share of the smallest kept weights of a tensor and grow as many others.
-
-    They grow where the gradient is largest; one that was dropped may grow again at
-    once. `size` and `gradient` are magnitudes.
-    """
-    kept = int(np.count_nonzero(keep))
-    count = int(share * kept)
-    if count == 0:
-        return keep
-    stay = top(np.where(keep, size, -np.inf).astype(np.float32), kept - count)
-    grown = top(np.where(stay, -np.inf, gradient).astype(np.float32), count)
-    return stay | grown
-
-
-def top(scores: Float32, count: int) -> Mask:
-    """Keep the `count` largest entries; among equal entries the first win."""
-    keep = np.zeros(scores.size, np.bool_)
-    order = np.argsort(-scores.reshape(-1), kind="stable")
-    keep[order[:count]] = True
-    return keep.reshape(scores.shape)

@@ -4,7 +4,8 @@ All prune to the density of the settings. Where the source prunes whole filters,
 units are pruned first, as far as possible; then single weights of layers are pruned by
 magnitude. The criteria see the model after `dense_rounds` rounds without a mask,
 because untrained weights carry no information. The default of two rounds, with five of
-twenty clients each, costs about as many bytes as an exploration.
+twenty clients each, costs about as many bytes as an exploration. With `reselect` they
+judge again before every round, and pruned weights keep their values at the server.
 """
 
 from abc import abstractmethod
@@ -24,28 +25,29 @@ _Floats: TypeAlias = NDArray[np.float64]
 
 
 class Random(FixedPruner):
-    """One random mask for all rounds: the baseline of every criterion."""
+    """One random mask for all rounds, or with `reselect` a new one for each."""
 
-    def prepare(self, problem: Problem) -> None:
-        """Draw the mask."""
-        super().prepare(problem)
-        shapes = self.shapes.items()
-        self._chosen = self.cut({n: self.rng.random(s, np.float32) for n, s in shapes})
+    def __init__(self, *, reselect: bool = False) -> None:
+        self.restores = BaselineSettings(reselect=reselect).reselect
 
     def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:
         """Return the random mask."""
         del sampled, weights, server_round
-        assert self._chosen is not None
+        if self._chosen is None or self.restores:
+            scores = {n: self.rng.random(s, np.float32) for n, s in self.shapes.items()}
+            self._chosen = self.cut(scores, overwrite=True)
         return self._chosen
 
 
 class WeightsPruner(FixedPruner):
-    """Prunes by the server's weights, once, after `dense_rounds` without a mask."""
+    """Prunes by the server's weights after `dense_rounds` without a mask.
 
-    every_round = False
+    Once; with `reselect` before every round, and pruned weights can return.
+    """
 
-    def __init__(self, *, dense_rounds: int = 2) -> None:
-        self.dense_rounds = BaselineSettings(dense_rounds=dense_rounds).dense_rounds
+    def __init__(self, *, dense_rounds: int = 2, reselect: bool = False) -> None:
+        checked = BaselineSettings(dense_rounds=dense_rounds, reselect=reselect)
+        self.dense_rounds, self.restores = checked.dense_rounds, checked.reselect
 
     def prepare(self, problem: Problem) -> None:
         """Start with a mask that keeps everything."""
@@ -57,7 +59,7 @@ class WeightsPruner(FixedPruner):
         del sampled
         if server_round <= self.dense_rounds:
             return self._whole
-        if self._chosen is None or self.every_round:
+        if self._chosen is None or self.restores:
             self._chosen = self._judge(weights)
         return self._chosen
 
@@ -84,7 +86,8 @@ class UnitPruner(WeightsPruner):
     resource-constrained edge devices based on model pruning (Complex & Intelligent
     Systems 9, 2023, doi:10.1007/s40747-023-01120-5). Their rates per layer are not
     public. Here units are ranked within their layer and compete by rank, so that every
-    layer loses the same share.
+    layer loses the same share. They select again at each release of the model and
+    restore it afterwards: that is `reselect`.
     """
 
     needs_units = True
@@ -184,15 +187,15 @@ class BatchNormScale(UnitPruner):
 
 
 class EFLPrune(L1):
-    """Prunes by L1 before each round, and restores the full model after it.
+    """L1 with `reselect`: prunes before each round, restores the full model after it.
 
     Wu, Song and Zeng (Complex & Intelligent Systems 9, 2023), called EFLPrune in
     arXiv:2405.10271: clients train and upload the kept part, the server writes it into
     the full model and prunes again. Their criterion is not public; L1 replaces it.
     """
 
-    restores = True
-    every_round = True
+    def __init__(self, *, dense_rounds: int = 2) -> None:
+        super().__init__(dense_rounds=dense_rounds, reselect=True)
 
 
 def magnitudes(weights: Params) -> dict[str, Float32]:

@@ -157,6 +157,7 @@ class Replies:
             assert plan is not None
             update = plan.update(sent, reply.record[records.VALUES].data)
             rounds.diagnostics.observe(update, reply.examples)
+            rounds.pruner.observe(reply.arrays, reply.examples)
         least = self._settings.min_replies
         if len(replies) < least:
             reason = f"{len(replies)} valid replies, expected {least} or more"
