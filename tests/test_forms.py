@@ -273,6 +273,22 @@ class PartMasked(FedPer):
             super().train(model, batches, message)
 
 
+class Spectral(Model):
+    """Weights of Fourier modes are complex: they train, and travel whole."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modes = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+        def forward(self, x):
+            return torch.fft.irfft(torch.fft.rfft(x) * self.modes, n=6)
+
+    @classmethod
+    def make(cls):
+        return seeded(lambda: nn.Sequential(cls.Layer(), *net()))
+
+
 FORMS = [
     Model,
     Backwards,
@@ -289,6 +305,7 @@ FORMS = [
     LoraMasked,
     Parallel,
     PartMasked,
+    Spectral,
     Tied,
     TwoOptimizers,
 ]

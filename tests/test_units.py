@@ -598,6 +598,23 @@ def test_packed_sequences_have_units(read, both):
     assert_exact(Tagger(), x, share=0.4)
 
 
+def test_bags_of_embeddings_and_lists_of_parameters_stay_whole_and_others_do_not():
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(9, 6)
+            self.matrices = nn.ParameterList([torch.randn(6, 6)])
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x):
+            return self.layers(self.bag(x) @ self.matrices[0])
+
+    x = torch.randint(9, (4, 5))
+    found = units.trace(Tower(), x)
+    assert [group.name for group in found.groups] == ["layers.0"]
+    assert_exact(Tower(), x, share=0.2)
+
+
 def test_statistics_that_make_a_missing_channel_more_than_zero_are_found():
     model = nn.Sequential(
         nn.Linear(3, 8),

@@ -307,7 +307,8 @@ def _keep_channels_of_rows(graph: Any) -> None:
 
 
 def _visible(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+    differentiable = tensor.is_floating_point() or tensor.is_complex()
+    if isinstance(tensor, nn.Parameter) and differentiable:
         return nn.Parameter(tensor.detach())
     return tensor.detach().clone()
 
