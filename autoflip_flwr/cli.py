@@ -29,9 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen, unknown = _parser().parse_known_args(arguments)
         if unknown:
             options = re.findall(r"--[\w-]+", chosen.parser.format_usage())
+            setting = "--overrides" in options and unknown[0][0] != "-"
             raise SettingsError(
                 f"unknown argument {unknown[0]!r}; {chosen.parser.prog} knows: "
                 f"{options}{settings.meant(unknown[0], options)}"
+                + (f'; settings: --overrides "{unknown[0]} ..."' if setting else "")
             )
         told = chosen.run(chosen)
         if isinstance(told, int):
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="SHAPE[:TYPE]",
-        help="of one sample: 1,3,32,32 or 1,80:int64; once for each argument",
+        help="of one sample, of zeros: 1,3,32,32 or 1,80:int64; once for each argument",
     )
     add("--clients", type=int, default=10, help="connected clients (default 10)")
     add("--rounds", type=int, default=20, help="default 20")

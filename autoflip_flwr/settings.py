@@ -437,7 +437,7 @@ def defaults(overrides: str = "") -> Settings:
 
 
 def _overridden(values: dict[str, Any], preset: str, overrides: str) -> Settings:
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         _set(values, key.split("."), value, key)
     if "preset" in values:
         raise SettingsError("preset: is the name of the file, not a key in it")
@@ -505,7 +505,8 @@ def _yaml(text: str) -> Any:
         raise yaml.YAMLError("it is nested too deep") from None
 
 
-def _parse_overrides(overrides: str) -> Iterator[tuple[str, Any]]:
+def parse_overrides(overrides: str) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of each override, unchecked."""
     try:
         words = shlex.split(overrides)
     except ValueError as error:

@@ -119,6 +119,13 @@ RATES = {
     "adamw": (0.0005, 0.003),
 }
 
+LETTERS = (0.003, 0.01)  # a net over letters learns nothing with the others
+
+
+def _rates(cell: Cell) -> tuple[float, ...]:
+    return LETTERS if cell.data == "shakespeare" else RATES[cell.optimizer]
+
+
 _FOLDERS = {
     "mnist": "",
     "mnist-turned": "",
@@ -553,7 +560,7 @@ def run(arguments: argparse.Namespace) -> None:
         [
             Job(cell.name, arm, pruned, first, rate)
             for cell, arm, pruned in wanted
-            for rate in RATES[cell.optimizer]
+            for rate in _rates(cell)
         ],
         path,
         arguments.data_dir,

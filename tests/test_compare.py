@@ -87,6 +87,7 @@ def test_other_seeds_are_refused(text):
         (["smoke", "--vary", "rounds:2"], ["key=value", "'rounds:2'"]),
         (["smoke", "--overrides", "prunning.units=1"], ["did you mean 'pruning'?"]),
         (["smoke", "--seeds", "three"], ["--seeds", "'three'"]),
+        (["smoke", "rounds=3"], ["'rounds=3'", '--overrides "rounds=3 ..."']),
     ],
 )
 def test_a_typo_is_one_line_with_what_may_be_meant(words, hints, tmp_path, capsys):
@@ -123,6 +124,8 @@ def test_a_mistaken_variation_is_refused(word):
         ({"seeds": 0}, "one seed or more, got 0"),
         ({"seeds": []}, r"one seed or more, got \[\]"),
         ({"vary": {"seed": ["1"]}}, "--seeds"),
+        ({"overrides": "seed=4"}, "seed is given by --seeds"),
+        ({"overrides": "strategy.name=l1"}, "strategy.name is given by .*--strategies"),
         ({"vary": {"pruning.treshold": ["1"]}}, "unknown pruning keys"),
         (
             {"strategies": ["fedavg", "l1"], "vary": {"pruning.treshold": ["1"]}},

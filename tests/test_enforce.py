@@ -198,6 +198,7 @@ def test_a_mask_may_name_some_of_the_parameters():
     [
         ({"fc": np.zeros(3, bool)}, r"'fc', which is no parameter.*known: \['0\.wei"),
         ({"99": np.zeros(3, bool)}, "'99', which is no parameter"),
+        ({"1.running_mean": np.zeros(8, bool)}, r"model=Net\(\), .* tell buffers"),
         ({"4": np.zeros(8, bool)}, "'4', which is no parameter"),  # running_mean
         (
             {"3.bias": np.zeros(4, bool)},

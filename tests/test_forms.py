@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, exploring, masked, masks_from
 from autoflip_flwr.errors import ExplorationError, MaskError, ReplyError
-from autoflip_flwr.pruners import Magnitude
+from autoflip_flwr.pruners import SSFL, Magnitude
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.wire.manifest import Manifest
 
@@ -273,6 +273,22 @@ class PartMasked(FedPer):
             super().train(model, batches, message)
 
 
+class Spectral(Model):
+    """Weights of Fourier modes are complex: they train, and travel whole."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modes = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+        def forward(self, x):
+            return torch.fft.irfft(torch.fft.rfft(x) * self.modes, n=6)
+
+    @classmethod
+    def make(cls):
+        return seeded(lambda: nn.Sequential(cls.Layer(), *net()))
+
+
 FORMS = [
     Model,
     Backwards,
@@ -289,6 +305,7 @@ FORMS = [
     LoraMasked,
     Parallel,
     PartMasked,
+    Spectral,
     Tied,
     TwoOptimizers,
 ]
@@ -334,6 +351,61 @@ def test_masks_hold_in_every_form(form, caplog):
     assert "training moved" not in caplog.text
     assert 0.1 < strategy.rounds.density < 0.9
     assert any((seen[-1][n] != seen[1][n]).any() for n in seen[1]), "it has learned"
+
+
+def test_gradients_are_measured_beside_complex_parameters():
+    inner, model = FedAvg(fraction_evaluate=0), Spectral.make()
+    strategy = AutoFLIP(inner, threshold=0.6, pruner=SSFL(), model=model)
+    _, _, strategy = start(Spectral(), strategy)
+    assert strategy.rounds.density == pytest.approx(0.4, abs=0.01)
+
+
+class Normed(Model):
+    """A weight is a length times a row over its norm."""
+
+    @staticmethod
+    def make():
+        def build():
+            wrapped = nn.utils.parametrizations.weight_norm(nn.Linear(2, 16))
+            return nn.Sequential(nn.Linear(6, 2), wrapped, nn.Tanh(), nn.Linear(16, 3))
+
+        return seeded(build)
+
+
+def test_of_weight_norm_the_directions_are_excluded_as_a_row_of_zeros_has_none():
+    def strategy(*exclude):
+        pruning = PruningSettings(threshold=0.8, exclude=exclude)
+        return AutoFLIP(FedAvg(fraction_evaluate=0), pruning=pruning)
+
+    with pytest.raises(ReplyError, match="got NaN or Inf"):
+        start(Normed(), strategy())
+    _, seen, ended = start(Normed(), strategy("*original1"))
+    assert ended.rounds.density == pytest.approx(0.2, abs=0.01)
+    assert all(np.isfinite(value).all() for value in seen[-1].values())
+
+
+def test_actions_of_the_apps_own_with_mods_of_their_own():
+    class Chosen(FedAvg):
+        def configure_train(self, *args):
+            for i, message in enumerate(super().configure_train(*args)):
+                action = ("train.fast", "train.slow")[i % 2]
+                yield Message(message.content, message.metadata.dst_node_id, action)
+
+    app, plain, called = ClientApp(), app_of(Model(), mods=[]), set()
+    for name in ("fast", "slow"):
+
+        @app.train(name, mods=[AutoFlipMod()])
+        def train(message, context, name=name):
+            called.add(name)
+            dense = Message(message.content, message.metadata.dst_node_id, "train")
+            content = plain(dense, context).content
+            return Message(content, reply_to=message)
+
+    strategy = AutoFLIP(Chosen(fraction_evaluate=0), threshold=0.6)
+    _, seen, strategy = start(Model(), strategy, app=app)
+    assert called == {"fast", "slow"}
+    assert 0.1 < strategy.rounds.density < 0.9
+    assert (seen[-1]["3.weight"] != seen[1]["3.weight"]).any()
 
 
 class Rates(Model):

@@ -331,3 +331,9 @@ def test_a_wrong_setting_is_named(folder, capsys):
     command = ["inspect", "inspected_app.task:Net", "--input", "1,6:int64"]
     assert main([*command, "--overrides", "pruning.treshold=1"]) == 2
     assert "did you mean 'threshold'?" in capsys.readouterr().err
+
+
+def test_a_setting_that_a_preview_does_not_read_is_named(folder, capsys):
+    command = ["inspect", "inspected_app.task:Net", "--input", "1,6:int64"]
+    assert main([*command, "--overrides", "strategy.fraction-train=0.1"]) == 2
+    assert "does not read ['strategy.fraction-train']" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import math
 import re
 from contextlib import nullcontext
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -587,6 +588,46 @@ def test_a_run_that_asks_nobody_to_train_is_none():
     grid = LocalGrid(toy_app(), NODES)
     run(strategy, grid, net(), 2)
     assert not grid.nodes("train")
+
+
+def test_a_round_that_asks_nobody_is_no_failure(caplog):
+    class EverySecond(FedAvg):
+        def configure_train(self, server_round, *args):
+            messages = super().configure_train(server_round, *args)
+            return messages if server_round % 2 == 0 else []
+
+    grid = LocalGrid(toy_app(), NODES)
+    seen, _ = run(AutoFLIP(EverySecond()), grid, net(), 4)
+    changed = [(a["3.weight"] != b["3.weight"]).any() for a, b in pairwise(seen)]
+    assert changed == [False, True, False, True]
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_where_most_clients_have_no_samples_the_others_train(caplog):
+    def no_samples(message, reply):
+        if message.metadata.dst_node_id != NODES[0] and reply.has_content():
+            reply.content["metrics"]["num-examples"] = 0
+            if "autoflip.values" in reply.content["arrays"]:  # as they came
+                sent = message.content["arrays"]
+                reply.content["arrays"] = ArrayRecord(dict(sent))
+        return reply
+
+    grid = LocalGrid(toy_app(), NODES, tamper=no_samples)
+    seen, _ = run(AutoFLIP(FedAvg(fraction_evaluate=0)), grid, net(), 2)
+    assert (seen[-1]["3.weight"] != seen[1]["3.weight"]).any()
+    assert "is dropped" not in caplog.text
+
+
+def test_an_evaluation_without_the_mod_is_named(caplog):
+    app = toy_app(mods=[])
+    trained = toy_app()
+
+    def called(message, context):
+        training = message.metadata.message_type == "train"
+        return (trained if training else app)(message, context)
+
+    run(AutoFLIP(), LocalGrid(called, NODES), net(), 1)
+    assert "is dropped: the client's app does not answer as AutoFlipMod" in caplog.text
 
 
 def test_a_forgotten_mod_is_named():

@@ -1,6 +1,7 @@
 """What a run has saved, at its end, on both APIs."""
 
 import logging
+from threading import Lock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from inprocess import LocalGrid, net, plain_net, run, toy_app
 from test_legacy import options, serve
 
 from autoflip_flwr import AutoFLIP, Checkpointed, PruningSettings
+from autoflip_flwr.errors import ModelError
 from autoflip_flwr.server import legacy as older
 from autoflip_flwr.server.savings import Savings
 
@@ -51,6 +53,17 @@ def test_the_bytes_are_those_of_all_messages_and_of_a_run_of_fedavg(caplog):
     assert f"{saved.kept} of {saved.parameters} parameters" in kept
     assert f"{saved.sent / 1e6:.2f} MB" in sent
     assert f"FedAvg would have sent {saved.dense / 1e6:.2f} MB" in sent
+
+
+def test_a_model_that_cannot_be_copied_loses_no_run():
+    model, example = plain_net(), torch.zeros(1, 6)
+    model.lock = Lock()
+    strategy = AutoFLIP(inner(), threshold=0.5, model=model, example_inputs=example)
+    _, result = run(strategy, LocalGrid(toy_app(plain_net), NODES), plain_net(), 2)
+    assert result.arrays
+    assert result.savings.operations is None
+    with pytest.raises(ModelError, match=r"Sequential cannot be copied: cannot pickle"):
+        strategy.preview()
 
 
 def test_with_the_model_and_a_sample_operations_are_told_too(caplog):

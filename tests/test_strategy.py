@@ -20,12 +20,16 @@ from flwr.app import (
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
+    FedAdagrad,
     FedAdam,
     FedAvg,
     FedAvgM,
     FedMedian,
     FedProx,
+    FedTrimmedAvg,
+    FedYogi,
     Krum,
+    MultiKrum,
     QFedAvg,
 )
 from inprocess import (
@@ -389,8 +393,12 @@ def private():
         (FedMedian, []),
         (lambda: Krum(num_malicious_nodes=1), []),
         (private, [fixedclipping_mod]),
+        (lambda: FedYogi(eta=0.01), []),
+        (lambda: FedAdagrad(eta=0.05), []),
+        (lambda: FedTrimmedAvg(beta=0.2), []),
+        (lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=2), []),
     ],
-    ids=["FedAvg", "FedAvgM", "FedAdam", "FedProx", "FedMedian", "Krum", "DP"],
+    ids=lambda each: type(each()).__name__ if callable(each) else "",
 )
 def test_every_inner_strategy_trains_a_pruned_model(make_inner, mods, pruned_weights):
     model = plain_net()

@@ -567,22 +567,52 @@ def test_hidden_states_that_the_stand_in_cannot_tell_apart_stay_whole(kind):
         assert_exact(Reader(both), torch.randn(4, 5, 6), share=0.02)
 
 
-def test_packed_sequences_are_traced_or_stay_whole():
-    class Packed(nn.Module):
+@pytest.mark.parametrize(
+    ("read", "both"),
+    [("places", True), ("mean", True), ("places", False), ("state", False)],
+)
+def test_packed_sequences_have_units(read, both):
+    class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.recurrent = nn.LSTM(6, 10, batch_first=True)
-            self.inner = nn.Linear(10, 8)
-            self.head = nn.Linear(8, 2)
+            self.embed = nn.Embedding(9, 6, padding_idx=0)
+            self.recurrent = nn.GRU(6, 8, 2, batch_first=True, bidirectional=both)
+            self.head = nn.Linear(16 if both else 8, 2)
 
         def forward(self, x):
-            lengths = torch.full((len(x),), x.shape[1])
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
-            output, _ = self.recurrent(packed)
+            lengths = (x != 0).sum(1)
+            packed = nn.utils.rnn.pack_padded_sequence(
+                self.embed(x), lengths, batch_first=True, enforce_sorted=False
+            )
+            output, state = self.recurrent(packed)
+            if read == "state":
+                ends = (state[-2], state[-1]) if both else (state[-1],)
+                return self.head(torch.cat(ends, 1))
             padded, _ = nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
-            return self.head(self.inner(padded.mean(1)).relu())
+            return self.head(padded if read == "places" else padded.mean(1))
 
-    assert_exact(Packed(), torch.randn(4, 5, 6), share=0.1)
+    x = torch.randint(1, 9, (4, 5))
+    x[1, 2:] = x[3, 3:] = 0  # padding
+    found = [group.name for group in units.trace(Tagger(), x).groups]
+    assert {"embed", "recurrent.steps", "recurrent.hidden_l0"} <= set(found)
+    assert_exact(Tagger(), x, share=0.4)
+
+
+def test_bags_of_embeddings_and_lists_of_parameters_stay_whole_and_others_do_not():
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(9, 6)
+            self.matrices = nn.ParameterList([torch.randn(6, 6)])
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x):
+            return self.layers(self.bag(x) @ self.matrices[0])
+
+    x = torch.randint(9, (4, 5))
+    found = units.trace(Tower(), x)
+    assert [group.name for group in found.groups] == ["layers.0"]
+    assert_exact(Tower(), x, share=0.2)
 
 
 def test_statistics_that_make_a_missing_channel_more_than_zero_are_found():

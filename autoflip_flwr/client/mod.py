@@ -54,8 +54,8 @@ class AutoFlipMod:
 
         app = ClientApp(mods=[AutoFlipMod()])
 
-    Put it before mods that work on dense arrays (clipping, local differential
-    privacy): ``mods=[AutoFlipMod(), LocalDpMod(...)]``.
+    Mods that work on dense arrays (clipping, local differential privacy) go behind it.
+    Flower's own fail on evaluations: ``@app.train(mods=[LocalDpMod(...)])``.
     """
 
     def __init__(

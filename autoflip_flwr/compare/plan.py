@@ -93,8 +93,9 @@ def plan(
             + presets.meant("".join(unknown[:1]), STRATEGY_NAMES)
         )
     varied = vary or {}
-    for key in {"seed", "strategy.name"} & set(varied):
-        raise SettingsError(f"{key} is varied by --seeds or --strategies")
+    given = {*varied, *dict(presets.parse_overrides(overrides))}
+    for key in given & {"seed", "strategy.name"}:
+        raise SettingsError(f"{key} is given by --seeds or --strategies")
     names = [cast(StrategyName, name) for name in dict.fromkeys(strategies)]
     unread = [k for k in varied if not any(presets.reads(name, k) for name in names)]
     if unread:

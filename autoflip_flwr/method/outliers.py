@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,13 +19,15 @@ def far_off(
     limit: float | None,
     others: Sequence[float] = (),
     idle: float = math.inf,
+    silent: Collection[int] = (),
 ) -> dict[int, str]:
     """Return an error text for each size that is more than `limit` times the median.
 
-    Without a limit all are accepted. Earlier sizes, the `others`, count in the median;
-    where it is 0, `idle` is the largest accepted size. `what` is the verb: ``moved``.
+    Without a limit all are accepted. Earlier sizes, the `others`, count in the median,
+    those under the keys `silent` do not; where it is 0, `idle` is the largest accepted
+    size. `what` is the verb: ``moved``.
     """
-    every = [*sizes.values(), *others]
+    every = [*(s for key, s in sizes.items() if key not in silent), *others]
     if limit is None or len(every) < FEW:
         return {}
     usual = statistics.median(every)

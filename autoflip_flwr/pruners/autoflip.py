@@ -179,7 +179,8 @@ class AutoFlipPruner(Pruner):
             raise GuidanceError(
                 f"{still} moved for none of {self.explorers} explorers: they are "
                 "frozen parameters or buffers, and pruning would remove them first; "
-                "name them in `exclude`, or the trainable parameters in `prunable`"
+                "give the strategy model=Net(), or name them in `exclude`, or the "
+                "trainable parameters in `prunable`"
             )
 
     def masks(self, sampled: Nodes, weights: Params, server_round: int) -> Masks:

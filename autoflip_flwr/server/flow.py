@@ -168,12 +168,14 @@ class Flow(ABC, Generic[S]):
 
         Without any to aggregate, or with too few, the round begins again.
         """
+        if not self._open:  # the inner strategy asked nobody
+            return [], list(received[1])
         for tries in range(1, TRIES + 1):
             replies, failures = received
             valid = self._replies.trained(
                 replies, self._read, sent=self._values, failures=failures
             )
-            if valid or not self._open:
+            if valid:
                 break
             if tries == TRIES:
                 self.check_trained()

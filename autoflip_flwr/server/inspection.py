@@ -30,6 +30,13 @@ def inspect(
     SettingsError if an input or a setting is not understood.
     """
     chosen = settings.defaults(overrides)
+    read = ("pruning.", "exploration.", "wire.", "rounds", "seed")
+    given = dict(settings.parse_overrides(overrides))
+    if unread := [key for key in given if not key.startswith(read)]:
+        raise SettingsError(
+            f"--overrides: a preview of AutoFLIP around FedAvg does not read {unread}, "
+            f"only {list(read)}"
+        )
     strategy = AutoFLIP(
         model=_model(name),
         example_inputs=tuple(_input(text) for text in inputs),

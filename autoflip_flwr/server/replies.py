@@ -29,7 +29,7 @@ _log = logging.getLogger("flwr")
 EXAMPLES = "num-examples"
 
 #: In the reasons of replies that more rounds would not make better.
-_MISFITS = ("autoflip.raw", "AutoFlipMod", "errors.MaskError", "expected the arrays")
+_MISFITS = (records.RAW, "AutoFlipMod", "errors.MaskError", "expected the arrays")
 
 #: A metric of the client mod that goes with Flower's adaptive clipping.
 _NORM_BIT = "norm_bit"
@@ -214,16 +214,16 @@ class Replies:
         """
         fits = [not any(m in reason for m in _MISFITS) for reason in reasons]
         if reasons and not self._rounds.trained and not any(fits):
-            # An app without the mod may fail on what it cannot unpack.
-            hint = f"{records.NO_MOD}: " if _MISFITS[0] in reasons[0] else ""
-            raise ReplyError(f"no client can train: {hint}{reasons[0]}")
+            raise ReplyError(f"no client can train: {reasons[0]}")
 
     def _outliers(self, replies: list[Reply[T]]) -> dict[int, str]:
         """Return index -> reason of the replies that are far from the others.
 
         The prunable weights are compared together. Every other array is compared on
         its own: among the many weights a huge value in a small array would not show.
+        Clients without examples do not tell how far training moves.
         """
+        silent = {i for i, reply in enumerate(replies) if not reply.examples}
         limit, before = self._settings.outlier, self._rounds.arrays
         entries = {e.name: e for e in self._rounds.manifest.entries}
         numbers = [name for name, entry in entries.items() if entry.dtype[1] != "b"]
@@ -238,10 +238,12 @@ class Replies:
                 sizes.setdefault(group, {})[index] = size
         reasons: dict[int, str] = {}
         for group, of_replies in sizes.items():
-            idle = math.inf
-            if any(of_replies.values()) and not statistics.median(of_replies.values()):
+            idle, told = math.inf, [s for i, s in of_replies.items() if i not in silent]
+            if any(of_replies.values()) and told and not statistics.median(told):
                 idle = self._size_of([n for n in numbers if group_of(n) == group])
-            reasons |= far_off(f"moved{group}", of_replies, limit=limit, idle=idle)
+            reasons |= far_off(
+                f"moved{group}", of_replies, limit=limit, idle=idle, silent=silent
+            )
         return reasons
 
     def _size_of(self, names: list[str]) -> float:

@@ -307,7 +307,11 @@ def _reset(config: ConfigRecord, before: dict[str, Any]) -> None:
 
 
 def _error_of(reply: Message) -> str:
-    return f"it carries the error: {reply.error.reason}" if reply.has_error() else ""
+    if not reply.has_error():
+        return ""
+    reason = f"it carries the error: {reply.error.reason}"
+    # An app without the mod fails on what it cannot unpack.
+    return f"{records.NO_MOD}: {reason}" if records.RAW in reason else reason
 
 
 def _form_of(content: RecordDict) -> str:

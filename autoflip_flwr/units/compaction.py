@@ -1,6 +1,7 @@
 """Mask whole units of a model; make it physically smaller where that pays."""
 
 import logging
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +125,11 @@ def compact_if_it_pays(
 ) -> nn.Module | None:
     """Return `compact`'s model, or None where a client trains the whole one."""
     masks = enforce.resolve(model, masks)
-    pays = _what_pays(model, masks, example_inputs)
+    try:
+        pays = _what_pays(model, masks, example_inputs)
+    except ModelError as error:
+        _log.warning("the model is trained whole: %s", error)
+        return None
     return None if pays is None else _shrunk(model, masks, *pays[1:])
 
 
@@ -134,11 +139,13 @@ def operations_left(
     """Return the share of the operations that a client's network needs, in [0, 1].
 
     It is 1 where a client trains the whole model: if a smaller one needs more than
-    `PAYS`, if the model cannot be traced (with a warning), or if it has hooks on its
-    parameters, which would not see the smaller model's gradients.
+    `PAYS`, if the model cannot be traced, or if it has hooks on its parameters, which
+    would not see the smaller model's gradients.
     """
-    pays = _what_pays(model, enforce.resolve(model, masks), example_inputs)
-    return 1.0 if pays is None else pays[0]
+    with suppress(ModelError):
+        pays = _what_pays(model, enforce.resolve(model, masks), example_inputs)
+        return 1.0 if pays is None else pays[0]
+    return 1.0
 
 
 def _what_pays(
@@ -149,11 +156,7 @@ def _what_pays(
     hooked = any(getattr(p, each) for p in model.parameters() for each in hooks)
     if hooked or not loses_units(masks):
         return None
-    try:
-        units = trace(model, example_inputs)
-    except ModelError as error:
-        _log.warning("the model is trained whole: %s", error)
-        return None
+    units = trace(model, example_inputs)
     used = units.used(masks)
     share = units.operations(units.levelled(used)) / max(1, units.operations())
     return (share, units, used) if share <= PAYS else None

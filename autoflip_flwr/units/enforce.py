@@ -209,7 +209,7 @@ def resolve(model: nn.Module, masks: Masks) -> dict[str, NDArray[np.bool_]]:
             known = names[int(name)]
         if known not in parameters:
             hint = "hand over the module whose state_dict() the server's arrays are of"
-            if name.isdecimal():
+            if name.isdecimal() or name in names:
                 hint = (
                     "give the strategy model=Net(), so that it can tell buffers from "
                     "parameters"

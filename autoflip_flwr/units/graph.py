@@ -125,13 +125,15 @@ class _Tracer:
             self._model.eval()(*inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on torch's own deprecations
-            return DependencyGraph().build_dependency(
+            graph = DependencyGraph().build_dependency(
                 self._model,
                 inputs,
                 # One more operation, so that a last layer is not the output itself.
                 output_transform=lambda out: [t * 1 for t in tensors_of(out)],
                 verbose=False,
             )
+        _keep_channels_of_rows(graph)
+        return graph
 
     def _uses(self) -> dict[str, float]:
         """Return the multiply-accumulates per entry of each weight."""
@@ -304,8 +306,25 @@ def _hidden(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
+def _keep_channels_of_rows(graph: Any) -> None:
+    """Let a slice of a matrix's rows keep all channels.
+
+    Torch-Pruning takes it for a slice of channels. `pad_packed_sequence` has some.
+    """
+    from torch_pruning.ops import OPTYPE
+
+    for node in graph.module2node.values():
+        if node.type == OPTYPE.SLICE and node.grad_fn._saved_dim == 0:
+            node.type = OPTYPE.ELEMENTWISE  # or every group maps its channels anew
+            for each in node.inputs:
+                for link in (*node.dependencies, *each.dependencies):
+                    if {link.source, link.target} == {node, each}:
+                        link.index_mapping[0] = None
+
+
 def _visible(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+    differentiable = tensor.is_floating_point() or tensor.is_complex()
+    if isinstance(tensor, nn.Parameter) and differentiable:
         return nn.Parameter(tensor.detach())
     return tensor.detach().clone()
 

@@ -23,6 +23,9 @@ _KNOWN = (
     nn.MultiheadAttention,
 )
 
+#: Their parameters are to the graph what those of an app's own modules are.
+_MATRICES = (nn.ParameterList, nn.ParameterDict, nn.EmbeddingBag)
+
 
 def join(path: str, name: str) -> str:
     """Return the full name of a tensor or module below a path."""
@@ -32,7 +35,8 @@ def join(path: str, name: str) -> str:
 def check(path: str, module: nn.Module) -> None:
     """Refuse a module with parameters that we have no rule for (`ModelError`)."""
     own = dict(module.named_parameters(recurse=False))
-    ours = not type(module).__module__.startswith("torch.nn")
+    torchs = type(module).__module__.startswith("torch.nn")
+    ours = not torchs or isinstance(module, _MATRICES)
     if (
         not own
         or isinstance(module, nn.MultiheadAttention)

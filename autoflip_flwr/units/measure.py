@@ -90,9 +90,10 @@ def operations(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int
 
     What a module's children do counts for it, too; ``""`` is the model, of which a copy
     is run in evaluation mode. Attention's products count, element-wise operations and
-    embeddings do not. A model that does not run on the inputs is a `ModelError`.
+    embeddings do not. It is a `ModelError` if the model cannot be copied, or does not
+    run on the inputs.
     """
-    copied = copy.deepcopy(model).eval()
+    copied = _copy(model)
     for parameter in copied.parameters():  # or fused kernels, which are not counted
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -112,7 +113,7 @@ def operations(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int
 
 def backward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:
     """Return what the forward pass of these inputs keeps for the backward pass."""
-    copied = copy.deepcopy(model).eval()
+    copied = _copy(model)
     with kept_for_backward(copied) as kept:
         _run(copied, example_inputs)
     return sum(kept.values())
@@ -132,6 +133,15 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:  # whatever the model's own code raises
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}"
+        ) from error
 
 
 def _run(model: nn.Module, example_inputs: ExampleInputs) -> None:

@@ -36,7 +36,8 @@ class Gradients:
         skipped = bool(getattr(optimizer, "found_inf", False))
         self.steps += not skipped
         for p, total, square in zip(parameters, self._sums, self._squares, strict=True):
-            if p.grad is not None and not skipped:
+            # Complex parameters have no mask.
+            if p.grad is not None and not skipped and not p.is_complex():
                 gradient = p.grad.detach().to_dense()
                 if scale is not None:
                     gradient = gradient.float() / scale

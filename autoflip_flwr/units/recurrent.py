@@ -55,7 +55,7 @@ class _StandIn(nn.Module):
         del hx
         if isinstance(input, PackedSequence):
             made = self.steps(input.data)
-            last = made[-1:].expand(int(input.batch_sizes[0]), -1)
+            last = made[: int(input.batch_sizes[0])]
             output: Any = PackedSequence(
                 made, input.batch_sizes, input.sorted_indices, input.unsorted_indices
             )

@@ -53,7 +53,7 @@ NO_MOD = (
     "ClientApp(mods=[AutoFlipMod()])"
 )
 
-_RAW = "autoflip.raw"  # serialization type: a frame without a header
+RAW = "autoflip.raw"  # serialization type: a frame without a header
 _REAL = "biuf"  # numpy kinds
 _NPY_HEADER = 1024  # bytes; that of an array with 64 dimensions has 640
 
@@ -336,7 +336,7 @@ def read_array(array: FlowerArray, entry: Entry, *, exact: bool = True) -> Array
         raise
     except Exception as error:  # a hostile header can raise any error
         raise WireError(f"{entry.name}: expected an npy array, {error}") from error
-    right = dtype == np.dtype(entry.dtype) if exact else dtype.kind in _REAL
+    right = dtype == np.dtype(entry.dtype) or (not exact and dtype.kind in _REAL)
     if shape != entry.shape or not right:
         raise WireError(
             f"{entry.name}: expected {entry.dtype}{list(entry.shape)}, "
@@ -499,13 +499,13 @@ def _record_bytes(record: Any) -> int:
 
 def _raw(frame: bytes, dtype: str) -> FlowerArray:
     size = len(frame) // (1 if dtype == "int4" else np.dtype(dtype).itemsize)
-    return FlowerArray(dtype=dtype, shape=(size,), stype=_RAW, data=frame)
+    return FlowerArray(dtype=dtype, shape=(size,), stype=RAW, data=frame)
 
 
 def _frame(array: FlowerArray, dtype: str) -> bytes:
-    if array.stype != _RAW or array.dtype != dtype:
+    if array.stype != RAW or array.dtype != dtype:
         raise WireError(
-            f"expected an array of {dtype} serialized as {_RAW!r}, "
+            f"expected an array of {dtype} serialized as {RAW!r}, "
             f"got {array.dtype!r} as {array.stype!r}"
         )
     return array.data
