@@ -469,26 +469,3 @@ def test_the_scripts_are_clean():
     scripts.append(DOCKER / "bin" / "behind-gate")
     assert len(scripts) == 5
     subprocess.run(["shellcheck", *scripts], check=True)
-
-
-def no_build() -> str:
-    """Say why images cannot be built here; empty if they can."""
-    missing = [name for name in ("buildah", "debootstrap") if not shutil.which(name)]
-    if missing:
-        return f"needs {' and '.join(missing)}: apt-get install {' '.join(missing)}"
-    if os.geteuid() != 0:
-        return "debootstrap needs root"
-    mounts = subprocess.run(["unshare", "--mount", "true"], check=False)
-    return "" if mounts.returncode == 0 else "building needs the right to mount"
-
-
-@real
-@pytest.mark.images
-@pytest.mark.timeout(2400)
-def test_both_images_build_and_get_healthy():
-    if reason := no_build():
-        pytest.skip(reason)
-    done = subprocess.run(
-        [DOCKER / "check-build"], capture_output=True, text=True, check=False
-    )
-    assert "both images are built and healthy" in done.stdout, done.stdout + done.stderr
