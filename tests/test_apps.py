@@ -32,6 +32,20 @@ def test_every_server_strategy_runs(server, name, tmp_path):
     assert summary_of(tmp_path / "run")["strategy"] == name
 
 
+@pytest.mark.parametrize("name", ["autoflip", "fedavg"])
+def test_momentum_at_the_server_keeps_variances_above_zero(name, tmp_path):
+    go(
+        tmp_path / "run",
+        "model.name=cnn_bn model.channels=[4,8] strategy.server=fedavgm rounds=8 "
+        f"strategy.server-momentum=0.9 strategy.name={name}",
+    )
+    arrays = load_file(tmp_path / "run" / "model.safetensors")
+    variances = [v for n, v in arrays.items() if n.endswith("running_var")]
+    assert variances
+    assert all((v > 0).all() for v in variances)
+    assert all(np.isfinite(line["loss"]) for line in lines_of(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("server", "more"),
     [

@@ -21,10 +21,21 @@ from flwr.server.strategy import (
     FedAvg,
     FedAvgM,
 )
-from inprocess import CHANGING, assert_masks_change, net, samples, state_of
-from numpy.testing import assert_array_equal
+from flwr.serverapp import strategy as message_api
+from inprocess import (
+    CHANGING,
+    LocalGrid,
+    assert_masks_change,
+    net,
+    run,
+    samples,
+    state_of,
+    toy_app,
+)
+from numpy.testing import assert_allclose, assert_array_equal
 from test_legacy import CIDS, Client, options, serve
 
+import autoflip_flwr
 from autoflip_flwr import masked
 from autoflip_flwr.errors import ExplorationError, ReplyError
 from autoflip_flwr.pruners import Magnitude
@@ -307,3 +318,61 @@ def test_a_client_that_says_that_it_failed_to_explore_is_told_with_its_reason(ca
     with caplog.at_level(logging.WARNING, logger="flwr"):
         serve(AutoFLIP(FedAvg(**options(net)), model=net()), rounds=1, tamper=fail)
     assert "node 12 is left out: no training here" in caplog.text
+
+
+# --- what a server optimizer must not move -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "settings"),
+    [
+        (FedAvgM, message_api.FedAvgM, {"server_momentum": 0.9}),
+        (FedAdam, message_api.FedAdam, {"eta": 0.01, "tau": 1e-3}),
+    ],
+    ids=["FedAvgM", "FedAdam"],
+)
+def test_a_server_optimizer_leaves_buffers_at_the_clients_mean(older, newer, settings):
+    """Momentum carries a running variance below zero: the model returns NaN."""
+    keys = list(net().state_dict())
+    names = [name for name in keys if "running" in name]
+    replied = []  # examples and buffers
+
+    def note(message, reply):
+        record = reply.content.array_records["arrays"]
+        if all(name in record for name in names):  # it was trained, not explored
+            examples = reply.content["metrics"]["num-examples"]
+            replied.append((examples, {n: record[n].numpy() for n in names}))
+        return reply
+
+    pruning, rounds, seen = flat(threshold=0.5), 6, []
+    inner = newer(fraction_evaluate=0, **settings)
+    grid = LocalGrid(toy_app(), map(int, CIDS), tamper=note)
+    models, _ = run(autoflip_flwr.AutoFLIP(inner, **pruning), grid, net(), rounds)
+    serve(
+        AutoFLIP(older(**options(net, seen), **settings), model=net(), **pruning),
+        net,
+        rounds,
+    )
+    assert len(replied) == rounds * len(CIDS)
+    for number in range(rounds):
+        of_round = replied[number * len(CIDS) : (number + 1) * len(CIDS)]
+        total = sum(examples for examples, _ in of_round)
+        for name in names:
+            mean = sum(examples * own[name] for examples, own in of_round) / total
+            assert_allclose(models[number + 1][name], mean, rtol=1e-6)
+            also = seen[number + 1][keys.index(name)]
+            assert_allclose(also, mean, rtol=1e-3, atol=1e-4)
+    assert all((own["1.running_var"] > 0).all() for _, own in replied)
+
+
+def test_buffers_of_a_private_strategy_keep_its_noise():
+    seen = []
+    inner = DifferentialPrivacyServerSideFixedClipping(
+        FedAvgM(**options(net, seen), server_momentum=0.9),
+        noise_multiplier=50.0,
+        clipping_norm=1.0,
+        num_sampled_clients=len(CIDS),
+    )
+    serve(AutoFLIP(inner, model=net(), **flat(threshold=0.5)), net, 1)
+    index = list(net().state_dict()).index("1.running_mean")
+    assert np.abs(seen[1][index]).max() > 2  # their mean is below 1

@@ -50,7 +50,7 @@ class Model:
     def steps(self, model, batches, *optimizers):
         for x, y in batches:
             model.zero_grad()
-            functional.cross_entropy(model(x), y).backward()
+            functional.cross_entropy(model(x).to(y.device), y).backward()
             for optimizer in optimizers:
                 optimizer.step()
 

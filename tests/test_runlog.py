@@ -276,7 +276,7 @@ def test_two_runs_of_one_seed_write_the_same_and_another_seed_does_not(tmp_path)
             del line["seconds"]
         return (folder / "model.safetensors").read_bytes(), lines
 
-    some = "strategy.fraction-train=0.5 rounds=3"
+    some = "strategy.fraction-train=0.5 rounds=3 training.device=cpu"
     first = written(tmp_path / "a", some, [1, 2, 3, 4])
     again = written(tmp_path / "b", some, [71, 52, 93, 14])
     assert again == first, "node ids are random and do not matter"

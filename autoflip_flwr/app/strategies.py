@@ -1,9 +1,11 @@
 """The strategies that sample and aggregate, by name."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
@@ -33,10 +35,10 @@ def build_strategy(
     store: Path | None = None,
 ) -> Strategy:
     """Return the strategy of a run; `store` is the folder for explorers' guidance."""
-    inner = _inner(settings)
     method = settings.strategy.name
     if method == "fedavg":
-        return inner
+        return _inner(settings, {name for name, _ in model.named_buffers()})
+    inner = _inner(settings)
     exploration = settings.exploration
     if method != "autoflip":  # a baseline reads the timeout alone, see `settings.reads`
         exploration = ExplorationSettings(timeout=exploration.timeout)
@@ -53,9 +55,11 @@ def build_strategy(
     )
 
 
-def _inner(settings: Settings) -> FedAvg:
+def _inner(settings: Settings, buffers: Collection[str] = ()) -> FedAvg:
     chosen = settings.strategy
     kind, names = _KINDS[chosen.server]
+    if buffers and chosen.server in ("fedavgm", "fedadam"):  # as AutoFLIP does
+        kind = _averaging(kind, buffers)
     options = {name: getattr(chosen, _OURS.get(name, name)) for name in names}
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     if not chosen.weighted:
@@ -68,3 +72,23 @@ def _inner(settings: Settings) -> FedAvg:
         min_available_nodes=chosen.min_nodes,
         **given,
     )
+
+
+def _averaging(kind: type[FedAvg], buffers: Collection[str]) -> type[FedAvg]:
+    """Return a strategy whose optimizer leaves buffers at the clients' mean.
+
+    Flower's optimizers move all arrays: momentum carries BatchNorm's running variance
+    below zero, and the model returns NaN.
+    """
+
+    def aggregate_train(
+        self: FedAvg, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        mean, _ = FedAvg.aggregate_train(self, server_round, replies)
+        made, metrics = kind.aggregate_train(self, server_round, replies)
+        if made is not None and mean is not None:
+            made.update({name: mean[name] for name in buffers})
+        return made, metrics
+
+    return type(kind.__name__, (kind,), {"aggregate_train": aggregate_train})

@@ -154,6 +154,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             self.strategy,
             lambda: self.strategy.aggregate_fit(server_round, dense, failures),
             self._named,
+            valid,
         )
         self._hold(self.rounds.arrays)
         if made is None:

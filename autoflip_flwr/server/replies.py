@@ -31,6 +31,12 @@ EXAMPLES = "num-examples"
 #: In the reasons of replies that more rounds would not make better.
 _MISFITS = (records.RAW, "AutoFlipMod", "errors.MaskError", "expected the arrays")
 
+#: Strategies of both APIs with an optimizer that moves all arrays of the model.
+_OPTIMIZERS = {"FedAvgM", "FedOpt"}
+
+#: How the names of strategies with differential privacy at the server begin.
+PRIVATE = ("DifferentialPrivacy", "DPFedAvg")
+
 #: A metric of the client mod that goes with Flower's adaptive clipping.
 _NORM_BIT = "norm_bit"
 
@@ -173,10 +179,13 @@ class Replies:
         inner: object,
         aggregate: Callable[[], tuple[Any, M]],
         arrays: Callable[[Any], Params],
+        replies: Sequence[Reply[Any]],
     ) -> tuple[Any, M]:
         """Let the inner strategy aggregate; its result becomes the global model.
 
-        If the result is not finite, the inner strategy gets its earlier state back.
+        If the result is not finite, the inner strategy gets its earlier state back. An
+        optimizer at the server moves the weights alone: buffers are the mean of the
+        replies, as momentum would carry a running variance below zero.
         """
         before = [(one, dict(vars(one))) for one in chain(inner)]
         made, metrics = aggregate()
@@ -190,8 +199,20 @@ class Replies:
                 vars(one).update(state)
             self._rounds.abandon("the aggregate is not finite")
             return None, metrics
+        kinds = kinds_of(inner)  # what lacks its noise is not private
+        if kinds & _OPTIMIZERS and not any(k.startswith(PRIVATE) for k in kinds):
+            model = {**model, **self._buffers(replies)}
         self._rounds.finish(model)
         return made, metrics
+
+    def _buffers(self, replies: Sequence[Reply[Any]]) -> Params:
+        """Return the mean of each buffer, by the examples behind the replies."""
+        weights = [reply.examples for reply in replies]
+        names = [e.name for e in self._rounds.manifest.entries if not e.trainable]
+        return {
+            name: np.average([r.arrays[name] for r in replies], axis=0, weights=weights)
+            for name in names
+        }
 
     def _warn(self, share: float) -> None:
         """Say once a run that training moves pruned weights, and what helps."""
@@ -283,6 +304,11 @@ def chain(strategy: object) -> Iterator[object]:
     while hasattr(inner, "aggregate_train") or hasattr(inner, "aggregate_fit"):
         yield inner
         inner = vars(inner).get("strategy")
+
+
+def kinds_of(strategy: object) -> set[str]:
+    """Return the names of the classes of a strategy and of those inside it."""
+    return {kind.__name__ for one in chain(strategy) for kind in type(one).__mro__}
 
 
 def setting(strategy: object, name: str, kind: Any, default: Any) -> Any:

@@ -127,6 +127,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             self.strategy,
             lambda: self.strategy.aggregate_train(server_round, messages),
             lambda record: {name: value.numpy() for name, value in record.items()},
+            valid,
         )
         self._hold(self.rounds.arrays)
         if made is None:

@@ -18,7 +18,7 @@ from autoflip_flwr.pruners import AutoFlipPruner, Pruner
 from autoflip_flwr.server.flow import Flow, S
 from autoflip_flwr.server.intake import Intake
 from autoflip_flwr.server.preview import Federation, Preview, preview
-from autoflip_flwr.server.replies import Replies, chain, setting
+from autoflip_flwr.server.replies import PRIVATE, Replies, kinds_of, setting
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.savings import Savings, Traffic, log_savings, savings_of
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
@@ -29,9 +29,6 @@ _log = logging.getLogger("flwr")
 
 #: Strategies of both APIs that do not average the replies.
 _ROBUST = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
-
-#: How the names of strategies with differential privacy at the server begin.
-_PRIVATE = ("DifferentialPrivacy", "DPFedAvg")
 
 #: Seconds to wait for a round's replies; Flower's default.
 TIMEOUT = 3600.0
@@ -318,10 +315,9 @@ def _with_warm_start(
 
     If it is left open, an exploration for the mask gives one where nothing is bypassed.
     """
-    kinds = {kind.__name__ for one in chain(inner) for kind in type(one).__mro__}
     reason = ""
-    for name in sorted(kinds):
-        if name.startswith(_PRIVATE):
+    for name in sorted(kinds_of(inner)):
+        if name.startswith(PRIVATE):
             reason = f"explorers' updates, without the clipping and noise of {name}"
         elif name in _ROBUST:
             reason = (
