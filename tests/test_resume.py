@@ -16,7 +16,10 @@ from test_runlog import SMALL, client_app, files_in, lines_of, server_app, summa
 
 from autoflip_flwr.errors import CheckpointError, SettingsError
 
-MORE = "training.device=cpu rounds=4 strategy.fraction-train=0.5 exploration.warm-start=true"
+MORE = (
+    "training.device=cpu rounds=4 strategy.fraction-train=0.5 "
+    "exploration.warm-start=true"
+)
 
 
 class Killed(BaseException):
