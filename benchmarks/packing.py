@@ -32,13 +32,22 @@ def main() -> None:
         bits = codec.pack_mask(masks)
         return codec.decode(array.data, codec.unpack_mask(bits, shapes))
 
-    report(
-        {
-            "parameters": sum(value.size for value in values.values()),
-            "density": DENSITY,
-            **paired(ours, dense, pairs=41),
-        }
-    )
+    kept = codec.indices(masks)
+
+    def known() -> dict[str, np.ndarray]:
+        frame = codec.encode(values, masks, kept=kept)
+        array = Array(dtype="float32", shape=(1,), stype="raw", data=frame)
+        return codec.decode(array.data, masks, kept=kept)
+
+    for mask, path in (("new", ours), ("seen before, indices kept", known)):
+        report(
+            {
+                "parameters": sum(value.size for value in values.values()),
+                "density": DENSITY,
+                "mask": mask,
+                **paired(path, dense, pairs=41),
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flower import ROOT, Flower, free_port
+from flower import ROOT, Flower, app, free_port
 
 DOCKER = ROOT / "docker"
 GUIDE = (ROOT / "docs" / "deployment.md").read_text()
@@ -79,7 +79,7 @@ class Machine:
             places[f"{target}/"] = f"{self.folder / source}/"
         places |= {
             "/app/docker/nginx.conf": str(self.folder / "nginx.conf"),
-            "/app": str(ROOT),
+            "/app": str(app()),
             "0.0.0.0": "127.0.0.1",
             "superlink:": "localhost:",
         }

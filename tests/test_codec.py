@@ -61,6 +61,19 @@ def test_kept_values_come_back_and_pruned_ones_are_zero(model):
 
 
 @properties
+@given(model=models(), dtype=st.sampled_from(codec.VALUE_TYPES))
+def test_with_a_masks_indices_the_same_is_written_and_read(model, dtype):
+    values, masks = model
+    kept = codec.indices(masks)
+    frame = codec.encode(values, masks, dtype=dtype)
+    assert codec.encode(values, masks, dtype=dtype, kept=kept) == frame
+    whole = codec.decode(frame, masks, dtype=dtype, fill=values)
+    found = codec.decode(frame, masks, dtype=dtype, fill=values, kept=kept)
+    for name, value in whole.items():
+        assert_array_equal(found[name], value)
+
+
+@properties
 @given(model=models(elements=st.floats(-65504, 65504, width=16)))
 def test_values_that_float16_holds_come_back_exactly_in_half_the_bytes(model):
     values, masks = model

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flower import ROOT, Flower, deployment, simulation, wait_for
+from flower import ROOT, Flower, app, deployment, simulation, wait_for
 from flwr.app import Context, RecordDict
 from inprocess import LocalGrid
 from safetensors.numpy import load_file
@@ -146,7 +146,7 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     nodes = data_of_their_own(tmp_path, 2, classes_per_client=6)
     with deployment(tmp_path / "home", [words(node) for node in nodes]) as flower:
         with ThreadPoolExecutor() as pool:
-            running = pool.submit(flower.run, ROOT, config(real, overrides))
+            running = pool.submit(flower.run, app(), config(real, overrides))
             first = real / "checkpoints" / "round-000001.safetensors"
             wait_for(first.exists, running)
             servers = flower.server_apps()
@@ -154,7 +154,7 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
             for process in servers:
                 os.kill(process, signal.SIGKILL)
         assert "AutoFLIP run finished" not in running.result()
-        out = flower.run(ROOT, config(real, overrides) + " resume=true")
+        out = flower.run(app(), config(real, overrides) + " resume=true")
     assert "AutoFLIP run finished" in out, out
     assert "going on after round" in out
     assert "nodes explore" not in out
@@ -185,7 +185,7 @@ def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were
     through its timeout: its reply arrives when nobody waits for it any more.
     """
     overrides = (
-        "rounds=6 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=45"
+        "rounds=5 strategy.fraction-train=1.0 strategy.min-nodes=2 strategy.timeout=45"
     )
     own = data_of_their_own(tmp_path, 3, partition="iid")
     configs = [words(node) for node in own]
@@ -195,7 +195,7 @@ def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were
         ThreadPoolExecutor() as pool,
     ):
         nodes = [flower.supernode(each) for each in configs]
-        running = pool.submit(flower.run, ROOT, config(folder, overrides))
+        running = pool.submit(flower.run, app(), config(folder, overrides))
         for i in (0, 2):
             log = flower.log_of(nodes[i])
             wait_for(lambda: len(lines(folder)) > max([0, *lost]), running)
@@ -215,7 +215,7 @@ def test_nodes_that_are_killed_or_sleep_are_named_and_come_back_as_who_they_were
         os.killpg(nodes[1].pid, signal.SIGCONT)
         assert "AutoFLIP run finished" in running.result(), running.result()
     rows = lines(folder)
-    assert len(rows) == 6
+    assert len(rows) == 5
     assert len(set(lost)) == 3, "each in a round of its own"
     for i, row in zip([0, 2, 1], lost, strict=True):
         assert f"node {i}" in rows[row]["missing"]

@@ -178,6 +178,25 @@ def test_messages_cost_the_kept_values_the_mask_and_the_buffers(make, app, value
     assert max(explored) <= prunable + 4096, "a quarter of float32"
 
 
+def test_a_masks_indices_are_kept_while_it_stays_and_never_of_a_dense_one():
+    strategy = AutoFLIP(FedAvg(fraction_evaluate=0), threshold=0.8)
+    seen = []
+
+    def look(server_round, arrays):
+        plan = strategy.rounds.plan
+        if plan is not None:
+            seen.append((strategy.rounds.density, plan.masks, plan.kept))
+
+    run(strategy, LocalGrid(toy_app(), NODES), net(), 8, after_round=look)
+    assert [kept is not None for _, _, kept in seen] == [d < 0.3 for d, _, _ in seen]
+    (_, masks, kept), (_, after, still) = seen[-2:]
+    assert after is masks
+    assert still is kept
+    for name, keep in masks.items():
+        assert_array_equal(kept[name], np.flatnonzero(keep))
+    assert seen[0][2] is None
+
+
 def test_rounding_to_bytes_on_the_way_down_does_not_enter_the_model():
     """Clients that learn nothing for ten rounds leave the weights as they were."""
     app = nudging_app(scale=0.0)

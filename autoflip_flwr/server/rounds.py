@@ -15,11 +15,15 @@ from autoflip_flwr.pruners import Problem, Pruner
 from autoflip_flwr.server.diagnostics import Diagnostics
 from autoflip_flwr.server.held import HeldMasks
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
-from autoflip_flwr.types import Array, Params, ValueType
+from autoflip_flwr.types import Array, Masks, Params, ValueType
+from autoflip_flwr.wire import codec
 from autoflip_flwr.wire.manifest import Manifest
 from autoflip_flwr.wire.records import Plan
 
 _log = logging.getLogger("flwr")
+
+#: Of a denser mask indices take more than 0.6 of the model's memory.
+_SPARSE = 0.3
 
 
 @dataclass(eq=False, repr=False)
@@ -127,7 +131,7 @@ class Rounds:
         self.diagnostics.begin()
         self.trained = self.trained or False
         self._previous = self.plan
-        self.plan = Plan(self.manifest, masks, self.values)
+        self.plan = Plan(self.manifest, masks, self.values, self._indices(masks))
         self.dropped = {}
         self._unmasked = self.arrays
         if not self.pruner.restores:
@@ -135,6 +139,13 @@ class Rounds:
         changed = self.diagnostics.mask_change
         _log.info("mask: density %.4f, changed %.4f", self.density, changed)
         return self.plan
+
+    def _indices(self, masks: Masks) -> codec.Indices | None:
+        """Return the indices of a mask, which are kept for as long as it stays."""
+        if self._previous is not None and self._previous.masks is masks:
+            return self._previous.kept
+        sparse = masking.density(masks) <= _SPARSE
+        return codec.indices(masks) if sparse else None
 
     def drop(self, node_id: int, reason: str) -> None:
         """Leave a node's reply out of the round, with a log line."""

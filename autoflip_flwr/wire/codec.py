@@ -22,6 +22,8 @@ from autoflip_flwr.types import Array, Float32, Guidance, Mask, Masks, Params, V
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+#: Name -> positions of the kept entries in the flat array, ascending.
+Indices: TypeAlias = Mapping[str, NDArray[np.intp]]
 S = TypeVar("S", bound=np.generic)
 
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
@@ -39,8 +41,20 @@ _LEVELS = 255  # code 0 is exactly zero, 1..255 are logarithmic steps
 HEADER_BYTES = 8
 
 
+def indices(masks: Masks) -> Indices:
+    """Return the positions of the kept entries, eight bytes each.
+
+    With them `encode` and `decode` take about half of the time.
+    """
+    return dict(zip(masks, parallel_map(np.flatnonzero, masks.values()), strict=True))
+
+
 def encode(
-    values: Array | Params, mask: Mask | Masks, *, dtype: ValueType = "float32"
+    values: Array | Params,
+    mask: Mask | Masks,
+    *,
+    dtype: ValueType = "float32",
+    kept: Indices | None = None,
 ) -> bytes:
     """Write the kept values, in the mask's order of tensors and in C order.
 
@@ -55,6 +69,8 @@ def encode(
         rounds each value to a 127th of the largest of its block of 256. ``int4`` rounds
         to a seventh of it, up or down at random so that the mean is the value; the
         random numbers depend on the values alone.
+    kept : mapping of name -> int array, optional
+        The `indices` of the mask, if they are at hand.
 
     Returns
     -------
@@ -75,13 +91,14 @@ def encode(
 
     def one(item: tuple[str, Array, Mask]) -> Array:
         name, value, keep = item
-        kept = value.reshape(-1).take(np.flatnonzero(keep))
+        at = np.flatnonzero(keep) if kept is None else kept[name]
+        part = value.reshape(-1).take(at)
         remedy = "; the training has diverged (lower the learning rate)"
-        _check_finite(name, kept, remedy)
-        if sent_as.itemsize < kept.dtype.itemsize:
+        _check_finite(name, part, remedy)
+        if sent_as.itemsize < part.dtype.itemsize:
             limits = np.finfo(sent_as)
-            kept = kept.clip(limits.min, limits.max)
-        return kept.astype(sent_as, copy=False)
+            part = part.clip(limits.min, limits.max)
+        return part.astype(sent_as, copy=False)
 
     parts = parallel_map(one, pairs)
     if quantizes:
@@ -181,13 +198,23 @@ def flat(frame: Frame, counts: Sequence[int], *, dtype: ValueType) -> Array:
 
 @overload
 def decode(
-    frame: Frame, mask: Mask, *, dtype: ValueType = ..., fill: Array | None = ...
+    frame: Frame,
+    mask: Mask,
+    *,
+    dtype: ValueType = ...,
+    fill: Array | None = ...,
+    kept: Indices | None = ...,
 ) -> Array: ...
 
 
 @overload
 def decode(
-    frame: Frame, mask: Masks, *, dtype: ValueType = ..., fill: Params | None = ...
+    frame: Frame,
+    mask: Masks,
+    *,
+    dtype: ValueType = ...,
+    fill: Params | None = ...,
+    kept: Indices | None = ...,
 ) -> dict[str, Array]: ...
 
 
@@ -197,6 +224,7 @@ def decode(
     *,
     dtype: ValueType = "float32",
     fill: Array | Params | None = None,
+    kept: Indices | None = None,
 ) -> Array | dict[str, Array]:
     """Read kept values back into dense arrays; the inverse of `encode`.
 
@@ -204,7 +232,7 @@ def decode(
     ----------
     frame : bytes
         As long as `encode` makes it.
-    mask, dtype
+    mask, dtype, kept
         As in `encode`.
     fill : array or mapping, optional
         Values of the pruned entries, and dtype of the result; float32 zeros by
@@ -222,8 +250,11 @@ def decode(
     """
     masks = mask if isinstance(mask, Mapping) else {_SINGLE: mask}
     fills = fill if isinstance(fill, Mapping) or fill is None else {_SINGLE: fill}
-    counts = [int(np.count_nonzero(keep)) for keep in masks.values()]
-    kept = flat(frame, counts, dtype=dtype)
+    counts = [
+        int(np.count_nonzero(keep)) if kept is None else kept[name].size
+        for name, keep in masks.items()
+    ]
+    values = flat(frame, counts, dtype=dtype)
     offsets = np.cumsum([0, *counts])
 
     def one(index: int) -> Array:
@@ -235,11 +266,12 @@ def decode(
             else np.array(fills[name], order="C")
         )
         with np.errstate(over="ignore"):
-            part = kept[offsets[index] : offsets[index + 1]].astype(
+            part = values[offsets[index] : offsets[index + 1]].astype(
                 dense.dtype, copy=False
             )
         _check_finite(name, part)
-        dense.reshape(-1)[np.flatnonzero(keep)] = part
+        at = np.flatnonzero(keep) if kept is None else kept[name]
+        dense.reshape(-1)[at] = part
         return dense
 
     names = list(masks)

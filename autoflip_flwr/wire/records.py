@@ -8,7 +8,7 @@ docs/wire-format.md lists them.
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
@@ -65,6 +65,8 @@ class Plan:
     manifest: Manifest
     masks: Masks
     values: ValueType = "float32"
+    #: Of the masks; None: found for each message, which takes no memory in between.
+    kept: codec.Indices | None = field(default=None, compare=False, repr=False)
 
     def entries(
         self, phase: Phase, mask: Mapping[str, bytes] | None = None
@@ -105,7 +107,8 @@ class Plan:
     def pack(self, arrays: Params, *, dtype: ValueType | None = None) -> ArrayRecord:
         """Return the record to send: kept values as one array, other arrays by name."""
         kept, dtype = {name: arrays[name] for name in self.masks}, dtype or self.down
-        record = {VALUES: _raw(codec.encode(kept, self.masks, dtype=dtype), dtype)}
+        frame = codec.encode(kept, self.masks, dtype=dtype, kept=self.kept)
+        record = {VALUES: _raw(frame, dtype)}
         for entry in self.manifest.entries:
             if not entry.masked:
                 record[entry.name] = FlowerArray(np.asarray(arrays[entry.name]))
@@ -197,9 +200,11 @@ class Plan:
         zeros = {e.name: np.zeros(e.shape, e.dtype) for e in entries if e.masked}
         dtype = dtype or self.down
         frame = _frame(record[VALUES], dtype)
-        kept = codec.decode(frame, self.masks, dtype=dtype, fill=fill or zeros)
+        dense = codec.decode(
+            frame, self.masks, dtype=dtype, fill=fill or zeros, kept=self.kept
+        )
         return {
-            e.name: kept[e.name] if e.masked else read_array(record[e.name], e)
+            e.name: dense[e.name] if e.masked else read_array(record[e.name], e)
             for e in entries
         }
 
