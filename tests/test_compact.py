@@ -22,10 +22,8 @@ OURS = {
     "resnet50": {"num_classes": 10, "input_shape": (3, 32, 32)},
     "char_lstm": {"num_classes": 80, "input_shape": (12,), "hidden": 48},
 }
-TORCHVISION = (
+TORCHVISION = (  # beside the two that are ours
     "resnet18",
-    "resnet50",
-    "efficientnet_b3",
     "mobilenet_v3_small",
     "vgg11_bn",
     "densenet121",

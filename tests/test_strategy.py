@@ -138,19 +138,19 @@ TRAVELLING = [
         lambda make: nudging_app(),
         id="char_lstm",
     ),
-    pytest.param(
-        lambda: models.build(
-            "resnet50", num_classes=10, input_shape=(3, 32, 32), seed=0
-        ),
-        lambda make: nudging_app(),
-        id="resnet50",
-        marks=pytest.mark.slow,
-    ),
 ]
 
 
 #: Bytes of a kept value to a client and back.
 WIDTHS = {"float32": (4, 4), "float16": (2, 2), "int8": (1, 1), "int4": (1, 0.5)}
+
+
+@pytest.mark.slow
+def test_the_messages_of_a_large_network_cost_no_more():
+    make = partial(models.build, "resnet50", num_classes=10, input_shape=(3, 32, 32))
+    test_messages_cost_the_kept_values_the_mask_and_the_buffers(
+        partial(make, seed=0), lambda make: nudging_app(), "int4"
+    )
 
 
 @pytest.mark.parametrize("values", WIDTHS)
