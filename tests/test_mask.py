@@ -476,11 +476,13 @@ def test_lamp_keeps_exactly_as_many_even_of_zeros_and_infinities(
     sizes, threshold, floor, seed
 ):
     rng = np.random.default_rng(seed)
-    odd = np.float32([0, 0, 1e-30, 1, 3e38, np.inf])
+    odd = np.float32([0, -0.0, 1e-30, 1, 3e38, np.inf])
     scores = {f"t{i}": rng.choice(odd, size) for i, size in enumerate(sizes)}
     kept = sum(sizes) - round(threshold * sum(sizes))
     assume(sum(math.ceil(floor * size) for size in sizes) <= kept)
     masks = mask.from_scores(scores, threshold=threshold, floor=floor, balance="lamp")
     assert sum(int(keep.sum()) for keep in masks.values()) == kept
-    for keep in masks.values():
+    for name, keep in masks.items():
         assert keep.sum() >= math.ceil(floor * keep.size)
+        kept_ones, others = scores[name][keep], scores[name][~keep]
+        assert kept_ones.min(initial=np.inf) >= others.max(initial=0)

@@ -26,6 +26,7 @@ from autoflip_flwr.types import (
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 _SAMPLE = 1 << 16  # entries in the sample that brackets the cut
+_BLOCK = 1 << 18  # entries of a tensor that are counted at a time
 
 
 def from_scores(
@@ -94,7 +95,7 @@ def from_scores(
         return {}
     flats = [np.asarray(score).reshape(-1) for score in scores.values()]
     for name, flat in zip(scores, flats, strict=True):
-        if np.isnan(flat).any():
+        if flat.size and np.isnan(flat.min()):
             raise MaskError(f"{name}: expected scores without NaN, got some")
     sizes = [flat.size for flat in flats]
     floors = [1.0 if name in whole else floor for name in scores]
@@ -282,28 +283,52 @@ def _keep_lamp(flats: Sequence[Array], kept: int, least: Sequence[int]) -> list[
     A squared score over the sum of those not smaller rises with the score, so only the
     number of kept entries of each tensor is needed, and a histogram is enough for it.
     """
-    counts = _lamp_counts(parallel_map(_histogram, flats), kept, least)
-    return [
-        ~_lowest([flat], flat.size - count)[0]
-        for flat, count in zip(flats, counts, strict=True)
-    ]
+    histograms = parallel_map(_histogram, flats)
+    counts = _lamp_counts(histograms, kept, least)
+    tensors = zip(flats, histograms, counts, strict=True)
+    return parallel_map(lambda tensor: _highest(*tensor), tensors)
 
 
 def _histogram(flat: Array) -> NDArray[np.int64]:
     """Count the scores >= 0 by the upper 16 bits of float32: 8 significant ones."""
     counts = np.zeros(1 << 15, np.int64)
-    for start in range(0, flat.size, _SAMPLE):
-        block = np.ascontiguousarray(flat[start : start + _SAMPLE], np.float32)
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK].astype(np.float32)
+        block += np.float32(0)  # -0 is 0
         codes = block.view(np.uint32) >> 16
         counts += np.bincount(codes, minlength=1 << 16)[: 1 << 15]
     return counts
 
 
+def _highest(flat: Array, histogram: NDArray[np.int64], count: int) -> Mask:
+    """Mark the `count` highest entries; a bin of the histogram brackets the cut."""
+    lost = flat.size - count
+    values = flat.astype(np.float32, copy=False)
+    below = flat.size - np.cumsum(histogram[::-1])[::-1]  # entries below each bin
+    place = int(np.searchsorted(below, lost)) - 1
+    if place < 0:  # nothing, or what is below zero
+        return np.full(flat.size, True) if lost == 0 else np.asarray(values >= 0)
+    inside: Mask = values >= _EDGES[place]
+    if place < _INFINITE:
+        inside &= values < _EDGES[place + 1]
+    positions = np.flatnonzero(inside)
+    within, rank = values[positions], lost - int(below[place])
+    cut = _partitioned(within.copy(), rank)
+    keep = np.greater_equal(values, cut, out=inside)
+    ties = positions[within == cut]
+    missing = rank - int(np.count_nonzero(within < cut))
+    keep[ties[_spread(0, ties.size, missing, ties.size)]] = False
+    return keep
+
+
+#: Bin of infinity in `_histogram`; those above would be NaN.
+_INFINITE = 0x7F80
+_EDGES = (np.arange(_INFINITE + 1, dtype=np.uint32) << 16).view(np.float32)
+
 #: The least score of each bin of `_histogram`, squared; Inf counts as 1e40.
 _SQUARES = np.square(
     np.append(
-        (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32).astype(np.float64),
-        np.full((1 << 15) - 0x7F80, 1e40),
+        _EDGES[:_INFINITE].astype(np.float64), np.full((1 << 15) - _INFINITE, 1e40)
     )
 )
 
@@ -353,9 +378,15 @@ def _lowest(flats: Sequence[Array], count: int) -> list[Mask]:
     equal = sum(tie.size for tie in ties)
     position = 0
     for mark, tie in zip(marks, ties, strict=True):
-        ranks = np.arange(position, position + tie.size + 1, dtype=np.int64)
-        mark[tie[np.diff(ranks * missing // equal) > 0]] = True
+        mark[tie[_spread(position, tie.size, missing, equal)]] = True
         position += tie.size
+    return marks
+
+
+def _spread(first: int, size: int, count: int, total: int) -> Mask:
+    """Mark places from `first` on, if `count` of `total` are marked evenly."""
+    ranks = np.arange(first, first + size + 1, dtype=np.int64)
+    marks: Mask = np.diff(ranks * count // max(1, total)) > 0
     return marks
 
 
