@@ -206,6 +206,8 @@ class AutoFlipPruner(Pruner):
             scores = magnitudes({name: weights[name] for name in self.shapes})
         else:
             scores = self._scores(known, share)
+            if self.settings.score == "staged":  # next time the weights decide
+                self._population = None
         agreement = self._agreement()
         mixture = scores
         if agreement is not None:
