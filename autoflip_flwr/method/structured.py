@@ -160,15 +160,16 @@ class Units:
             if name in scores
             for dim, owner in dimensions.items()
         ]
+        count = self.count
 
         def sums(place: tuple[str, int, Numbers]) -> NDArray[np.float64]:
             name, dim, owner = place
             score = np.asarray(scores[name])
             others = tuple(d for d in range(score.ndim) if d != dim)
             along = score.sum(axis=others, dtype=np.float64)
-            return np.asarray(np.bincount(owner, along, self.count + 1)[1:], float)
+            return np.asarray(np.bincount(owner, along, count + 1)[1:], float)
 
-        total = sum(parallel_map(sums, places), start=np.zeros(self.count))
+        total = sum(parallel_map(sums, places), start=np.zeros(count))
         size = self._totals({n: 1 for n in self.parameters if n in scores})
         return np.asarray(total / np.maximum(size, 1))
 
@@ -190,12 +191,13 @@ class Units:
 
     def _totals(self, per_entry: Mapping[str, float]) -> NDArray[np.float64]:
         """Sum a value per entry of a parameter over the entries that go with a unit."""
-        total = np.zeros(self.count + 1)  # the first stands for no unit
+        count = self.count + 1  # the first stands for no unit
+        total = np.zeros(count)
         for name, value in per_entry.items():
             entries = math.prod(self.shapes[name])
             for owner in self.parameters.get(name, {}).values():
                 each = value * entries / max(1, owner.size)
-                total += each * np.bincount(owner + 1, minlength=self.count + 1)
+                total += each * np.bincount(owner + 1, minlength=count)
         return total[1:]
 
     def pruned(self, keep: Keep, prunable: Iterable[str] | None = None) -> int:
