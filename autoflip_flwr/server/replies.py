@@ -247,7 +247,8 @@ class Replies:
         silent = {i for i, reply in enumerate(replies) if not reply.examples}
         limit, before = self._settings.outlier, self._rounds.arrays
         entries = {e.name: e for e in self._rounds.manifest.entries}
-        numbers = [name for name, entry in entries.items() if entry.dtype[1] != "b"]
+        distinct = self._rounds.manifest.distinct.entries
+        numbers = [entry.name for entry in distinct if entry.dtype[1] != "b"]
 
         def group_of(name: str) -> str:
             return "" if entries[name].masked else f" {name}"

@@ -27,6 +27,13 @@ def trainable_names(model: nn.Module) -> list[str]:
     return [name for name, value in every if value.requires_grad]
 
 
+def ties(model: nn.Module) -> dict[str, str]:
+    """Return the second names of tied parameters -> the first, in the model's order."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {n: first[id(p)] for n, p in every if first[id(p)] != n}
+
+
 @contextmanager
 def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     """Keep pruned weights at exactly zero while the model trains.
