@@ -208,7 +208,8 @@ class Replies:
     def _buffers(self, replies: Sequence[Reply[Any]]) -> Params:
         """Return the mean of each buffer, by the examples behind the replies."""
         weights = [reply.examples for reply in replies]
-        names = [e.name for e in self._rounds.manifest.entries if not e.trainable]
+        distinct = self._rounds.manifest.distinct.entries
+        names = [entry.name for entry in distinct if not entry.trainable]
         return {
             name: np.average([r.arrays[name] for r in replies], axis=0, weights=weights)
             for name in names

@@ -113,7 +113,7 @@ class Rounds:
         self.arrays = dict(arrays)
         self.initial = dict(state["initial"])
         masks = state["masks"]
-        if masks is not None and list(masks) != list(self.manifest.shapes):
+        if masks is not None and set(masks) != set(self.manifest.shapes):
             raise CheckpointError(
                 f"expected masks of {list(self.manifest.shapes)}, got {list(masks)}: "
                 "the strategy knew the model, or its tied weights, otherwise; begin "

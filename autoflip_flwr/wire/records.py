@@ -139,8 +139,7 @@ class Plan:
             if keep is None or keep.all():
                 continue
             both = trained[entry.of], trained[entry.name]
-            still = not any(each[~keep].any() for each in both)
-            if still and not np.array_equal(*both):
+            if not np.array_equal(*both) and not any(e[~keep].any() for e in both):
                 raise MaskError(
                     f"{entry.name} is {entry.of} in the server's model, one weight; "
                     "the app trains two: tie them in the app's model, too, or give the "
