@@ -2,16 +2,29 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
-from tiny import assert_zero_where_pruned, masks_of, network, step, weights
+from tiny import (
+    assert_zero_where_pruned,
+    masks_of,
+    network,
+    samples,
+    step,
+    weights,
+)
 from torch import nn
 
 from autoflip_flwr.errors import MaskError
-from autoflip_flwr.units.enforce import enforce, trainable_names
+from autoflip_flwr.units.enforce import (
+    enforce,
+    enforce_unseen,
+    marked,
+    trainable_names,
+)
 from autoflip_flwr.units.optimizers import Continued
 
 OPTIMIZERS = {
@@ -312,3 +325,99 @@ def test_a_name_that_two_parts_could_have_is_refused():
     with enforce(two, {f"student.{n}": k for n, k in masks_of(network()).items()}):
         pass
     assert all((p != 0).any() for p in two["teacher"].parameters() if p.ndim > 1)
+
+
+# --- clipping of each sample's gradient -----------------------------------------------
+
+
+class ClippingEachSample(torch.optim.Optimizer):
+    """Stands in for Opacus's optimizer and the hooks of its module.
+
+    As there, a module's backward hook makes `grad_sample`, and an optimizer around
+    another, whose own step no hook of torch's sees, clips it.
+    """
+
+    def __init__(self, model, optimizer, look=lambda parameter: None):
+        self.original_optimizer, self.look = optimizer, look
+        for module in model.children():
+            module.weight.grad_sample = None
+            module.register_full_backward_hook(self.samples)
+            module.register_forward_pre_hook(self.inputs)
+
+    def inputs(self, module, arguments):
+        module.read = arguments[0].detach()
+
+    def samples(self, module, _, outputs):
+        made = len(module.read) * torch.einsum("bi,bj->bij", outputs[0], module.read)
+        accumulated = module.weight.grad_sample
+        both = isinstance(accumulated, list)
+        module.weight.grad_sample = [*accumulated, made] if both else made
+
+    @property
+    def param_groups(self):
+        return self.original_optimizer.param_groups
+
+    def step(self):
+        own = self.param_groups[0]["params"]
+        for parameter in own:
+            self.look(parameter)
+            if isinstance(parameter.grad_sample, list):
+                parameter.grad_sample = torch.cat(parameter.grad_sample)
+        norms = sum(p.grad_sample.flatten(1).square().sum(1) for p in own).sqrt()
+        factors = (0.1 / norms).clamp(max=1)
+        for parameter in own:
+            parameter.grad = torch.einsum("b,bij->ij", factors, parameter.grad_sample)
+        self.original_optimizer.step()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("seen", [True, False])
+def test_clipping_each_sample_sees_kept_entries_alone_from_the_second_step(
+    seen, accumulated
+):
+    def trained(*, by_hand):
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False)
+        model = nn.Sequential(*layers)
+        masks = masks_of(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                values = marked(parameter.numpy().copy(), masks[name])
+                parameter.copy_(torch.from_numpy(values))
+        keeps = {p: torch.from_numpy(masks[n]) for n, p in model.named_parameters()}
+        touched = []
+
+        def look(parameter):
+            pruned = ~keeps[parameter]
+            each = parameter.grad_sample
+            each = torch.cat(each) if isinstance(each, list) else each
+            if by_hand and number:
+                each[:, pruned] = 0
+                parameter.grad_sample = each
+            touched.append(bool(each[:, pruned].any()))
+
+        clipping = ClippingEachSample(
+            model, torch.optim.SGD(model.parameters(), 0.5, momentum=0.9), look
+        )
+        held = enforce(model, masks) if seen else enforce_unseen(masks)
+        with nullcontext() if by_hand else held:
+            for number in range(4):
+                for parameter in keeps:
+                    parameter.grad_sample = [] if accumulated > 1 else None
+                for part in range(accumulated):
+                    x, y = samples(8, seed=10 * number + part)
+                    output = model(torch.from_numpy(x).requires_grad_())
+                    nn.functional.cross_entropy(output, torch.from_numpy(y)).backward()
+                clipping.step()
+                if by_hand:
+                    with torch.no_grad():
+                        for parameter, keep in keeps.items():
+                            parameter.mul_(keep)
+                assert_zero_where_pruned(model, masks)
+        assert touched == [True, True] + 6 * [False]
+        assert not any(parameter._backward_hooks for parameter in keeps)
+        return weights(model)
+
+    expected = trained(by_hand=True)
+    for name, value in trained(by_hand=False).items():
+        assert_array_equal(value, expected[name])

@@ -476,15 +476,6 @@ def test_of_lora_the_adapters_alone_travel():
     }
 
 
-def test_a_tied_weight_is_masked_by_whatever_name_with_the_model_known(caplog):
-    model = Tied.make()
-    inner = FedAvg(fraction_evaluate=0)
-    strategy = AutoFLIP(inner, threshold=0.6, model=model)
-    grid, _, _ = start(Tied(), strategy)
-    assert {"first.weight", "again.weight"} <= set(strategy.rounds.plan.masks)
-    assert not [sent for sent in grid.up if MOVED in sent.arrays]
-
-
 class OtherModel(Model):
     """Masks a model that the server does not know."""
 

@@ -186,10 +186,14 @@ def test_frozen_and_tied_tensors_are_named():
     assert layers["output"].parameters == 0
     assert "shared" in layers["embedding"].units
     text = str(told)
-    assert "tied: output.weight is embedding.weight" in text
+    once = "it is pruned, counted and sent once"
+    assert f"tied: output.weight is embedding.weight; {once}" in text
+    assert told.parameters == 50 * 16 + 16 * 16 + 16
     assert "frozen: 2 tensors, 1088 B, are not trained" in text
     assert "give it the model" not in text
-    assert "give it the model" in str(AutoFLIP().preview(Tied(), ids))
+    unknown = str(AutoFLIP().preview(Tied(), ids))
+    assert "AutoFLIP takes them for two: give it the model" in unknown
+    assert "AutoFLIP takes them for trained: give it the model" in unknown
 
 
 def test_a_model_without_units_says_why():

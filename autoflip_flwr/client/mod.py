@@ -95,6 +95,7 @@ class AutoFlipMod:
         arrays = plan.unpack(records.named(record, plan))
         for name, keep in plan.masks.items():
             arrays[name] = enforce.marked(arrays[name], keep)
+        arrays = plan.manifest.tied(arrays)
         message.content[key] = records.record_of(arrays)
         with enforce.enforce_unseen(plan.masks) as held:
             reply = call_next(message, context)
@@ -258,7 +259,7 @@ def _gradient(
         raise MaskError(
             f"to measure gradients, expected a torch.optim optimizer of the "
             f"{len(trainable)} trainable parameters in the model's order; the app made "
-            "no step with one"
+            "no step with one (if it ties weights, give the strategy model=Net())"
         )
     squared = asked.measure == "squared-gradient"
     gradients = seen.mean_square() if squared else seen.mean()

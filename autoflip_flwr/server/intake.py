@@ -207,7 +207,7 @@ class Intake:
         for name, value in moved.items():
             weights = rounds.arrays[name]
             there = (weights + value).astype(weights.dtype)
-            rounds.arrays = {**rounds.arrays, name: there}
+            rounds.arrays = rounds.manifest.tied({**rounds.arrays, name: there})
         return bool(moved)
 
 

@@ -28,6 +28,7 @@ from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.savings import amount
 from autoflip_flwr.settings import WireSettings
 from autoflip_flwr.units import ExampleInputs, compact_if_it_pays, tensors_of, trace
+from autoflip_flwr.units.enforce import ties
 from autoflip_flwr.units.layers import join
 from autoflip_flwr.units.measure import backward_bytes, operations
 from autoflip_flwr.wire import codec, records
@@ -197,7 +198,7 @@ def preview(
         )
     by_module = operations(model, example_inputs)
     dense = _network(model, example_inputs, by_module[""])
-    warnings, units = _warnings(model, known=pruning.prunable is not None), None
+    warnings, units = _warnings(rounds, model), None
     try:
         units = trace(model, example_inputs)
     except ModelError as error:
@@ -396,19 +397,18 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Return name -> first name of parameters that have several."""
-    first = {id(p): name for name, p in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {n: first[id(p)] for n, p in every if first[id(p)] != n}
-
-
-def _warnings(model: nn.Module, *, known: bool) -> list[str]:
-    """Say what is unusual; `known`: AutoFLIP knows which parameters are trained."""
+def _warnings(rounds: Rounds, model: nn.Module) -> list[str]:
+    """Say what is unusual, and what AutoFLIP does not know without the model."""
+    known = rounds.pruning.prunable is not None
     frozen = [p for p in model.parameters() if not p.requires_grad]
     warnings = [
-        f"tied: {name} is {first}; it is pruned once, and travels under both names"
-        for name, first in _tied(model).items()
+        f"tied: {name} is {first}; "
+        + (
+            "it is pruned, counted and sent once"
+            if rounds.ties
+            else "AutoFLIP takes them for two: give it the model"
+        )
+        for name, first in ties(model).items()
     ]
     if frozen:
         cure = "" if known else "; AutoFLIP takes them for trained: give it the model"
@@ -422,7 +422,7 @@ def _warnings(model: nn.Module, *, known: bool) -> list[str]:
 def _layers(
     model: nn.Module, by_module: Mapping[str, int], rounds: Rounds
 ) -> Iterator[Layer]:
-    tied = _tied(model)
+    tied = ties(model)
 
     def below(path: str) -> int:
         """Count what the children of a module do."""

@@ -208,7 +208,8 @@ class Replies:
     def _buffers(self, replies: Sequence[Reply[Any]]) -> Params:
         """Return the mean of each buffer, by the examples behind the replies."""
         weights = [reply.examples for reply in replies]
-        names = [e.name for e in self._rounds.manifest.entries if not e.trainable]
+        distinct = self._rounds.manifest.distinct.entries
+        names = [entry.name for entry in distinct if not entry.trainable]
         return {
             name: np.average([r.arrays[name] for r in replies], axis=0, weights=weights)
             for name in names
@@ -247,7 +248,8 @@ class Replies:
         silent = {i for i, reply in enumerate(replies) if not reply.examples}
         limit, before = self._settings.outlier, self._rounds.arrays
         entries = {e.name: e for e in self._rounds.manifest.entries}
-        numbers = [name for name, entry in entries.items() if entry.dtype[1] != "b"]
+        distinct = self._rounds.manifest.distinct.entries
+        numbers = [entry.name for entry in distinct if entry.dtype[1] != "b"]
 
         def group_of(name: str) -> str:
             return "" if entries[name].masked else f" {name}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autoflip_flwr.errors import SettingsError, one_line
+from autoflip_flwr.errors import CheckpointError, SettingsError, one_line
 from autoflip_flwr.method import mask as masking
 from autoflip_flwr.method.structured import Units
 from autoflip_flwr.pruners import Problem, Pruner
@@ -36,6 +36,7 @@ class Rounds:
     directory: Path = field(kw_only=True)
     values: ValueType = field(default="float32", kw_only=True)
     units: Units | None = field(default=None, kw_only=True)
+    ties: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -72,7 +73,10 @@ class Rounds:
         if self._manifest is None:
             self._check_units(arrays)
             self._manifest = Manifest.of(
-                arrays, prunable=self.pruning.prunable, exclude=self.pruning.exclude
+                arrays,
+                prunable=self.pruning.prunable,
+                exclude=self.pruning.exclude,
+                ties=self.ties,
             )
             self.initial = dict(arrays)
             self.pruner.prepare(
@@ -113,6 +117,12 @@ class Rounds:
         self.arrays = dict(arrays)
         self.initial = dict(state["initial"])
         masks = state["masks"]
+        if masks is not None and set(masks) != set(self.manifest.shapes):
+            raise CheckpointError(
+                f"expected masks of {list(self.manifest.shapes)}, got {list(masks)}: "
+                "the strategy knew the model, or its tied weights, otherwise; begin "
+                "the run again in another folder"
+            )
         self.plan = None if masks is None else Plan(self.manifest, masks, self.values)
         self._previous = self.plan
 
@@ -170,7 +180,7 @@ class Rounds:
         """
         assert self.plan is not None
         settled: dict[str, Array] = {}
-        for entry in self.manifest.entries:
+        for entry in self.manifest.distinct.entries:
             value = np.asarray(aggregated[entry.name])
             if entry.dtype[1] in "iub" and value.dtype.kind == "f":
                 value = np.rint(value)
@@ -180,7 +190,8 @@ class Rounds:
                 before = self.arrays[entry.name]
                 value[pruned] = before[pruned] if self.pruner.restores else 0
             settled[entry.name] = value
-        self.arrays, self.trained, self._unmasked = settled, True, {}
+        self.arrays = self.manifest.tied(settled)
+        self.trained, self._unmasked = True, {}
         self._previous = self.plan  # the mask of the new model
         agreement = self.diagnostics.finish(self.pruner.kept_guidance)
         self.pruner.learn(agreement, self.plan.masks)
@@ -189,7 +200,7 @@ class Rounds:
         """Return the global model as clients know it: pruned entries zero."""
         if self.plan is None:
             return self.arrays
-        return masking.apply(self.arrays, self.plan.masks)
+        return self.manifest.tied(masking.apply(self.arrays, self.plan.masks))
 
     def weights(self, arrays: Params) -> Params:
         """Return the prunable arrays of a model."""

@@ -23,7 +23,7 @@ from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.savings import Savings, Traffic, log_savings, savings_of
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings, WireSettings
 from autoflip_flwr.units import ExampleInputs, trace
-from autoflip_flwr.units.enforce import trainable_names
+from autoflip_flwr.units.enforce import ties, trainable_names
 
 _log = logging.getLogger("flwr")
 
@@ -55,8 +55,9 @@ class Wrapper(Flow[S]):
         are single weights. Above 0 it needs `model` and `example_inputs`. Overrides
         the one in `pruning`; 0 by default.
     model : nn.Module, optional
-        Tells which parameters are trainable and, with `example_inputs`, what the units
-        are. The older API numbers arrays; there the model gives their names, too.
+        Tells which parameters are trainable or tied and, with `example_inputs`, what
+        the units are. The older API numbers arrays; there the model gives their names,
+        too.
     example_inputs : torch.Tensor or tuple, optional
         One sample that the model runs on.
     pruner : Pruner, optional
@@ -152,6 +153,7 @@ class Wrapper(Flow[S]):
             directory=Path(store),
             values=wire.values,
             units=_units_of(self.pruner, pruning, model, example_inputs),
+            ties={} if model is None else ties(model),
             seed=seed,
         )
         self._wire = wire

@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from autoflip_flwr.errors import MaskError
 from autoflip_flwr.types import Array, Mask, Masks
@@ -25,6 +26,13 @@ def trainable_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters that require gradients."""
     every = model.named_parameters(remove_duplicate=False)  # a tied one by each name
     return [name for name, value in every if value.requires_grad]
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Return the second names of tied parameters -> the first, in the model's order."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {n: first[id(p)] for n, p in every if first[id(p)] != n}
 
 
 @contextmanager
@@ -38,7 +46,8 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     Names are those of ``model.named_parameters()``, or see `resolve`. The cost is one
     pass over the parameters per step, and a copy of the mask in the parameters' size.
     Gradients stay those of the dense model: where a norm over all gradients matters
-    (clipping), pruned entries still count in it.
+    (clipping), pruned entries still count in it. Gradients of single samples, which
+    Opacus clips, are zero in pruned entries from the second step on.
     """
     pruned = _pruned(model, masks)
     for each in pruned.values():
@@ -120,9 +129,14 @@ def _zeroed_by_steps(pruned: Mapping[nn.Parameter, "_Pruned | None"]) -> Iterato
         for parameter in parameters_of(optimizer):
             if each := pruned.get(parameter):
                 each.zero()
+                each.zero_samples_from_now()
 
     with register_optimizer_step_post_hook(after_step):
-        yield
+        try:
+            yield
+        finally:
+            for each in filter(None, pruned.values()):
+                each.leave_samples()
 
 
 @contextmanager
@@ -163,6 +177,7 @@ class _Pruned:
         self.keep = keep
         self.names = names  # of the masks that it may be of
         self._bits: torch.Tensor | None = None
+        self._hook: RemovableHandle | None = None
 
     def zero(self) -> None:
         """Clear the bits of pruned entries: unlike a product, that clears NaN too."""
@@ -174,6 +189,31 @@ class _Pruned:
             bits = torch.from_numpy(np.array(self.keep)).to(data.device, kind).neg_()
             self._bits = bits
         data.view(kind).bitwise_and_(bits)
+
+    def zero_samples_from_now(self) -> None:
+        """Zero pruned entries of the gradient of each sample when a backward pass ends.
+
+        Optimizers of differential privacy, such as Opacus's, clip these before the step
+        that hooks see: what will not move must not shorten the steps of the rest.
+        """
+        if self._hook is None and hasattr(self.parameter, "grad_sample"):
+            engine = torch.autograd.Variable._execution_engine
+
+            def later(_: torch.Tensor) -> None:  # they may be made after this gradient
+                engine.queue_callback(self._zero_samples)
+
+            self._hook = self.parameter.register_hook(later)  # type: ignore[no-untyped-call]
+
+    def leave_samples(self) -> None:
+        """Undo `zero_samples_from_now`."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _zero_samples(self) -> None:
+        made: Any = getattr(self.parameter, "grad_sample", None)
+        for samples in made if isinstance(made, list) else [made]:
+            if samples is not None and self._bits is not None:
+                samples.masked_fill_(self._bits == 0, 0)
 
     def is_zero(self) -> bool:
         """Tell whether the pruned entries are zero."""

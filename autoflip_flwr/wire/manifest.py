@@ -5,8 +5,9 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -31,10 +32,14 @@ class Entry:
     dtype: str
     masked: bool  # sent as kept values; otherwise dense, under its name
     trainable: bool = True  # False: a buffer
+    # Of a tied weight's second name: the first. It has neither mask nor values of its
+    # own, is not sent, and counts nowhere.
+    of: str = ""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and isinstance(self.dtype, str)):
-            raise WireError(f"expected a name and a type as text, got {self}")
+        texts = self.name, self.dtype, self.of
+        if not all(isinstance(text, str) for text in texts):
+            raise WireError(f"expected names and a type as text, got {self}")
         if not _DTYPE.fullmatch(self.dtype):
             raise WireError(f"{self.name}: expected a numeric type, got {self.dtype!r}")
         if len(self.shape) > _MAX_DIMENSIONS or not all(
@@ -49,6 +54,8 @@ class Entry:
                 f"{self.name}: expected at most {_MAX_LENGTH} entries, "
                 f"got the shape {self.shape}"
             )
+        if self.of and (self.masked or self.trainable):
+            raise WireError(f"{self.name}: expected no mask of a second name, got one")
         if self.masked and self.dtype[1] != "f":
             raise WireError(f"{self.name}: expected floats to mask, got {self.dtype!r}")
 
@@ -64,6 +71,16 @@ class Manifest:
 
     entries: tuple[Entry, ...]
 
+    def __post_init__(self) -> None:
+        first = {e.name: (e.shape, e.dtype) for e in self.entries if not e.of}
+        for entry in self.entries:
+            if entry.of and first.get(entry.of) != (entry.shape, entry.dtype):
+                raise WireError(
+                    f"{entry.name}: expected the second name of an array "
+                    f"{entry.dtype}{list(entry.shape)}, got {entry.of!r}: "
+                    f"{first.get(entry.of, 'no such array')}"
+                )
+
     @classmethod
     def of(
         cls,
@@ -71,13 +88,24 @@ class Manifest:
         *,
         prunable: Iterable[str] | None = None,
         exclude: Iterable[str] = (),
+        ties: Mapping[str, str] = MappingProxyType({}),
     ) -> "Manifest":
         """Describe a model's arrays.
 
         `prunable` are the names of the trainable parameters, by default of all floating
         arrays but BatchNorm's buffers; `exclude` are shell patterns of names that are
-        never pruned. An unknown name, or nothing to prune, is a SettingsError.
+        never pruned; `ties` are second names of tied weights -> the first. A rule for
+        one of its names is one for the weight. An unknown name, nothing to prune, or
+        different values under the names of a weight, is a SettingsError.
         """
+        ties = {n: first for n, first in ties.items() if {n, first} <= set(arrays)}
+        for name, first in ties.items():
+            if not np.array_equal(arrays[name], arrays[first]):
+                raise SettingsError(
+                    f"{name} is {first} in the model that was handed over, one weight; "
+                    "the initial arrays have different values: take them from a model "
+                    "that ties them"
+                )
         trainable = None if prunable is None else set(prunable)
         if unknown := sorted((trainable or set()) - set(arrays)):
             raise SettingsError(
@@ -91,13 +119,17 @@ class Manifest:
             )
 
         def entry(name: str, values: Array) -> Entry:
+            array = name, values.shape, values.dtype.str
+            if name in ties:
+                return Entry(*array, masked=False, trainable=False, of=ties[name])
+            names = [name, *(n for n, first in ties.items() if first == name)]
             floating = np.issubdtype(values.dtype, np.floating)
             trains = floating and not _matches(name, BUFFER_PATTERNS)
             if trainable is not None:
-                trains = name in trainable
+                trains = not trainable.isdisjoint(names)
             prunes = trains and floating and values.size > 0
-            masked = prunes and not _matches(name, patterns)
-            return Entry(name, values.shape, values.dtype.str, masked, trains)
+            masked = prunes and not any(_matches(n, patterns) for n in names)
+            return Entry(*array, masked, trains)
 
         entries = tuple(entry(name, values) for name, values in arrays.items())
         if not any(entry.masked for entry in entries):
@@ -111,6 +143,20 @@ class Manifest:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the prunable arrays, in order."""
         return {entry.name: entry.shape for entry in self.entries if entry.masked}
+
+    @property
+    def distinct(self) -> "Manifest":
+        """The arrays that travel: each weight under its first name."""
+        return Manifest(tuple(entry for entry in self.entries if not entry.of))
+
+    @property
+    def whole(self) -> list[Entry]:
+        """The arrays that travel dense, under their names."""
+        return [entry for entry in self.distinct.entries if not entry.masked]
+
+    def tied(self, arrays: Params) -> dict[str, Array]:
+        """Return the arrays in order; second names get the array of the first."""
+        return {entry.name: arrays[entry.of or entry.name] for entry in self.entries}
 
     @property
     def dense_bytes(self) -> int:
@@ -129,6 +175,7 @@ class Manifest:
         """Return the manifest as JSON, compressed by zlib."""
         rows = [
             [e.name, list(e.shape), e.dtype, int(e.masked), int(e.trainable)]
+            + [e.of] * bool(e.of)
             for e in self.entries
         ]
         return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9)
@@ -145,8 +192,8 @@ class Manifest:
                     f"got {len(text)} B and more"
                 )
             entries = tuple(
-                Entry(name, tuple(shape), dtype, bool(masked), bool(trainable))
-                for name, shape, dtype, masked, trainable in json.loads(text)
+                Entry(name, tuple(shape), dtype, bool(masked), bool(trainable), *of)
+                for name, shape, dtype, masked, trainable, *of in json.loads(text)
             )
             if len({entry.name for entry in entries}) != len(entries):
                 raise WireError("expected different names, got one twice")

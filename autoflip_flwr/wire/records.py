@@ -16,7 +16,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from autoflip_flwr.errors import WireError
+from autoflip_flwr.errors import MaskError, WireError
 from autoflip_flwr.types import Array, Masks, Measure, Params, ValueType
 from autoflip_flwr.wire import codec
 from autoflip_flwr.wire.manifest import Entry, Manifest
@@ -109,9 +109,8 @@ class Plan:
         kept, dtype = {name: arrays[name] for name in self.masks}, dtype or self.down
         frame = codec.encode(kept, self.masks, dtype=dtype, kept=self.kept)
         record = {VALUES: _raw(frame, dtype)}
-        for entry in self.manifest.entries:
-            if not entry.masked:
-                record[entry.name] = FlowerArray(np.asarray(arrays[entry.name]))
+        for entry in self.manifest.whole:
+            record[entry.name] = FlowerArray(np.asarray(arrays[entry.name]))
         return ArrayRecord(record)
 
     def pack_reply(
@@ -122,6 +121,7 @@ class Plan:
         If pruned entries are not zero, but for the masks of the names `held`, their
         share goes along (`take_moved`).
         """
+        self._check_tied(trained)
         packed = trained
         if self.relative:
             update = {name: trained[name] - received[name] for name in self.masks}
@@ -130,6 +130,24 @@ class Plan:
         if moved := self._moved(trained, held):
             record[MOVED] = _raw(np.float32(moved).tobytes(), "float32")
         return record
+
+    def _check_tied(self, trained: Params) -> None:
+        """Refuse a weight that the app has trained as two, one of which is not sent.
+
+        What a mod adds to each name, such as noise, is not the app's: it moves pruned
+        entries, too.
+        """
+        for entry in self.manifest.entries:
+            keep = self.masks.get(entry.of)
+            if keep is None or keep.all():
+                continue
+            both = trained[entry.of], trained[entry.name]
+            if not np.array_equal(*both) and not any(e[~keep].any() for e in both):
+                raise MaskError(
+                    f"{entry.name} is {entry.of} in the server's model, one weight; "
+                    "the app trains two: tie them in the app's model, too, or give the "
+                    "strategy a model that does not"
+                )
 
     def _moved(self, trained: Params, held: Collection[str]) -> float:
         """Return the share of the pruned entries that are not zero.
@@ -163,7 +181,7 @@ class Plan:
         arrays = self.unpack(record, dtype=self.values)
         for name in self.masks:
             with np.errstate(over="ignore"):
-                arrays[name] += own[name]
+                arrays[name] += own[name]  # in place: under all names of the weight
             if not np.isfinite(arrays[name]).all():
                 raise WireError(f"{name}: expected an update to finite values")
         return arrays
@@ -191,8 +209,8 @@ class Plan:
         if keys, lengths, types or shapes differ from the plan, or a value is NaN or
         infinite.
         """
-        entries = self.manifest.entries
-        expected = {VALUES, *(e.name for e in entries if not e.masked)}
+        entries, whole = self.manifest.entries, self.manifest.whole
+        expected = {VALUES, *(e.name for e in whole)}
         if set(record) != expected:
             raise WireError(
                 f"expected the arrays {sorted(expected)}, got {sorted(record)}"
@@ -200,13 +218,11 @@ class Plan:
         zeros = {e.name: np.zeros(e.shape, e.dtype) for e in entries if e.masked}
         dtype = dtype or self.down
         frame = _frame(record[VALUES], dtype)
-        dense = codec.decode(
+        masked = codec.decode(
             frame, self.masks, dtype=dtype, fill=fill or zeros, kept=self.kept
         )
-        return {
-            e.name: dense[e.name] if e.masked else read_array(record[e.name], e)
-            for e in entries
-        }
+        dense = {e.name: read_array(record[e.name], e) for e in whole}
+        return self.manifest.tied({**masked, **dense})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,12 +249,17 @@ class Exploration:
 
     def pack(self, arrays: Params) -> ArrayRecord:
         """Return the record of the initial weights."""
-        return self.plan.pack(arrays) if self.plan else record_of(arrays)
+        if self.plan:
+            return self.plan.pack(arrays)
+        return record_of(
+            {e.name: arrays[e.name] for e in self.manifest.distinct.entries}
+        )
 
     def unpack(self, record: ArrayRecord) -> dict[str, Array]:
         """Return the initial weights, dense, by name."""
         if self.plan is None:
-            return named_arrays(record, self.manifest)
+            arrays = named_arrays(record, self.manifest.distinct)
+            return self.manifest.tied(arrays)
         return self.plan.unpack(named(record, self.plan))
 
     @classmethod
@@ -421,7 +442,7 @@ def named(record: ArrayRecord, plan: Plan, *, reply: bool = False) -> ArrayRecor
     """
     if VALUES in record or list(record) != [str(i) for i in range(len(record))]:
         return record
-    names = [VALUES, *(e.name for e in plan.manifest.entries if not e.masked)]
+    names = [VALUES, *(e.name for e in plan.manifest.whole)]
     if len(record) not in (len(names), len(names) + 1):
         raise WireError(f"expected {len(names)} arrays {names}, got {len(record)}")
     arrays = dict(zip([*names, MOVED], record.values(), strict=False))
