@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -52,6 +53,16 @@ class Group:
         """The numbers of its units."""
         return range(self.start, self.start + self.size)
 
+
+#: What a unit's operations weigh in its cost, beside its parameters. The first is taken
+#: with which the operations are reached before the parameters that may go are gone.
+_WEIGHTS = (0.5, 0.75, 1.0)
+
+#: Share of the operations that may be needed which a mask should need.
+_NEAR = 0.98
+
+#: Less than any score.
+_LEAST = -1e300
 
 #: Groups that lose units together, and the rows of units that lose equally many.
 Cluster: TypeAlias = tuple[list[Group], list[Numbers]]
@@ -172,21 +183,29 @@ class Units:
         size = self._totals({n: 1 for n in self.parameters if n in scores})
         return np.asarray(total / np.maximum(size, 1))
 
-    def per_cost(self, scores: Scores) -> NDArray[np.float64]:
+    def per_cost(
+        self,
+        means: NDArray[np.float64],
+        prunable: Iterable[str],
+        *,
+        weight: float = 0.5,
+    ) -> NDArray[np.float64]:
         """Return each unit's score, relative to its group's, over what it costs.
 
-        The score is the mean of `means` over the mean of its group's units, so that
-        groups of small scores are not emptied. The cost is the mean of its share of the
-        model's multiply-accumulates and of its share of the parameters.
+        The score is that of `means` over the mean of its group's units, so that groups
+        of small scores are not emptied. The cost is the unit's share of the model's
+        multiply-accumulates, with the `weight`, and its share of the prunable
+        parameters.
         """
-        means = self.means(scores)
+        relative = means.copy()
         for group in self.groups:
-            means[group.units] /= max(float(means[group.units].mean()), 1e-30)
-        sizes = {n: 1 for n in self.parameters if n in scores}
-        size = sum(math.prod(self.shapes[name]) for name in sizes)
-        cost = self._totals(self.uses) / max(1, self.operations())
-        cost += self._totals(sizes) / max(1, size)
-        return np.asarray(means / np.maximum(cost / 2, 1e-30))
+            own = relative[group.units]
+            own /= max(float(own.mean()), 1e-30)
+        sizes = {n: math.prod(self.shapes[n]) for n in prunable if n in self.parameters}
+        share = self._totals(dict.fromkeys(sizes, 1)) / max(1, sum(sizes.values()))
+        cost = weight * self._totals(self.uses) / max(1, self.operations())
+        cost += (1 - weight) * share
+        return np.asarray(relative / np.maximum(cost, 1e-30))
 
     def _totals(self, per_entry: Mapping[str, float]) -> NDArray[np.float64]:
         """Sum a value per entry of a parameter over the entries that go with a unit."""
@@ -232,33 +251,107 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
         means: NDArray[np.float64] | None = None,
-        operations: float | None = None,
     ) -> Keep:
         """Choose the units to keep, so that at most `budget` parameters are pruned.
 
         Units go in the order of their scores (`means`, by default those of `scores`),
-        the lowest first, until the next one would prune too much, or the model needs at
-        most `operations` multiply-accumulates. Parameters without a score keep their
-        groups whole.
+        the lowest first, until the next one would prune too much. Parameters without a
+        score keep their groups whole.
         """
         if means is None:
             means = self.means(scores)
-        going, sizes = self.only(scores)._steps(means, limits)
-        ends = np.cumsum([0, *sizes])
+        goes, steps = self._going(scores, means, limits)
+        return goes >= self._affordable(goes, steps, scores, budget)
 
-        def kept(steps: int) -> Keep:
-            keep = np.ones(self.count, np.bool_)
-            keep[going[: ends[steps]]] = False
-            return keep
+    def within(
+        self,
+        scores: Scores,
+        *,
+        operations: float,
+        budget: int,
+        limits: Limits = Limits(),
+        stay: Keep | None = None,
+    ) -> Keep:
+        """Choose the units to keep, so that the model needs at most `operations`.
 
-        steps = bisect_right(
-            range(1, len(ends)), budget, key=lambda n: self.pruned(kept(n), scores)
+        Units go by their score per cost, the lowest first. One that would prune more
+        than `budget` parameters, or save far more than is left to save, stays with all
+        that are left of its group, and other groups go on. If the budget ends first,
+        operations weigh more in the cost, and in the end are all that counts. So the
+        model needs little less than `operations`, or more where the budget allows no
+        better. Units without a score go first, whatever they save; those in `stay`, a
+        bool per unit, do not go.
+        """
+        means, tried = self.means(scores), []
+        costs = (self.per_cost(means, scores, weight=weight) for weight in _WEIGHTS)
+        for order in chain(costs, self._by_operations(scores)):
+            first = np.where(means > 0, order, _LEAST)
+            goes, steps = self._going(scores, first, limits)
+            dead = int(goes[means > 0].min(initial=steps))
+            dead = self._affordable(goes, dead, scores, budget)
+            if stay is not None:
+                goes[stay] = steps + 1
+            left = range(dead, steps + 1)
+            tried.append(self._nearest(scores, goes, left, operations, budget))
+            if self.operations(tried[-1]) <= operations:
+                return tried[-1]
+        return min(tried, key=self.operations)
+
+    def _nearest(
+        self,
+        prunable: Iterable[str],
+        goes: Numbers,
+        steps: range,
+        operations: float,
+        budget: int,
+    ) -> Keep:
+        """Take as many steps, of those allowed, as reach the operations closely."""
+
+        def fits(keep: Keep) -> bool:
+            return self.pruned(keep, prunable) <= budget
+
+        def ends(n: int) -> bool:
+            return not fits(goes >= n) or self.operations(goes >= n) <= operations
+
+        best, most = None, -1
+        while True:
+            n = steps[0] + bisect_left(steps, True, key=ends)
+            keep = goes >= n
+            needs = self.operations(keep)
+            if most < needs <= operations and fits(keep):
+                best, most = keep, needs
+            if most >= _NEAR * operations or n == steps[0] or n not in steps:
+                return keep if best is None else best
+            together = self._together(int(np.flatnonzero(goes == n - 1)[0]))
+            goes[together[goes[together] >= n - 1]] = steps[-1] + 1
+
+    def _affordable(
+        self, goes: Numbers, steps: int, prunable: Iterable[str], budget: int
+    ) -> int:
+        """Count the first steps that prune at most `budget` parameters."""
+        return bisect_right(
+            range(steps), budget, key=lambda n: self.pruned(goes > n, prunable)
         )
-        if operations is not None:
-            steps = bisect_left(
-                range(steps), -operations, key=lambda n: -self.operations(kept(n))
-            )
-        return kept(steps)
+
+    def _going(
+        self, prunable: Iterable[str], means: NDArray[np.float64], limits: Limits
+    ) -> tuple[Numbers, int]:
+        """Return the step in which each unit goes, and the number of steps.
+
+        A unit that stays has a step beyond all.
+        """
+        order, sizes = self.only(prunable)._steps(means, limits)
+        goes = np.full(self.count, len(sizes) + 1)
+        goes[order] = np.repeat(np.arange(len(sizes)), sizes)
+        return goes, len(sizes)
+
+    def _together(self, unit: int) -> Numbers:
+        """Return all units of the cluster that a unit is of."""
+        return next(
+            np.concatenate(rows)
+            for groups, rows in self.clusters()
+            if any(unit in group.numbers for group in groups)
+        )
 
     def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
         """Count the parameters that whole units can prune, at most."""
@@ -330,13 +423,12 @@ class Units:
         """
         names = list(prunable)
         scores = {name: np.zeros(self.shapes[name], np.float32) for name in names}
-        used, dense = self._totals(self.uses), self.operations()
-        sizes = self._totals({n: 1 for n in self.parameters if n in scores})
+        dense = self.operations()
         least = min(
             self.operations(
-                self.choose(scores, budget=budget, limits=limits, means=-value)
+                self.choose(scores, budget=budget, limits=limits, means=order)
             )
-            for value in (used, used / np.maximum(sizes, 1))
+            for order in self._by_operations(names)
         ) / max(1, dense)
         if least > share:
             raise MaskError(
@@ -346,6 +438,11 @@ class Units:
                 f"and left whole are {dict(self.whole)}. Prune more parameters, lower "
                 "the limits, or allow more operations"
             )
+
+    def _by_operations(self, prunable: Iterable[str]) -> list[NDArray[np.float64]]:
+        """Return two orders: what saves most operations, and most per parameter."""
+        used, size = self._totals(self.uses), self._totals(dict.fromkeys(prunable, 1))
+        return [-used, -used / np.maximum(size, 1)]
 
     def masks(self, keep: Keep, names: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
         """Return the mask that prunes the other units, of the named parameters."""
