@@ -167,6 +167,19 @@ def test_operations_beyond_reach_say_what_limits_them():
         units.check_operations(SCORES, share=0.5, budget=6)
 
 
+def test_a_smaller_unit_that_still_fits_counts_as_in_reach():
+    """A channel is 10 parameters and 42 operations of 174.
+
+    A second one is 10 more, a neuron beside the first one 6 + 2, and 8 operations.
+    """
+    units = two_groups()
+    names = ["conv", "fc1", "fc2"]
+    units.check_operations(names, share=132 / 174, budget=17)
+    with pytest.raises(MaskError, match=r"of at least 0\.759, got 0\.72"):
+        units.check_operations(names, share=0.72, budget=17)
+    units.check_operations(names, share=124 / 174, budget=18)
+
+
 def test_cheap_units_with_many_operations_count_as_in_reach():
     """A unit of `a`: 1000 parameters and operations; one of `b`: 10 and 900."""
     a, b = np.arange(4), np.arange(4, 12)
@@ -225,6 +238,31 @@ def test_a_unit_is_used_until_nothing_of_it_is_left():
     del masks["b1"]  # a parameter without a mask is kept whole
     masks["w2"][0, 1] = False
     assert units.used(masks).all()
+
+
+def test_the_largest_weights_of_a_unit_by_hand():
+    units = mlp(3)
+    scores = {
+        "w1": np.array([[1, 5, 2], [9, 9, 9], [3, 3, 4]], np.float32),
+        "b1": np.array([9, 9, 9], np.float32),
+        "w2": np.array([[7, 9, 1], [8, 9, 0]], np.float32),
+    }
+    marks = units.largest(scores, np.array([True, False, True]))
+    assert_array_equal(marks["w1"], [[0, 1, 0], [0, 0, 0], [0, 0, 1]])
+    assert not marks["b1"].any(), "a bias alone makes no unit"
+    assert_array_equal(marks["w2"], [[0, 0, 1], [1, 0, 0]])
+
+
+def test_a_unit_of_several_rows_has_one_largest_weight_in_a_matrix():
+    units = Units(
+        groups=(Group("heads", 0, 2, width=2),),
+        parameters={"q": {0: np.array([0, 0, 1, 1, NONE])}},
+        buffers={},
+        shapes={"q": (5, 2)},
+    )
+    scores = {"q": np.array([[1, 2], [4, 3], [5, 6], [0, 1], [9, 9]], np.float32)}
+    marks = units.largest(scores, np.ones(2, np.bool_))["q"]
+    assert_array_equal(marks, [[0, 0], [1, 0], [0, 1], [0, 0], [0, 0]])
 
 
 def test_multiples_leave_a_group_whole_or_at_a_multiple():

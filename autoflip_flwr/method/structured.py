@@ -33,6 +33,16 @@ Numbers: TypeAlias = NDArray[np.int64]
 #: Kept indices along each dimension; None: all of them.
 Indices: TypeAlias = tuple[NDArray[np.int64] | None, ...]
 
+#: What a unit's operations weigh in its cost, beside its parameters. The first is taken
+#: with which the operations are reached before the parameters that may go are gone.
+_WEIGHTS = (0.5, 0.75, 1.0)
+
+#: Share of the operations that may be needed which a mask should need.
+_NEAR = 0.98
+
+#: Less than any score.
+_LEAST = -1e300
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -53,16 +63,6 @@ class Group:
         """The numbers of its units."""
         return range(self.start, self.start + self.size)
 
-
-#: What a unit's operations weigh in its cost, beside its parameters. The first is taken
-#: with which the operations are reached before the parameters that may go are gone.
-_WEIGHTS = (0.5, 0.75, 1.0)
-
-#: Share of the operations that may be needed which a mask should need.
-_NEAR = 0.98
-
-#: Less than any score.
-_LEAST = -1e300
 
 #: Groups that lose units together, and the rows of units that lose equally many.
 Cluster: TypeAlias = tuple[list[Group], list[Numbers]]
@@ -422,14 +422,12 @@ class Units:
         Units go by their operations, or by those per parameter, whichever saves more.
         """
         names = list(prunable)
-        scores = {name: np.zeros(self.shapes[name], np.float32) for name in names}
-        dense = self.operations()
-        least = min(
-            self.operations(
-                self.choose(scores, budget=budget, limits=limits, means=order)
-            )
-            for order in self._by_operations(names)
-        ) / max(1, dense)
+        dense, needs = self.operations(), []
+        for order in self._by_operations(names):
+            goes, steps = self._going(names, order, limits)
+            keep = self._nearest(names, goes, range(steps + 1), 0, budget)
+            needs.append(self.operations(keep))
+        least = min(needs) / max(1, dense)
         if least > share:
             raise MaskError(
                 f"operations: expected a share of the dense {dense} "
@@ -452,6 +450,28 @@ class Units:
                 shape = [-1 if d == dim else 1 for d in range(mask.ndim)]
                 mask &= _kept(owner, keep).reshape(shape)
         return masks
+
+    def largest(self, scores: Scores, keep: Keep) -> dict[str, NDArray[np.bool_]]:
+        """Mark the largest entry that each kept unit has in each of its matrices.
+
+        Entries that go with pruned units do not count.
+        """
+        marks = {
+            n: np.zeros(s, np.bool_) for n, s in self.shapes.items() if n in scores
+        }
+        for name, alive in self.masks(keep, marks).items():
+            for dim, owner in self.parameters.get(name, {}).items():
+                if alive.ndim < 2:
+                    continue
+                rows = np.moveaxis(np.where(alive, scores[name], -np.inf), dim, 0)
+                flat = rows.reshape(owner.size, -1)
+                place = flat.argmax(axis=1)
+                order = np.lexsort((flat[np.arange(owner.size), place], owner))
+                ends = np.append(np.diff(owner[order]) > 0, True)
+                best = order[ends & (owner[order] >= 0) & _kept(owner[order], keep)]
+                inside = np.unravel_index(place[best], rows.shape[1:])
+                np.moveaxis(marks[name], dim, 0)[(best, *inside)] = True
+        return marks
 
     def used(self, masks: Masks) -> Keep:
         """Tell which units a mask leaves anything of, one or more of each group."""

@@ -212,12 +212,12 @@ class AutoFlipPruner(Pruner):
         if agreement is not None:
             weight = self.settings.agreement_weight
             mixture = agreements.mixed(scores, agreement, weight=weight)
-        # Only scores of pruned units are overwritten; `_guidance_of` needs the others.
+        # `_guidance_of` needs the scores of what is kept.
         masks = self.cut(
             mixture,
             threshold=threshold,
             balance=self.settings.balance,
-            overwrite=True,
+            overwrite=self.settings.operations is None,
             **self._unit_target(mixture, threshold),
         )
         self._check_operations(masks, threshold)

@@ -235,13 +235,15 @@ class Pruner(ABC):
         unit_scores : float64 array, optional
             One score per unit; by default the mean over the entries of the unit.
         keep : bool array, optional
-            The units to keep, in place of a budget.
+            The units to keep, in place of a budget. Single weights empty none of them.
         overwrite : bool
             Whether the scores may be overwritten.
         """
         settings = self.settings
-        unit_masks = None
-        if unit_budget:
+        unit_masks = held = None
+        if keep is not None:
+            held = self.known_units().largest(scores, keep)
+        elif unit_budget:
             keep = self.known_units().choose(
                 scores,
                 budget=unit_budget,
@@ -258,6 +260,7 @@ class Pruner(ABC):
             whole=self.spared,
             balance=balance,
             units=unit_masks,
+            held=held,
             overwrite=overwrite,
         )
         masking.check_layers(masks)
