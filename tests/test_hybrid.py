@@ -432,6 +432,23 @@ def test_coarse_units_leave_a_target_in_reach_of_fine_ones(target, gradual_round
     assert kept == total - round(0.75 * total)
 
 
+def test_a_value_that_prunes_too_little_for_a_target_is_said(caplog):
+    """Nothing is below a threshold of 0; in mode value no one knows before."""
+    strategy = AutoFLIP(
+        threshold=0.0,
+        model=plain_net(),
+        example_inputs=ONE,
+        pruning=PruningSettings(operations=0.4, mode="value", score="guidance"),
+    )
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        run(strategy, LocalGrid(toy_app(plain_net), NODES), plain_net(), 1)
+    (said,) = [
+        r.getMessage() for r in caplog.records if "operations:" in r.getMessage()
+    ]
+    assert "needs 1.000 of the dense multiply-accumulates, asked for 0.400" in said
+    assert said.endswith("Prune more parameters, or allow more operations")
+
+
 def test_a_value_as_threshold_prunes_whole_units_with_their_biases():
     scores = dict(SCORES)
     units_mask = mlp().masks(np.array([False, True, True, True]), scores)

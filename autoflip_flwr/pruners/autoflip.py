@@ -240,8 +240,9 @@ class AutoFlipPruner(Pruner):
         if share > target:
             _log.warning(
                 "operations: the clients' network needs %.3f of the dense "
-                "multiply-accumulates, asked for %.3f: whole units that were cheap to "
-                "lose took all parameters that may be pruned",
+                "multiply-accumulates, asked for %.3f: units save no more with the "
+                "parameters that may be pruned. Prune more parameters, or allow more "
+                "operations",
                 share,
                 target,
             )
