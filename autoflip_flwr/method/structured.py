@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -33,7 +34,7 @@ Numbers: TypeAlias = NDArray[np.int64]
 Indices: TypeAlias = tuple[NDArray[np.int64] | None, ...]
 
 #: What a unit's operations weigh in its cost, beside its parameters. The first is taken
-#: that comes near the operations asked for, else the one that comes nearest.
+#: with which the operations are reached before the parameters that may go are gone.
 _WEIGHTS = (0.5, 0.75, 1.0)
 
 #: Share of the operations that may be needed which a mask should need.
@@ -275,19 +276,15 @@ class Units:
 
         Units go by their score per cost, the lowest first. One that would prune more
         than `budget` parameters, or save far more than is left to save, stays with all
-        that are left of its group, and other groups go on. If that misses `operations`,
-        they weigh more in the cost; if no weight reaches them, they are all that
-        counts. So the model needs little less than `operations`, or more where the
-        budget allows no better. Units without a score go first, whatever they save;
-        those in `stay`, a bool per unit, do not go.
+        that are left of its group, and other groups go on. If the budget ends first,
+        operations weigh more in the cost, and in the end are all that counts. So the
+        model needs little less than `operations`, or more where the budget allows no
+        better. Units without a score go first, whatever they save; those in `stay`, a
+        bool per unit, do not go.
         """
-        means = self.means(scores)
-
-        def needs(keep: Keep) -> int:
-            count = self.operations(keep)
-            return count if count <= operations else -count
-
-        def attempt(order: NDArray[np.float64]) -> Keep:
+        means, tried = self.means(scores), []
+        costs = (self.per_cost(means, scores, weight=weight) for weight in _WEIGHTS)
+        for order in chain(costs, self._by_operations(scores)):
             first = np.where(means > 0, order, _LEAST)
             goes, steps = self._going(scores, first, limits)
             dead = int(goes[means > 0].min(initial=steps))
@@ -295,16 +292,10 @@ class Units:
             if stay is not None:
                 goes[stay] = steps + 1
             left = range(dead, steps + 1)
-            return self._nearest(scores, goes, left, operations, budget)
-
-        tried = []
-        for weight in _WEIGHTS:
-            tried.append(attempt(self.per_cost(means, scores, weight=weight)))
-            if needs(tried[-1]) >= _NEAR * operations:
+            tried.append(self._nearest(scores, goes, left, operations, budget))
+            if self.operations(tried[-1]) <= operations:
                 return tried[-1]
-        if needs(best := max(tried, key=needs)) >= 0:
-            return best
-        return max(best, *map(attempt, self._by_operations(scores)), key=needs)
+        return min(tried, key=self.operations)
 
     def _nearest(
         self,
