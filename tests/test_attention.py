@@ -397,7 +397,8 @@ def test_a_units_cost_has_its_part_of_the_pairs():
     traced = units.trace(Attending(4, 2, batch_first=True), torch.randn(1, 5, 4))
     scores = {name: np.ones(traced.shapes[name]) for name in traced.parameters}
     # half of the operations, and of the parameters that belong to heads: 30 of 80 - 4
-    np.testing.assert_allclose(traced.per_cost(scores), [2, 2])
+    per_cost = traced.per_cost(traced.means(scores), scores)
+    np.testing.assert_allclose(per_cost, [2, 2])
 
 
 def test_multiples_count_the_channels_of_a_head():

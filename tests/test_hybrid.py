@@ -11,7 +11,7 @@ from flwr.server.strategy import FedAvg as OlderFedAvg
 from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
-from inprocess import LocalGrid, masks_in, net, plain_net, run, toy_app
+from inprocess import LocalGrid, masks_in, net, plain_net, run, seeded, toy_app
 from numpy.testing import assert_allclose, assert_array_equal
 from test_legacy import options, serve
 from test_structured import SCORES, mlp
@@ -38,6 +38,44 @@ def test_units_go_first_and_single_weights_until_the_threshold():
     assert_array_equal(masks["w1"], [[0] * 3, [0] * 3, [1] * 3, [1] * 3])  # 1, 2
     assert_array_equal(masks["b1"], [0, 0, 1, 1])
     assert_array_equal(masks["w2"], [[0, 0, 1, 1], [0, 0, 1, 1]])
+
+
+def test_a_unit_that_stays_keeps_its_largest_weights():
+    """Without them neuron 1 loses all, as above."""
+    keep = np.array([False, True, True, True])
+    units_mask, held = mlp().masks(keep, SCORES), mlp().largest(SCORES, keep)
+    masks = mask.from_scores(SCORES, threshold=14 / 26, units=units_mask, held=held)
+    assert sum(int((~m).sum()) for m in masks.values()) == 14
+    # 6 of neuron 0, 2 of b2, the other 4 of neuron 1, 2 of the 6 of neuron 2
+    assert_array_equal(mlp().used(masks), keep)
+    assert_array_equal(masks["w1"][1], [1, 0, 0])
+    assert_array_equal(masks["w2"][:, 1], [1, 0])
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    threshold=st.floats(0, 1),
+    balance=st.sampled_from(["global", "lamp"]),
+    left=st.integers(1, 8),
+)
+def test_single_weights_empty_no_unit_that_stays(seed, threshold, balance, left):
+    rng = np.random.default_rng(seed)
+    every = mlp(8)
+    scores = {
+        name: (rng.random(shape) ** 9).astype(np.float32)
+        for name, shape in every.shapes.items()
+    }
+    keep = np.arange(8) < left
+    units_mask, held = every.masks(keep, scores), every.largest(scores, keep)
+    masks = mask.from_scores(
+        scores, threshold=threshold, balance=balance, units=units_mask, held=held
+    )
+    kept = sum(int(m.sum()) for m in masks.values())
+    most = sum(int(m.sum()) for m in units_mask.values())
+    assert kept == min(50 - round(50 * threshold), most)
+    assert not any((masks[name] & ~units_mask[name]).any() for name in masks)
+    if kept >= sum(int(m.sum()) for m in held.values()):
+        assert_array_equal(every.used(masks), keep)
 
 
 def test_with_a_value_as_threshold_as_many_go_as_without_units():
@@ -364,6 +402,51 @@ def test_clients_need_at_most_the_operations_that_were_asked_for():
     )
     assert shares[1] == shares[2] <= 0.4 < shares[0] <= 1 - 0.4 / 0.7 * 0.6
     assert strategy.rounds.density == pytest.approx(0.3, abs=0.01)
+
+
+def stepped_net() -> nn.Module:
+    """Four neurons of 46 multiply-accumulates and forty of 7; 24 + 160 + 120 in all."""
+    return seeded(
+        lambda: nn.Sequential(
+            *(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3))
+        )
+    )
+
+
+@pytest.mark.parametrize("target", [0.3, 0.4, 0.55])
+@pytest.mark.parametrize("gradual_rounds", [0, 3])
+def test_coarse_units_leave_a_target_in_reach_of_fine_ones(target, gradual_rounds):
+    strategy = AutoFLIP(
+        threshold=0.75,
+        model=stepped_net(),
+        example_inputs=ONE,
+        pruning=PruningSettings(operations=target, gradual_rounds=gradual_rounds),
+    )
+    grid = LocalGrid(toy_app(stepped_net), NODES)
+    run(strategy, grid, stepped_net(), 4)
+    every, masks = strategy.rounds.units, strategy.rounds.plan.masks
+    share = every.operations(every.used(masks)) / every.operations()
+    assert target - 7 / 304 < share <= target
+    total = sum(keep.size for keep in masks.values())
+    kept = sum(int(keep.sum()) for keep in masks.values())
+    assert kept == total - round(0.75 * total)
+
+
+def test_a_value_that_prunes_too_little_for_a_target_is_said(caplog):
+    """Nothing is below a threshold of 0; in mode value no one knows before."""
+    strategy = AutoFLIP(
+        threshold=0.0,
+        model=plain_net(),
+        example_inputs=ONE,
+        pruning=PruningSettings(operations=0.4, mode="value", score="guidance"),
+    )
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        run(strategy, LocalGrid(toy_app(plain_net), NODES), plain_net(), 1)
+    (said,) = [
+        r.getMessage() for r in caplog.records if "operations:" in r.getMessage()
+    ]
+    assert "needs 1.000 of the dense multiply-accumulates, asked for 0.400" in said
+    assert said.endswith("Prune more parameters, or allow more operations")
 
 
 def test_a_value_as_threshold_prunes_whole_units_with_their_biases():

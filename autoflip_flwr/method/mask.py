@@ -38,6 +38,7 @@ def from_scores(
     whole: Collection[str] = (),
     balance: Balance = "global",
     units: Masks | None = None,
+    held: Masks | None = None,
     overwrite: bool = False,
 ) -> dict[str, Mask]:
     """Keep the parameters with the largest scores (Eq. 4).
@@ -67,9 +68,12 @@ def from_scores(
         A mask of whole units (`structured.Units`). Its entries are pruned first, then
         single weights, up to the same number as without it. The floor of a tensor is
         at most what `units` keeps of it.
+    held : mapping of name -> bool array, optional
+        Entries that are kept whatever their score, if so many may be kept. Of those
+        that `units` keeps.
     overwrite : bool
-        Whether the scores of entries that `units` prunes may be overwritten. This
-        saves a copy of all scores.
+        Whether the scores of entries that `units` prunes, and of those in `held`, may
+        be overwritten. This saves a copy of all scores.
 
     Returns
     -------
@@ -119,9 +123,14 @@ def from_scores(
             least[index] = min(least[index], left)
             most += left
         kept = min(kept, most)  # what `whole` and floors would keep of pruned units
+    above: list[Mask] = []
+    if held is not None:
+        above = [held[name].reshape(-1) for name in scores]
+        more = [max(n, int(k.sum())) for n, k in zip(least, above, strict=True)]
+        least, above = (more, above) if sum(more) <= kept else (least, [])
     if units is not None or mode != "value":
         lamp = balance == "lamp" and mode != "value"
-        keeps = (_keep_lamp if lamp else _keep_highest)(flats, kept, least)
+        keeps = (_keep_lamp if lamp else _keep_highest)(flats, kept, least, above)
     return {
         name: keep.reshape(np.shape(score))
         for (name, score), keep in zip(scores.items(), keeps, strict=True)
@@ -248,13 +257,15 @@ def _raise_if_emptied(
 
 
 def _keep_highest(
-    flats: Sequence[Array], kept: int, least: Sequence[int]
+    flats: Sequence[Array], kept: int, least: Sequence[int], held: Sequence[Mask]
 ) -> list[Mask]:
     """Keep exactly `kept` entries, and at least ``least[i]`` of tensor `i`.
 
-    A tensor that falls below its minimum at the common cut keeps its own best entries.
-    The other tensors share the rest by a new common cut.
+    Those in `held` count as the highest. A tensor that falls below its minimum at the
+    common cut keeps its own best entries. The other tensors share the rest by a new
+    common cut.
     """
+    _raise(flats, held)
     keeps: dict[int, Mask] = {}
     contest = list(range(len(flats)))
     while True:
@@ -277,7 +288,15 @@ def _keep_highest(
             contest.remove(index)
 
 
-def _keep_lamp(flats: Sequence[Array], kept: int, least: Sequence[int]) -> list[Mask]:
+def _raise(flats: Sequence[Array], held: Sequence[Mask]) -> None:
+    """Give the entries in `held` the highest of all scores."""
+    for flat, own in zip(flats, held, strict=False):  # `held` may be empty
+        np.copyto(flat, np.inf, where=own)
+
+
+def _keep_lamp(
+    flats: Sequence[Array], kept: int, least: Sequence[int], held: Sequence[Mask]
+) -> list[Mask]:
     """Keep exactly `kept` entries, as many of each tensor as LAMP does.
 
     A squared score over the sum of those not smaller rises with the score, so only the
@@ -285,6 +304,9 @@ def _keep_lamp(flats: Sequence[Array], kept: int, least: Sequence[int]) -> list[
     """
     histograms = parallel_map(_histogram, flats)
     counts = _lamp_counts(histograms, kept, least)
+    if held:
+        _raise(flats, held)
+        histograms = parallel_map(_histogram, flats)
     tensors = zip(flats, histograms, counts, strict=True)
     return parallel_map(lambda tensor: _highest(*tensor), tensors)
 

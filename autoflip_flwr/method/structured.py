@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -31,6 +32,16 @@ Numbers: TypeAlias = NDArray[np.int64]
 
 #: Kept indices along each dimension; None: all of them.
 Indices: TypeAlias = tuple[NDArray[np.int64] | None, ...]
+
+#: What a unit's operations weigh in its cost, beside its parameters. The first is taken
+#: with which the operations are reached before the parameters that may go are gone.
+_WEIGHTS = (0.5, 0.75, 1.0)
+
+#: Share of the operations that may be needed which a mask should need.
+_NEAR = 0.98
+
+#: Less than any score.
+_LEAST = -1e300
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,21 +184,29 @@ class Units:
         size = self._totals({n: 1 for n in self.parameters if n in scores})
         return np.asarray(total / np.maximum(size, 1))
 
-    def per_cost(self, scores: Scores) -> NDArray[np.float64]:
+    def per_cost(
+        self,
+        means: NDArray[np.float64],
+        prunable: Iterable[str],
+        *,
+        weight: float = 0.5,
+    ) -> NDArray[np.float64]:
         """Return each unit's score, relative to its group's, over what it costs.
 
-        The score is the mean of `means` over the mean of its group's units, so that
-        groups of small scores are not emptied. The cost is the mean of its share of the
-        model's multiply-accumulates and of its share of the parameters.
+        The score is that of `means` over the mean of its group's units, so that groups
+        of small scores are not emptied. The cost is the unit's share of the model's
+        multiply-accumulates, with the `weight`, and its share of the prunable
+        parameters.
         """
-        means = self.means(scores)
+        relative = means.copy()
         for group in self.groups:
-            means[group.units] /= max(float(means[group.units].mean()), 1e-30)
-        sizes = {n: 1 for n in self.parameters if n in scores}
-        size = sum(math.prod(self.shapes[name]) for name in sizes)
-        cost = self._totals(self.uses) / max(1, self.operations())
-        cost += self._totals(sizes) / max(1, size)
-        return np.asarray(means / np.maximum(cost / 2, 1e-30))
+            own = relative[group.units]
+            own /= max(float(own.mean()), 1e-30)
+        sizes = {n: math.prod(self.shapes[n]) for n in prunable if n in self.parameters}
+        share = self._totals(dict.fromkeys(sizes, 1)) / max(1, sum(sizes.values()))
+        cost = weight * self._totals(self.uses) / max(1, self.operations())
+        cost += (1 - weight) * share
+        return np.asarray(relative / np.maximum(cost, 1e-30))
 
     def _totals(self, per_entry: Mapping[str, float]) -> NDArray[np.float64]:
         """Sum a value per entry of a parameter over the entries that go with a unit."""
@@ -234,33 +253,107 @@ class Units:
         budget: int,
         limits: Limits = Limits(),
         means: NDArray[np.float64] | None = None,
-        operations: float | None = None,
     ) -> Keep:
         """Choose the units to keep, so that at most `budget` parameters are pruned.
 
         Units go in the order of their scores (`means`, by default those of `scores`),
-        the lowest first, until the next one would prune too much, or the model needs at
-        most `operations` multiply-accumulates. Parameters without a score keep their
-        groups whole.
+        the lowest first, until the next one would prune too much. Parameters without a
+        score keep their groups whole.
         """
         if means is None:
             means = self.means(scores)
-        going, sizes = self.only(scores)._steps(means, limits)
-        ends = np.cumsum([0, *sizes])
+        goes, steps = self._going(scores, means, limits)
+        return goes >= self._affordable(goes, steps, scores, budget)
 
-        def kept(steps: int) -> Keep:
-            keep = np.ones(self.count, np.bool_)
-            keep[going[: ends[steps]]] = False
-            return keep
+    def within(
+        self,
+        scores: Scores,
+        *,
+        operations: float,
+        budget: int,
+        limits: Limits = Limits(),
+        stay: Keep | None = None,
+    ) -> Keep:
+        """Choose the units to keep, so that the model needs at most `operations`.
 
-        steps = bisect_right(
-            range(1, len(ends)), budget, key=lambda n: self.pruned(kept(n), scores)
+        Units go by their score per cost, the lowest first. One that would prune more
+        than `budget` parameters, or save far more than is left to save, stays with all
+        that are left of its group, and other groups go on. If the budget ends first,
+        operations weigh more in the cost, and in the end are all that counts. So the
+        model needs little less than `operations`, or more where the budget allows no
+        better. Units without a score go first, whatever they save; those in `stay`, a
+        bool per unit, do not go.
+        """
+        means, tried = self.means(scores), []
+        costs = (self.per_cost(means, scores, weight=weight) for weight in _WEIGHTS)
+        for order in chain(costs, self._by_operations(scores)):
+            first = np.where(means > 0, order, _LEAST)
+            goes, steps = self._going(scores, first, limits)
+            dead = int(goes[means > 0].min(initial=steps))
+            dead = self._affordable(goes, dead, scores, budget)
+            if stay is not None:
+                goes[stay] = steps + 1
+            left = range(dead, steps + 1)
+            tried.append(self._nearest(scores, goes, left, operations, budget))
+            if self.operations(tried[-1]) <= operations:
+                return tried[-1]
+        return min(tried, key=self.operations)
+
+    def _nearest(
+        self,
+        prunable: Iterable[str],
+        goes: Numbers,
+        steps: range,
+        operations: float,
+        budget: int,
+    ) -> Keep:
+        """Take as many steps, of those allowed, as reach the operations closely."""
+
+        def fits(keep: Keep) -> bool:
+            return self.pruned(keep, prunable) <= budget
+
+        def ends(n: int) -> bool:
+            return not fits(goes >= n) or self.operations(goes >= n) <= operations
+
+        best, most = None, -1
+        while True:
+            n = steps[0] + bisect_left(steps, True, key=ends)
+            keep = goes >= n
+            needs = self.operations(keep)
+            if most < needs <= operations and fits(keep):
+                best, most = keep, needs
+            if most >= _NEAR * operations or n == steps[0] or n not in steps:
+                return keep if best is None else best
+            together = self._together(int(np.flatnonzero(goes == n - 1)[0]))
+            goes[together[goes[together] >= n - 1]] = steps[-1] + 1
+
+    def _affordable(
+        self, goes: Numbers, steps: int, prunable: Iterable[str], budget: int
+    ) -> int:
+        """Count the first steps that prune at most `budget` parameters."""
+        return bisect_right(
+            range(steps), budget, key=lambda n: self.pruned(goes > n, prunable)
         )
-        if operations is not None:
-            steps = bisect_left(
-                range(steps), -operations, key=lambda n: -self.operations(kept(n))
-            )
-        return kept(steps)
+
+    def _going(
+        self, prunable: Iterable[str], means: NDArray[np.float64], limits: Limits
+    ) -> tuple[Numbers, int]:
+        """Return the step in which each unit goes, and the number of steps.
+
+        A unit that stays has a step beyond all.
+        """
+        order, sizes = self.only(prunable)._steps(means, limits)
+        goes = np.full(self.count, len(sizes) + 1)
+        goes[order] = np.repeat(np.arange(len(sizes)), sizes)
+        return goes, len(sizes)
+
+    def _together(self, unit: int) -> Numbers:
+        """Return all units of the cluster that a unit is of."""
+        return next(
+            np.concatenate(rows)
+            for groups, rows in self.clusters()
+            if any(unit in group.numbers for group in groups)
+        )
 
     def most(self, prunable: Iterable[str], limits: Limits = Limits()) -> int:
         """Count the parameters that whole units can prune, at most."""
@@ -331,15 +424,12 @@ class Units:
         Units go by their operations, or by those per parameter, whichever saves more.
         """
         names = list(prunable)
-        scores = {name: np.zeros(self.shapes[name], np.float32) for name in names}
-        used, dense = self._totals(self.uses), self.operations()
-        sizes = self._totals({n: 1 for n in self.parameters if n in scores})
-        least = min(
-            self.operations(
-                self.choose(scores, budget=budget, limits=limits, means=-value)
-            )
-            for value in (used, used / np.maximum(sizes, 1))
-        ) / max(1, dense)
+        dense, needs = self.operations(), []
+        for order in self._by_operations(names):
+            goes, steps = self._going(names, order, limits)
+            keep = self._nearest(names, goes, range(steps + 1), 0, budget)
+            needs.append(self.operations(keep))
+        least = min(needs) / max(1, dense)
         if least > share:
             raise MaskError(
                 f"operations: expected a share of the dense {dense} "
@@ -349,6 +439,11 @@ class Units:
                 "the limits, or allow more operations"
             )
 
+    def _by_operations(self, prunable: Iterable[str]) -> list[NDArray[np.float64]]:
+        """Return two orders: what saves most operations, and most per parameter."""
+        used, size = self._totals(self.uses), self._totals(dict.fromkeys(prunable, 1))
+        return [-used, -used / np.maximum(size, 1)]
+
     def masks(self, keep: Keep, names: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
         """Return the mask that prunes the other units, of the named parameters."""
         masks = {name: np.ones(self.shapes[name], np.bool_) for name in names}
@@ -357,6 +452,28 @@ class Units:
                 shape = [-1 if d == dim else 1 for d in range(mask.ndim)]
                 mask &= _kept(owner, keep).reshape(shape)
         return masks
+
+    def largest(self, scores: Scores, keep: Keep) -> dict[str, NDArray[np.bool_]]:
+        """Mark the largest entry that each kept unit has in each of its matrices.
+
+        Entries that go with pruned units do not count.
+        """
+        marks = {
+            n: np.zeros(s, np.bool_) for n, s in self.shapes.items() if n in scores
+        }
+        for name, alive in self.masks(keep, marks).items():
+            for dim, owner in self.parameters.get(name, {}).items():
+                if alive.ndim < 2:
+                    continue
+                rows = np.moveaxis(np.where(alive, scores[name], -np.inf), dim, 0)
+                flat = rows.reshape(owner.size, -1)
+                place = flat.argmax(axis=1)
+                order = np.lexsort((flat[np.arange(owner.size), place], owner))
+                ends = np.append(np.diff(owner[order]) > 0, True)
+                best = order[ends & (owner[order] >= 0) & _kept(owner[order], keep)]
+                inside = np.unravel_index(place[best], rows.shape[1:])
+                np.moveaxis(marks[name], dim, 0)[(best, *inside)] = True
+        return marks
 
     def used(self, masks: Masks) -> Keep:
         """Tell which units a mask leaves anything of, one or more of each group."""

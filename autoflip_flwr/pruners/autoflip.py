@@ -26,6 +26,7 @@ from autoflip_flwr.method.guidance import (
 from autoflip_flwr.method.parallel import parallel_map
 from autoflip_flwr.method.schedule import due
 from autoflip_flwr.method.scores import SCORES, weight_size
+from autoflip_flwr.method.structured import Keep
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
 from autoflip_flwr.pruners.weights import magnitudes
@@ -213,12 +214,12 @@ class AutoFlipPruner(Pruner):
         if agreement is not None:
             weight = self.settings.agreement_weight
             mixture = agreements.mixed(scores, agreement, weight=weight)
-        # Only scores of pruned units are overwritten; `_guidance_of` needs the others.
+        # `_guidance_of` needs the scores of what is kept.
         masks = self.cut(
             mixture,
             threshold=threshold,
             balance=self.settings.balance,
-            overwrite=True,
+            overwrite=self.settings.operations is None,
             **self._unit_target(mixture, threshold),
         )
         self._check_operations(masks, threshold)
@@ -241,24 +242,38 @@ class AutoFlipPruner(Pruner):
         if share > target:
             _log.warning(
                 "operations: the clients' network needs %.3f of the dense "
-                "multiply-accumulates, asked for %.3f: whole units that were cheap to "
-                "lose took all parameters that may be pruned",
+                "multiply-accumulates, asked for %.3f: units save no more with the "
+                "parameters that may be pruned. Prune more parameters, or allow more "
+                "operations",
                 share,
                 target,
             )
 
     def _unit_target(self, scores: Scores, threshold: float) -> dict[str, Any]:
-        """Return what `cut` needs to know of units; a target falls with the density."""
+        """Return what `cut` needs to know of units; a target falls with the density.
+
+        Until then only units go that would go in the end, by the scores of the moment:
+        others could lead to a network from which the target is missed by far.
+        """
         settings, pruned = self.settings, self.pruned_count(scores, threshold)
         if settings.operations is None:
             return {"unit_budget": int(settings.units * pruned)}
-        units = self.known_units()
-        done = pruned / max(1, self.pruned_count(scores))
-        return {
-            "unit_budget": pruned,
-            "unit_scores": units.per_cost(scores),
-            "operations": units.operations() * (1 - done * (1 - settings.operations)),
-        }
+        units, share = self.known_units(), settings.operations
+        dense, most = units.operations(), self.pruned_count(scores)
+
+        def within(part: float, budget: int, stay: Keep | None = None) -> Keep:
+            return units.within(
+                scores,
+                operations=part * dense,
+                budget=budget,
+                limits=limits_of(settings),
+                stay=stay,
+            )
+
+        keep = within(share, most)
+        if threshold != settings.threshold:
+            keep = within(1 - pruned / max(1, most) * (1 - share), pruned, stay=keep)
+        return {"keep": keep}
 
     def learn(self, agreement: Float32 | None, masks: Masks) -> None:
         """Take the agreement of the clients of a round, which has trained the mask."""

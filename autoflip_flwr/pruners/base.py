@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from autoflip_flwr.errors import SettingsError
 from autoflip_flwr.method import mask as masking
 from autoflip_flwr.method.schedule import density
-from autoflip_flwr.method.structured import Limits, Units
+from autoflip_flwr.method.structured import Keep, Limits, Units
 from autoflip_flwr.pruners.store import Measured
 from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 from autoflip_flwr.types import (
@@ -218,7 +218,7 @@ class Pruner(ABC):
         balance: Balance = "global",
         unit_budget: int = 0,
         unit_scores: NDArray[np.float64] | None = None,
-        operations: float | None = None,
+        keep: Keep | None = None,
         overwrite: bool = False,
     ) -> dict[str, Mask]:
         """Keep the largest scores, and all vectors where the settings spare them.
@@ -234,24 +234,24 @@ class Pruner(ABC):
             At most so many of the pruned entries belong to whole pruned units.
         unit_scores : float64 array, optional
             One score per unit; by default the mean over the entries of the unit.
-        operations : float, optional
-            No more units are pruned where the model needs at most so many
-            multiply-accumulates.
+        keep : bool array, optional
+            The units to keep, in place of a budget. Single weights empty none of them.
         overwrite : bool
             Whether the scores may be overwritten.
         """
         settings = self.settings
-        unit_masks = None
-        if unit_budget:
-            units = self.known_units()
-            keep = units.choose(
+        unit_masks = held = None
+        if keep is not None:
+            held = self.known_units().largest(scores, keep)
+        elif unit_budget:
+            keep = self.known_units().choose(
                 scores,
                 budget=unit_budget,
                 limits=limits_of(settings),
                 means=unit_scores,
-                operations=operations,
             )
-            unit_masks = units.masks(keep, scores)
+        if keep is not None:
+            unit_masks = self.known_units().masks(keep, scores)
         masks = masking.from_scores(
             scores,
             threshold=settings.threshold if threshold is None else threshold,
@@ -260,6 +260,7 @@ class Pruner(ABC):
             whole=self.spared,
             balance=balance,
             units=unit_masks,
+            held=held,
             overwrite=overwrite,
         )
         masking.check_layers(masks)
