@@ -47,7 +47,7 @@ class Wrapper(Flow[S]):
         Any strategy of the same API; ``FedAvg()`` by default.
     threshold : float, optional
         With the default mode, the share of the parameters to prune, in [0, 1]. At 0
-        nothing is pruned; without a warm start the result is the inner strategy's.
+        nothing is pruned; without a warm start the weights are the inner strategy's.
         Overrides the one in `pruning`; 0.8 by default.
     units : float, optional
         Share of the pruned parameters, in [0, 1], to prune as whole units (filters,
