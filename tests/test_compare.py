@@ -365,7 +365,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_node_that_fails_dies_or_is_late_ends_no_run(tmp_path):
-    """On a Ray of its own, in a process of its own."""
+    """On a Ray of its own, in a process of its own; its GPU is for four clients."""
     script = tmp_path / "nodes.py"
     script.write_text(NODES)
     done = subprocess.run(
@@ -377,13 +377,15 @@ def test_a_node_that_fails_dies_or_is_late_ends_no_run(tmp_path):
         "101": "ValueError: no data",
         "102": "WorkerCrashedError",
         "103": None,
+        "at once": 4,
+        "its GPU": "0",
     }
 
 
 NODES = """
 import json, logging, os, time
 import ray
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from autoflip_flwr.compare import simulation
 
 def app():
@@ -394,8 +396,8 @@ def app():
             os._exit(1)
         if context.node_id == 103:
             time.sleep(600)
-        content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
-        return Message(content, reply_to=message)
+        gpu = ConfigRecord({"gpu": os.environ["CUDA_VISIBLE_DEVICES"]})
+        return Message(RecordDict({"config": gpu}), reply_to=message)
     return answer
 
 def sleeping():
@@ -405,7 +407,7 @@ def sleeping():
         return Message(RecordDict(), reply_to=message)
     return answer
 
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
+ray.init(num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False,
          logging_level=logging.ERROR)
 grid = simulation.RayGrid(4, {}, client_app=app)
 messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
@@ -421,6 +423,8 @@ for reply in replies:
         if m.metadata.message_id == reply.metadata.reply_to_message_id
     )
     text = reply.error.reason if reply.has_error() else "fine"
+    if text == "fine":
+        found["its GPU"] = reply.content["config"]["gpu"]
     found[sent] = text if "Worker" not in text else text.partition(":")[0]
 late = simulation.RayGrid(20, {}, client_app=sleeping)
 nodes = late.get_node_ids()
@@ -436,6 +440,7 @@ while not pulled:
     pulled = grid.pull_messages([pushed, "no such message"])
 assert pulled[0].metadata.reply_to_message_id == pushed
 assert grid.pull_messages([pushed]) == []
+found["at once"] = simulation.clients_at_once()
 print(json.dumps(found))
 ray.shutdown()
 """

@@ -136,7 +136,7 @@ def plan(
 
 
 def run(planned: Sequence[Planned]) -> None:
-    """Do the runs that are not finished, in this process's Ray, on all cores.
+    """Do the runs that are not finished, in this process's Ray, on all cores and GPUs.
 
     A run is written to a ``.partial`` folder, which gets its final name at the end. An
     interrupted run goes on from its last checkpoint. The terminal shows how far all
@@ -154,8 +154,8 @@ def run(planned: Sequence[Planned]) -> None:
         left = [one for one in planned if not one.finished]
         if not left:
             return
-        with _ray() as cores, _bar() as bar:
-            failed = _run_all(planned, left, cores, bar)
+        with _ray() as clients, _bar() as bar:
+            failed = _run_all(planned, left, clients, bar)
     if failed:
         reasons = "\n".join(f"{one.partial}: {_reason(error)}" for one, error in failed)
         raise ComparisonError(
@@ -164,7 +164,7 @@ def run(planned: Sequence[Planned]) -> None:
 
 
 def _run_all(
-    planned: Sequence[Planned], left: Sequence[Planned], cores: int, bar: Progress
+    planned: Sequence[Planned], left: Sequence[Planned], clients: int, bar: Progress
 ) -> list[tuple[Planned, Exception]]:
     """Do the runs that are left; return the failed ones."""
     import ray
@@ -175,7 +175,7 @@ def _run_all(
     running: dict[Any, Planned] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < _runs_at_once(waiting[-1], cores):
+            while waiting and len(running) < _runs_at_once(waiting[-1], clients):
                 one = waiting.pop()
                 running[_start(one)] = one
             done, _ = ray.wait(list(running), timeout=_TICK)
@@ -197,21 +197,22 @@ def _run_all(
 
 @contextmanager
 def _ray() -> Iterator[int]:
-    """Start Ray unless it runs already; yield the number of cores."""
+    """Start Ray unless it runs already; yield how many clients run at once."""
     import ray  # takes seconds
 
     owned = not ray.is_initialized()
     if owned:
-        # Clients ask for no GPU. It stays visible, as with `flwr run`, and the variable
-        # turns off Ray's hint about it.
+        # A ServerApp asks for no GPU. It stays visible, as with `flwr run`, and the
+        # variable turns off Ray's hint about it.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         _check_cluster()
         ray.init(
             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
         )
     try:
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield int(resources.get("CPU", os.cpu_count() or 1))
+        from autoflip_flwr.compare.simulation import clients_at_once
+
+        yield clients_at_once()
     finally:
         if owned:
             ray.shutdown()
@@ -251,11 +252,11 @@ def _start(run: Planned) -> Any:
     return simulate(nodes, config, str(run.partial / "log.txt"))
 
 
-def _runs_at_once(run: Planned, cores: int) -> int:
-    """Return how many runs keep all cores busy: clients train while servers work."""
+def _runs_at_once(run: Planned, clients: int) -> int:
+    """Return how many runs keep so many clients busy, while servers work, too."""
     chosen = run.settings.strategy
-    clients = max(1, round(chosen.fraction_train * chosen.min_nodes))
-    return 1 + math.ceil(cores / clients)
+    sampled = max(1, round(chosen.fraction_train * chosen.min_nodes))
+    return 1 + math.ceil(clients / sampled)
 
 
 def _check_settings(run: Planned, folder: Path) -> None:

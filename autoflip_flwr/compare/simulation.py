@@ -1,4 +1,4 @@
-"""Simulated runs without a SuperLink: clients are Ray tasks, one per core.
+"""Simulated runs without a SuperLink: clients are Ray tasks, one per core or GPU share.
 
 Several runs can share the cores of one or many machines. Flower's `run_simulation` is
 deprecated, starts Ray for each run and takes no run config; `flwr run` needs a
@@ -31,8 +31,22 @@ from autoflip_flwr.wire.flower import (
 #: Node ids must not be 0, or 1, which is the SuperLink's.
 _FIRST_NODE = 100
 
-#: Tasks per core: one that runs, and the next one.
+#: Tasks per client that runs: that one, and the next one.
 _QUEUED = 2
+
+#: Clients that share a GPU. Each is a process, and they take turns on it.
+_CLIENTS_A_GPU = 4
+
+
+def clients_at_once() -> int:
+    """Return how many clients Ray runs at once: a core each, and a share of a GPU.
+
+    Without a GPU, or with ``CUDA_VISIBLE_DEVICES=`` empty, the cores alone count.
+    """
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cores = max(1, int(resources.get("CPU", 1)))
+    gpus = int(resources.get("GPU", 0))
+    return min(cores, gpus * _CLIENTS_A_GPU) if gpus else cores
 
 
 class RayGrid(Grid):
@@ -50,6 +64,10 @@ class RayGrid(Grid):
     ) -> None:
         become_task()
         self._client_app = client_app
+        # Ray names a task the GPU that it has a share of.
+        gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+        share = 1 / _CLIENTS_A_GPU if gpus else 0
+        self._task = _answer.options(num_gpus=share)
         self._waiting: deque[Message] = deque()
         self._running: dict[Any, Message] = {}  # task -> the message it answers
         self._contexts: dict[int, Context] = {}
@@ -116,12 +134,11 @@ class RayGrid(Grid):
         """
         if not self._waiting:
             return
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        most = _QUEUED * max(1, int(resources.get("CPU", 1)))
+        most = _QUEUED * clients_at_once()
         while self._waiting and len(self._running) < most:
             message = self._waiting.popleft()
             context = self._contexts[message.metadata.dst_node_id]
-            task = _answer.remote(self._client_app, message, context)
+            task = self._task.remote(self._client_app, message, context)
             self._running[task] = message
 
     def create_message(
