@@ -335,8 +335,11 @@ HOSTILE = {
     "itself": (rows("b", [2, 3], "<f4", 0, 0, "b"), "got 'b': no such array"),
     "a shape": (rows("b", [3, 2], "<f4", 0, 0, "a"), r"<f4\[3, 2\], got 'a': \(\("),
     "a type": (rows("b", [2, 3], "<f8", 0, 0, "a"), r"<f8\[2, 3\], got 'a': \(\("),
-    "a mask": (rows("b", [2, 3], "<f4", 1, 0, "a"), "no mask of a second name"),
-    "trained": (rows("b", [2, 3], "<f4", 0, 1, "a"), "no mask of a second name"),
+    "a mask": (rows("b", [2, 3], "<f4", 1, 0, "a"), "got masked True, trainable False"),
+    "trained": (
+        rows("b", [2, 3], "<f4", 0, 1, "a"),
+        "got masked False, trainable True",
+    ),
     "a number": (rows("b", [2, 3], "<f4", 0, 0, 7), "names and a type as text"),
     "a list": (rows("b", [2, 3], "<f4", 0, 0, ["a"]), "names and a type as text"),
     "two": (rows("b", [2, 3], "<f4", 0, 0, "a", "a"), "manifest: "),

@@ -50,7 +50,7 @@ def clients_at_once() -> int:
 
 
 class RayGrid(Grid):
-    """A Grid whose nodes are Ray tasks, one per core.
+    """A Grid whose nodes are Ray tasks, as many at once as `clients_at_once`.
 
     `run_config` is that of both apps, as with `flwr run`; `client_app` returns the app
     of a node.

@@ -55,7 +55,10 @@ class Entry:
                 f"got the shape {self.shape}"
             )
         if self.of and (self.masked or self.trainable):
-            raise WireError(f"{self.name}: expected no mask of a second name, got one")
+            raise WireError(
+                f"{self.name}: expected a second name without mask and training, got "
+                f"masked {self.masked}, trainable {self.trainable}"
+            )
         if self.masked and self.dtype[1] != "f":
             raise WireError(f"{self.name}: expected floats to mask, got {self.dtype!r}")
 
