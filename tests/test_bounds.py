@@ -10,13 +10,21 @@ import torch
 from both import NODES, both, newer, older
 from flat import flat
 from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.inflatable.inflatable_object import (
     add_header_to_object_body,
     get_all_nested_objects,
+    get_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents as inflate,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    pull_objects,
 )
 from flwr.superlink.grid import http_grid
 from inprocess import LocalGrid, net, only_in, plain_net, run, toy_app
@@ -24,12 +32,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 from test_replies import OwnStart
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, Checkpointed
-from autoflip_flwr.app import server
 from autoflip_flwr.app.grid import RunGrid
-from autoflip_flwr.errors import ReplyError, SettingsError, WireError
+from autoflip_flwr.errors import ReplyError, WireError
 from autoflip_flwr.method.outliers import capped, far_off
 from autoflip_flwr.server import replies as checks
-from autoflip_flwr.wire.flower import set_message_id
+from autoflip_flwr.wire.flower import (
+    become_task,
+    bound_replies,
+    empty_run,
+    set_message_id,
+)
 from autoflip_flwr.wire.manifest import Entry, Manifest
 from autoflip_flwr.wire.records import EPOCHS, MANIFEST, MEASURE, PATIENCE, PHASE
 
@@ -432,34 +444,106 @@ def test_late_and_repeated_replies_are_dropped(caplog):
     assert caplog.text.count("it answers no message of the round") == 2 * 5 + 3 * 5
 
 
-@pytest.mark.parametrize("broken", ["none", "record", "records", "message", "kind"])
-def test_a_reply_that_cannot_be_read_is_an_error_of_its_node(broken, monkeypatch):
-    """Flower's grid would raise: the objects that a node pushes are read here first."""
-    monkeypatch.setattr(http_grid, "inflate_object_from_contents", inflate)
-    grid = LocalGrid(toy_app(), [])
-    for _ in range(2):
-        with pytest.raises(SettingsError, match="unknown preset"):
-            server.serve(grid, Context(1, 1, {}, RecordDict(), {"preset": "none"}))
+@pytest.fixture
+def bounded(monkeypatch):
+    """Flower's grid, which reads replies of at most so many bytes; bound twice."""
+    become_task()
+    for own in (pull_objects, inflate):
+        monkeypatch.setattr(http_grid, own.__name__, own)
+
+    def bound(largest):
+        for size in (1, largest):
+            bound_replies(size)
+        return http_grid
+
+    return bound
+
+
+def reply_to(message_id, **records):
+    """Return a reply, and its objects as a SuperLink holds them."""
     asked = Message(RecordDict(), 11, "train")
-    set_message_id(asked, "asked")
+    set_message_id(asked, message_id)
+    reply = Message(RecordDict(records), reply_to=asked)
+    contents = {n: o.deflate() for n, o in get_all_nested_objects(reply).items()}
+    return reply, contents
+
+
+@pytest.mark.parametrize("broken", ["none", "record", "records", "message", "kind"])
+def test_a_reply_that_cannot_be_read_is_an_error_of_its_node(broken, bounded):
+    """Flower's grid would raise: the objects that a node pushes are read here first."""
     record = ConfigRecord({"x": 1})
-    reply = Message(RecordDict({"config": record}), reply_to=asked)
+    reply, contents = reply_to("asked", config=record)
     objects = {
         "record": record,
         "records": reply.content,
         "message": reply,
     }
-    contents = {n: o.deflate() for n, o in get_all_nested_objects(reply).items()}
     if broken in objects:
         what = objects[broken]
         contents[what.object_id] = add_header_to_object_body(b"\xff" * 9, what)
     top = record if broken == "kind" else reply
-    read = http_grid.inflate_object_from_contents(top.object_id, contents)
+    read = bounded(1000).inflate_object_from_contents(top.object_id, contents)
     assert read.has_error() == (broken != "none")
     known = broken not in ("message", "kind")  # which message it answers
     assert read.metadata.reply_to_message_id == ("asked" if known else "")
     if read.has_content():
         assert read.content["config"] == record
+
+
+class SuperLink:
+    """The Runtime API, as far as a ServerApp pulls replies from it."""
+
+    def __init__(self, *replies):
+        self.trees = [get_object_tree(reply) for reply, _ in replies]
+        self.messages = [
+            message_to_proto(remove_content_from_message(reply)) for reply, _ in replies
+        ]
+        for message, tree in zip(self.messages, self.trees, strict=True):
+            message.metadata.message_id = tree.object_id
+        self.contents = {n: c for _, own in replies for n, c in own.items()}
+        self.asked = []
+        self.pulled = 0
+        self.confirmed = []
+
+    def PullMessages(self, request):
+        return PullAppMessagesResponse(
+            messages_list=self.messages, message_object_trees=self.trees
+        )
+
+    def PullObject(self, request):
+        self.asked.append(request.object_id)
+        if len(self.asked) == 1:  # it has not come yet
+            return PullObjectResponse(object_found=True, object_available=False)
+        content = self.contents[request.object_id]
+        self.pulled += len(content)
+        return PullObjectResponse(
+            object_found=True, object_available=True, object_content=content
+        )
+
+    def ConfirmMessageReceived(self, request):
+        self.confirmed.append(request.message_object_id)
+
+
+@pytest.mark.parametrize(("size", "count"), [(100_000, 30), (1, 3000)])
+def test_of_a_reply_without_end_a_part_is_pulled_and_the_rest_deleted(
+    size, count, bounded
+):
+    """Flower would pull all of it, and wait as long as its node goes on sending."""
+    largest = 1_000_000
+    honest = reply_to("honest", config=ConfigRecord({"x": b"x" * 900_000}))
+    large = {f"{n}": ConfigRecord({"x": b"%9d" % n * size}) for n in range(count)}
+    superlink = SuperLink(reply_to("flooded", **large), honest)
+    grid = bounded(largest).HttpGrid(insecure=True, token="x")
+    grid._client = superlink
+    grid.set_run(empty_run())
+    flooded, read = grid.pull_messages(["flooded", "honest"])
+    assert read.content == honest[0].content
+    assert read.metadata.reply_to_message_id == "honest"
+    assert flooded.error.reason == "WireError: expected a reply of at most 1000000 B"
+    assert flooded.metadata.reply_to_message_id == "flooded"
+    assert superlink.confirmed == [m.metadata.message_id for m in superlink.messages]
+    assert superlink.pulled < 900_000 + largest + 4 * size * 9 + 5000
+    assert len(set(superlink.asked)) < largest / 1024 + 10
 
 
 def test_a_system_clock_that_jumps_changes_nothing(monkeypatch):

@@ -18,6 +18,7 @@ from autoflip_flwr.server.checkpoint import Checkpointed
 from autoflip_flwr.server.strategy import AutoFLIP
 from autoflip_flwr.settings import Settings
 from autoflip_flwr.wire import flower, records
+from autoflip_flwr.wire.manifest import largest_message
 
 _log = logging.getLogger("flwr")
 
@@ -26,7 +27,6 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def serve(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names."""
-    flower.outlive_unreadable_replies()
     settings = build.settings_of(context.run_config)
     with nullcontext() if settings.log.verbose else quiet():
         _serve(grid, context, settings)
@@ -37,6 +37,7 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
     example = build.example_inputs(settings)
     test = data.held_out(settings.data, seed=settings.seed)
     initial = records.record_of(training.state_arrays(model))
+    flower.bound_replies(largest_message(initial.count_bytes()))
     directory = run_directory(str(context.run_config["output-dir"]), settings)
     run_grid = RunGrid(
         grid,

@@ -3,13 +3,14 @@
 import logging
 import re
 from contextlib import suppress
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable as ClientAppCallable
 
-from autoflip_flwr.errors import FlowerVersionError
+from autoflip_flwr.errors import FlowerVersionError, WireError
 
 if TYPE_CHECKING:
     from flwr.proto.node_pb2 import NodeInfo as NodeInfo
@@ -22,6 +23,9 @@ OLDEST, NEWEST = "1.22", "1.42"
 
 #: Flower's own logger, so that our lines appear among Flower's.
 LOGGER = logging.getLogger("flwr")
+
+#: Bytes that an object of a reply counts at least: asking for it costs that much.
+_LEAST = 1 << 10
 
 
 def check_version(installed: str | None = None) -> None:
@@ -74,11 +78,13 @@ def forget_round(strategy: object, server_round: int) -> None:
     vars(strategy).get("_pending_events", {}).pop(server_round, None)
 
 
-def outlive_unreadable_replies() -> None:
-    """Let Flower's grid return an error in place of a reply that it cannot read.
+def bound_replies(largest: int) -> None:
+    """Let Flower's grid return an error in place of a reply too large or unreadable.
 
-    It would raise and end the run of all nodes. Nobody reads a node's objects before
-    the ServerApp does.
+    It would raise at an unreadable one and end the run of all nodes. It would pull all
+    of a reply of more than `largest` bytes, and wait while the node still sends. What
+    is not pulled is confirmed as the rest, so the SuperLink deletes it and refuses what
+    is still to come.
     """
     from flwr.supercore.inflatable.inflatable_object import (
         get_object_children_ids_from_object_content as children_of,
@@ -86,13 +92,39 @@ def outlive_unreadable_replies() -> None:
     from flwr.superlink.grid import http_grid
 
     grid: Any = http_grid
+    flowers_pull = getattr(grid.pull_objects, "__wrapped__", grid.pull_objects)
     inflate = grid.inflate_object_from_contents
-    if inflate.__module__ == __name__:
-        return
+    inflate = getattr(inflate, "__wrapped__", inflate)
+    too_large: set[str] = set()
 
+    @wraps(flowers_pull)
+    def pull(object_ids: list[str], pull_object_fn: Any, **rest: Any) -> Any:
+        *_, message_id = object_ids  # its children come first
+        sizes: list[int] = []
+
+        def within(object_id: str) -> bytes:
+            if sum(sizes) > largest:
+                raise OverflowError
+            content: bytes = pull_object_fn(object_id)
+            sizes.append(max(len(content), _LEAST))
+            return content
+
+        # An object that a node has not sent yet is asked for again after this long.
+        rest = {"initial_backoff": 0.1, "backoff_cap": 1.0} | rest
+        rest.setdefault("max_tries_per_object", None)  # its session ends before
+        try:
+            return flowers_pull(object_ids, within, **rest)
+        except OverflowError:
+            too_large.add(message_id)
+            return flowers_pull([message_id], pull_object_fn, **rest)
+
+    @wraps(inflate)
     def read(message_id: str, contents: dict[str, bytes]) -> Message:
         own = contents[message_id]
         try:
+            if message_id in too_large:
+                too_large.remove(message_id)
+                raise WireError(f"expected a reply of at most {largest} B")
             reply = inflate(message_id, contents)
             if not isinstance(reply, Message):
                 raise TypeError(f"expected a Message, got {type(reply).__name__}")
@@ -107,7 +139,7 @@ def outlive_unreadable_replies() -> None:
                 set_message_id(asked, told.reply_to_message_id)
             return error_reply(asked, error)
 
-    grid.inflate_object_from_contents = read
+    grid.pull_objects, grid.inflate_object_from_contents = pull, read
 
 
 def become_task() -> None:

@@ -68,6 +68,14 @@ class Entry:
         return math.prod(self.shape)
 
 
+def largest_message(dense_bytes: int) -> int:
+    """Return the bytes that a message about arrays of so many bytes has at most.
+
+    Twice the arrays, for an app's own, and 1 MiB for config and metrics.
+    """
+    return 2 * dense_bytes + (1 << 20)
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """Names, shapes and types of a model's arrays, in the model's order."""
@@ -168,11 +176,8 @@ class Manifest:
 
     @property
     def largest_message(self) -> int:
-        """Bytes that the records of a message have at most.
-
-        Twice the dense arrays, for an app's own, and 1 MiB for config and metrics.
-        """
-        return 2 * self.dense_bytes + (1 << 20)
+        """Bytes that the records of a message have at most."""
+        return largest_message(self.dense_bytes)
 
     def to_bytes(self) -> bytes:
         """Return the manifest as JSON, compressed by zlib."""
