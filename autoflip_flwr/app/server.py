@@ -37,7 +37,7 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
     example = build.example_inputs(settings)
     test = data.held_out(settings.data, seed=settings.seed)
     initial = records.record_of(training.state_arrays(model))
-    flower.bound_replies(largest_message(initial.count_bytes()))
+    flower.bound_replies(grid, largest_message(initial.count_bytes()))
     directory = run_directory(str(context.run_config["output-dir"]), settings)
     run_grid = RunGrid(
         grid,

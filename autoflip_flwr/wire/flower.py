@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable as ClientAppCallable
+from flwr.serverapp import Grid
 
-from autoflip_flwr.errors import FlowerVersionError, WireError
+from autoflip_flwr.errors import FlowerVersionError
 
 if TYPE_CHECKING:
     from flwr.proto.node_pb2 import NodeInfo as NodeInfo
@@ -78,53 +79,62 @@ def forget_round(strategy: object, server_round: int) -> None:
     vars(strategy).get("_pending_events", {}).pop(server_round, None)
 
 
-def bound_replies(largest: int) -> None:
+def bound_replies(grid: Grid, largest: int) -> None:
     """Let Flower's grid return an error in place of a reply too large or unreadable.
 
     It would raise at an unreadable one and end the run of all nodes. It would pull all
-    of a reply of more than `largest` bytes, and wait while the node still sends. What
-    is not pulled is confirmed as the rest, so the SuperLink deletes it and refuses what
-    is still to come.
+    of a reply of more than `largest` bytes, and wait while the node still sends. Such a
+    reply is confirmed as if it were read, so the SuperLink deletes what has come and
+    refuses what is still to come.
     """
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
     from flwr.supercore.inflatable.inflatable_object import (
         get_object_children_ids_from_object_content as children_of,
     )
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
     from flwr.superlink.grid import http_grid
 
-    grid: Any = http_grid
-    flowers_pull = getattr(grid.pull_objects, "__wrapped__", grid.pull_objects)
-    inflate = grid.inflate_object_from_contents
+    module: Any = http_grid
+    flower: Any = grid
+    pull = getattr(module.pull_objects, "__wrapped__", module.pull_objects)
+    inflate = module.inflate_object_from_contents
     inflate = getattr(inflate, "__wrapped__", inflate)
-    too_large: set[str] = set()
 
-    @wraps(flowers_pull)
-    def pull(object_ids: list[str], pull_object_fn: Any, **rest: Any) -> Any:
-        *_, message_id = object_ids  # its children come first
+    @wraps(pull)
+    def pull_within(object_ids: list[str], pull_object_fn: Any) -> Any:
         sizes: list[int] = []
 
         def within(object_id: str) -> bytes:
-            if sum(sizes) > largest:
-                raise OverflowError
             content: bytes = pull_object_fn(object_id)
             sizes.append(max(len(content), _LEAST))
+            if sum(sizes) > largest:
+                raise OverflowError
             return content
 
-        # An object that a node has not sent yet is asked for again after this long.
-        rest = {"initial_backoff": 0.1, "backoff_cap": 1.0} | rest
-        rest.setdefault("max_tries_per_object", None)  # its session ends before
-        try:
-            return flowers_pull(object_ids, within, **rest)
+        try:  # an object that the node has not sent yet is soon asked for again
+            return pull(
+                object_ids,
+                within,
+                max_tries_per_object=None,  # the node's session ends before
+                initial_backoff=0.1,
+                backoff_cap=1.0,
+            )
         except OverflowError:
-            too_large.add(message_id)
-            return flowers_pull([message_id], pull_object_fn, **rest)
+            *_, message_id = object_ids  # its children come first
+            flower._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=flower.node,
+                    run_id=flower.run.run_id,
+                    message_object_id=message_id,
+                )
+            )
+            reason = f"expected a whole reply of at most {largest} B"
+            raise ObjectPullError(message_id, reason) from None
 
     @wraps(inflate)
     def read(message_id: str, contents: dict[str, bytes]) -> Message:
         own = contents[message_id]
         try:
-            if message_id in too_large:
-                too_large.remove(message_id)
-                raise WireError(f"expected a reply of at most {largest} B")
             reply = inflate(message_id, contents)
             if not isinstance(reply, Message):
                 raise TypeError(f"expected a Message, got {type(reply).__name__}")
@@ -139,7 +149,7 @@ def bound_replies(largest: int) -> None:
                 set_message_id(asked, told.reply_to_message_id)
             return error_reply(asked, error)
 
-    grid.pull_objects, grid.inflate_object_from_contents = pull, read
+    module.pull_objects, module.inflate_object_from_contents = pull_within, read
 
 
 def become_task() -> None:
