@@ -97,6 +97,9 @@ class StrategySettings(Group):
     min_nodes: AtLeastOne = 2  # connected nodes to wait for before each sampling
     wait: Positive = 60.0  # seconds to wait for `min-nodes` before the first round
     timeout: Positive = 3600.0  # seconds to wait for the replies of a round
+    # How many times as long as for the first half of the replies to wait for the rest;
+    # null: `timeout` alone. Who comes too late is missing in that round.
+    straggler_factor: Annotated[float, Field(gt=1)] | None = None
     # A file of the server that binds clients' names to their nodes' keys, for all runs
     # that name it. Empty: a name belongs to the node that gives it first.
     names: str = ""

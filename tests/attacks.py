@@ -63,7 +63,9 @@ class Deployment:
         self.runs = 0
         *_, self.command, _ = commands(self.server)
         self.command[-1] = self.command[-1].replace("rounds=2", f"rounds={rounds}")
-        self.command[-1] = self.command[-1].replace("nodes=2", f"nodes={HONEST + 1}")
+        self.command[-1] = self.command[-1].replace(
+            "nodes=2", f"nodes={HONEST + 1} strategy.straggler-factor=1.5"
+        )
         self.lie = folder / "lie"
         self.lie.write_text("")
         for part in range(HONEST + 1):

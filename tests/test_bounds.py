@@ -1,5 +1,6 @@
 """One registered node must not stop or steer the others: what it can send at most."""
 
+import math
 import time
 import tracemalloc
 from functools import partial
@@ -451,12 +452,12 @@ def bounded(monkeypatch):
     for own in (pull_objects, inflate):
         monkeypatch.setattr(http_grid, own.__name__, own)
 
-    def bound(superlink, largest):
+    def bound(superlink, largest, seconds=math.inf):
         grid = http_grid.HttpGrid(insecure=True, token="x")
         grid._client = superlink
         grid.set_run(empty_run())
         for size in (1, largest):
-            bound_replies(grid, size)
+            bound_replies(grid, size, lambda: seconds)
         return grid
 
     return bound
@@ -516,7 +517,8 @@ class SuperLink:
 
     def PullObject(self, request):
         self.asked.append(request.object_id)
-        if len(self.asked) == 1:  # it has not come yet
+        came = request.object_id in self.contents and len(self.asked) > 1
+        if not came:
             return PullObjectResponse(object_found=True, object_available=False)
         content = self.contents[request.object_id]
         self.pulled += len(content)
@@ -545,6 +547,15 @@ def test_of_a_reply_without_end_a_part_is_pulled_and_the_rest_deleted(
     assert superlink.confirmed == [m.metadata.message_id for m in superlink.messages]
     assert superlink.pulled < 900_000 + largest + 4 * size * 9 + 5000
     assert len(set(superlink.asked)) < largest / 1024 + 10
+
+
+def test_a_reply_whose_objects_do_not_come_is_given_up_and_deleted(bounded):
+    superlink = SuperLink(reply_to("slow", config=ConfigRecord({"x": 1})))
+    superlink.contents = {}
+    (slow,) = bounded(superlink, 1000, seconds=0.3).pull_messages(["slow"])
+    assert "timeout or retry limit reached" in slow.error.reason
+    assert slow.metadata.reply_to_message_id == "slow"
+    assert superlink.confirmed == [superlink.messages[0].metadata.message_id]
 
 
 def test_a_system_clock_that_jumps_changes_nothing(monkeypatch):

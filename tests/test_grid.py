@@ -423,6 +423,40 @@ def test_a_reply_that_comes_a_round_too_late_is_nobodys():
         assert_array_equal(arrays[name], value)
 
 
+@pytest.mark.parametrize(("factor", "waits"), [(3.0, 30), (None, 100)])
+def test_who_takes_much_longer_than_the_faster_half_is_missing(factor, waits, clock):
+    """Of five replies, two come after 5 s, one after 10, one after 29, one never."""
+
+    seconds = (5, 5, 10, 29, 1000)
+
+    class Slow(LocalGrid):
+        def push_messages(self, messages):
+            self.began = clock.monotonic()
+            return super().push_messages(messages)
+
+        def pull_messages(self, message_ids):
+            took = clock.monotonic() - self.began
+            nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in self.sent}
+            there = [n for n in message_ids if seconds[nodes[n]] <= took]
+            return super().pull_messages(there)
+
+    def answer(message, context):
+        return Message(message.content, reply_to=message)
+
+    inner = Slow(answer, range(5))
+    grid = RunGrid(inner, seed=0, dense_bytes=0, straggler_factor=factor)
+    batch = [Message(RecordDict(), node, "train") for node in range(5)]
+    began = clock.monotonic()
+    replies = grid.send_and_receive(batch, timeout=100)
+    assert clock.monotonic() - began == pytest.approx(waits, abs=4)
+    assert [r.metadata.src_node_id for r in replies] == list(range(5 if factor else 4))
+    assert grid.missing == [4]
+    if factor:
+        assert "more than 3.0 times as long as the faster half" in (
+            replies[4].error.reason
+        )
+
+
 def test_a_node_that_misses_a_roll_call_is_asked_again():
     deaf = {101}
 

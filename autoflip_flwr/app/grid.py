@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import random
 import time
 from collections import Counter, defaultdict
@@ -18,7 +19,13 @@ from autoflip_flwr.pruners.store import write
 from autoflip_flwr.server.messages import node_of, nodes_by_message, stream
 from autoflip_flwr.server.savings import Traffic
 from autoflip_flwr.wire import records
-from autoflip_flwr.wire.flower import NodeInfo, Run, set_message_id, set_source
+from autoflip_flwr.wire.flower import (
+    NodeInfo,
+    Run,
+    error_about,
+    set_message_id,
+    set_source,
+)
 
 _log = logging.getLogger("flwr")
 
@@ -49,7 +56,8 @@ class RunGrid(Grid):
     key of the node that gave it first, for all runs that name the file: another node
     never gets the name, and takes no part. What is counted is kept in the file `meter`,
     so that a run that goes on has not forgotten the bytes of the round in which its
-    server was killed.
+    server was killed. With a `straggler_factor`, who has not answered after so many
+    times as long as the faster half of a batch took is an error of that round.
     """
 
     def __init__(
@@ -60,8 +68,10 @@ class RunGrid(Grid):
         dense_bytes: int,
         names: Path | None = None,
         meter: Path | None = None,
+        straggler_factor: float | None = None,
     ) -> None:
         self._grid = grid
+        self._factor = straggler_factor
         self._seed = seed
         self._meter = meter
         self._register = names
@@ -75,7 +85,9 @@ class RunGrid(Grid):
         self._refused: set[int] = set()  # whose name belongs to another key
         self._waiting: dict[str, tuple[int, str]] = {}  # message -> client, phase
         self._silent: set[tuple[int, str]] = set()  # client, phase
-        self._last = 0.0
+        self._last = self._began = 0.0
+        self._left = 0  # replies of the last batch before the faster half is there
+        self._end = math.inf  # when the others of it are given up
         self._needed = 0
         self._few = False
         # What was really sent, and what FedAvg would have sent, by phase and direction.
@@ -135,6 +147,10 @@ class RunGrid(Grid):
             self.seconds.update(counted["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             _log.error("%s is torn, bytes are counted anew: %s", self._meter, error)
+
+    def seconds_left(self) -> float:
+        """Return how long to wait for the replies of the last batch."""
+        return max(0.0, self._end - time.monotonic())
 
     def wait_for(self, needed: int, *, seconds: float) -> int:
         """Wait until so many nodes are connected, or the time is over.
@@ -200,7 +216,8 @@ class RunGrid(Grid):
         asked = {(m.metadata.dst_node_id, _phase(m)) for m in batch}
         self._waiting = {n: w for n, w in self._waiting.items() if w not in asked}
         self._silent -= asked  # a round that begins again
-        self._last = time.monotonic()
+        self._last = self._began = time.monotonic()
+        self._left, self._end = len(batch) - len(batch) // 2, math.inf
         message_ids = [n for n in self._grid.push_messages(real) if n is not None]
         for message, sent in zip(batch, real, strict=True):
             message_id, phase = sent.metadata.message_id, _phase(message)
@@ -220,6 +237,8 @@ class RunGrid(Grid):
         phases = {self._waiting[n][1] for n in asked if n in self._waiting}
         replies = list(self._grid.pull_messages(asked))
         now = time.monotonic()
+        if now > self._end:
+            replies += self._stragglers(asked, replies)
         for phase in phases:
             self.seconds[phase] += now - self._last
         self._last = now
@@ -235,9 +254,22 @@ class RunGrid(Grid):
                 self.samples[phase] += _samples(reply)
             else:
                 self._silent.add((client, phase))
+            self._left -= 1
+        if self._factor is not None and self._left <= 0 and self._end == math.inf:
+            self._end = self._began + self._factor * (now - self._began)
         if replies:
             self._note()
         return replies
+
+    def _stragglers(self, asked: set[str], replies: list[Message]) -> list[Message]:
+        """Return an error for each message that has no reply yet."""
+        there = {reply.metadata.reply_to_message_id for reply in replies}
+        error = TimeoutError(
+            f"it took more than {self._factor} times as long as the faster half "
+            "(strategy.straggler-factor)"
+        )
+        late = sorted(asked.intersection(self._waiting).difference(there))
+        return [error_about(message_id, error) for message_id in late]
 
     def _addressed(self, message: Message) -> Message:
         """Return a message to a client as one to the node that it is now."""

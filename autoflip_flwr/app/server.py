@@ -37,7 +37,6 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
     example = build.example_inputs(settings)
     test = data.held_out(settings.data, seed=settings.seed)
     initial = records.record_of(training.state_arrays(model))
-    flower.bound_replies(grid, largest_message(initial.count_bytes()))
     directory = run_directory(str(context.run_config["output-dir"]), settings)
     run_grid = RunGrid(
         grid,
@@ -45,7 +44,10 @@ def _serve(grid: Grid, context: Context, settings: Settings) -> None:
         dense_bytes=initial.count_bytes(),
         names=Path(settings.strategy.names) if settings.strategy.names else None,
         meter=directory / "checkpoints" / "meter.json",
+        straggler_factor=settings.strategy.straggler_factor,
     )
+    largest = largest_message(initial.count_bytes())
+    flower.bound_replies(grid, largest, run_grid.seconds_left)
     strategy = build_strategy(settings, model, example, directory / "guidance")
     rounds = strategy.rounds if isinstance(strategy, AutoFLIP) else None
     if isinstance(strategy, AutoFLIP):

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -74,18 +75,26 @@ def error_reply(message: Message, error: Exception) -> Message:
     return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
+def error_about(message_id: str, error: Exception) -> Message:
+    """Return an error in place of the reply to a message of this id."""
+    asked = Message(RecordDict(), 1, "train")
+    set_message_id(asked, message_id)
+    return error_reply(asked, error)
+
+
 def forget_round(strategy: object, server_round: int) -> None:
     """Let a strategy that accounts for privacy be asked for a round again."""
     vars(strategy).get("_pending_events", {}).pop(server_round, None)
 
 
-def bound_replies(grid: Grid, largest: int) -> None:
-    """Let Flower's grid return an error in place of a reply too large or unreadable.
+def bound_replies(grid: Grid, largest: int, seconds: Callable[[], float]) -> None:
+    """Let Flower's grid return an error in place of a reply that it should not take.
 
     It would raise at an unreadable one and end the run of all nodes. It would pull all
-    of a reply of more than `largest` bytes, and wait while the node still sends. Such a
-    reply is confirmed as if it were read, so the SuperLink deletes what has come and
-    refuses what is still to come.
+    of a reply of more than `largest` bytes, and wait for hours for the objects of one
+    whose node still sends; now for as many `seconds` as are left when it begins. A
+    reply that is given up is confirmed as if it were read, so the SuperLink deletes
+    what has come and refuses what is still to come.
     """
     from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
     from flwr.supercore.inflatable.inflatable_object import (
@@ -115,11 +124,12 @@ def bound_replies(grid: Grid, largest: int) -> None:
             return pull(
                 object_ids,
                 within,
-                max_tries_per_object=None,  # the node's session ends before
+                max_time=seconds(),
+                max_tries_per_object=None,
                 initial_backoff=0.1,
                 backoff_cap=1.0,
             )
-        except OverflowError:
+        except (OverflowError, ObjectPullError) as error:
             *_, message_id = object_ids  # its children come first
             flower._runtime_client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(
@@ -128,6 +138,8 @@ def bound_replies(grid: Grid, largest: int) -> None:
                     message_object_id=message_id,
                 )
             )
+            if isinstance(error, ObjectPullError):
+                raise
             reason = f"expected a whole reply of at most {largest} B"
             raise ObjectPullError(message_id, reason) from None
 
@@ -142,12 +154,11 @@ def bound_replies(grid: Grid, largest: int) -> None:
                 raise TypeError(f"expected records, got {type(reply.content).__name__}")
             return reply
         except Exception as error:  # hostile bytes can raise any error
-            asked = Message(RecordDict(), 1, "train")
+            answers = ""
             with suppress(Exception):  # it may not even say what it answers
                 empty: Any = dict.fromkeys(children_of(own), RecordDict())
-                told = Message.inflate(own, empty).metadata
-                set_message_id(asked, told.reply_to_message_id)
-            return error_reply(asked, error)
+                answers = Message.inflate(own, empty).metadata.reply_to_message_id
+            return error_about(answers, error)
 
     module.pull_objects, module.inflate_object_from_contents = pull_within, read
 
