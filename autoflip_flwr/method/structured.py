@@ -9,7 +9,7 @@ and values. Units that compete for one layer's width form a group. NumPy alone;
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeAlias
@@ -176,8 +176,11 @@ class Units:
         def sums(place: tuple[str, int, Numbers]) -> NDArray[np.float64]:
             name, dim, owner = place
             score = np.asarray(scores[name])
-            others = tuple(d for d in range(score.ndim) if d != dim)
-            along = score.sum(axis=others, dtype=np.float64)
+            # Two sums over neighbours in memory: a sum over all other dimensions at
+            # once takes four times as long for the columns of a 3 x 3 convolution.
+            rows = score.reshape(math.prod(score.shape[:dim]), -1)
+            row = rows.sum(axis=0, dtype=np.float64) if len(rows) > 1 else rows
+            along = row.reshape(owner.size, -1).sum(axis=1, dtype=np.float64)
             return np.asarray(np.bincount(owner, along, count + 1)[1:], float)
 
         total = sum(parallel_map(sums, places), start=np.zeros(count))
@@ -222,18 +225,28 @@ class Units:
     def pruned(self, keep: Keep, prunable: Iterable[str] | None = None) -> int:
         """Count the parameters that go when the other units do."""
         names = self.parameters if prunable is None else prunable
+        left = self._left(keep)
         return sum(
-            math.prod(self.shapes[name]) - self._left(name, keep)
+            math.prod(self.shapes[name]) - left(name)
             for name in names
             if name in self.parameters
         )
 
-    def _left(self, name: str, keep: Keep) -> int:
-        """Count what is left of a parameter."""
-        shape = list(self.shapes[name])
-        for dim, owner in self.parameters.get(name, {}).items():
-            shape[dim] = int(np.count_nonzero(_kept(owner, keep)))
-        return math.prod(shape)
+    def _left(self, keep: Keep) -> Callable[[str], int]:
+        """Return what counts the entries that are left of a parameter."""
+        kept, counts = np.append(keep, True), dict[int, int]()
+
+        def count(owner: Numbers) -> int:
+            if id(owner) not in counts:  # a layer's parameters share their units
+                counts[id(owner)] = int(np.count_nonzero(kept[owner]))
+            return counts[id(owner)]
+
+        def left(name: str) -> int:
+            owners = self.parameters.get(name, {})
+            sizes = enumerate(self.shapes[name])
+            return math.prod(count(owners[d]) if d in owners else n for d, n in sizes)
+
+        return left
 
     def operations(self, keep: Keep | None = None) -> int:
         """Count multiply-accumulates of the example inputs; None: of the whole model.
@@ -243,8 +256,8 @@ class Units:
         """
         if keep is None:
             keep = np.ones(self.count, np.bool_)
-        left = (self._left(name, keep) * uses for name, uses in self.uses.items())
-        return round(sum(left))
+        left = self._left(keep)
+        return round(sum(left(name) * uses for name, uses in self.uses.items()))
 
     def choose(
         self,

@@ -163,10 +163,12 @@ class _Tracer:
         level = [self._add_hidden(*each) for each in self._recurrent.items()]
         buffers = {name for name, _ in self._model.named_buffers()}
         owners: _Owners = {}
+        equal: dict[bytes, Numbers] = {}  # one array for all that have the same units
         for name, dimensions in self._owners.items():
             for dim, owner in dimensions.items():
                 if (owner >= 0).any():
-                    owners.setdefault(name, {})[dim] = owner
+                    own = equal.setdefault(owner.tobytes(), owner)
+                    owners.setdefault(name, {})[dim] = own
         return Units(
             groups=tuple(self._groups),
             parameters={n: v for n, v in owners.items() if n not in buffers},
