@@ -249,6 +249,7 @@ class TrainingSettings(Group):
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"  # a new one in each round
     momentum: Share = 0.9  # sgd
     weight_decay: NotNegative = 0.0  # of the optimizer
+    scale_penalty: NotNegative = 0.0  # times the sum of BatchNorm's absolute scales
     device: str = "auto"  # auto: cuda where there is one
 
 

@@ -64,6 +64,7 @@ from autoflip_flwr import (
     Similarity,
     data,
 )
+from autoflip_flwr.app.training import scales
 from autoflip_flwr.types import Masks
 from autoflip_flwr.units import operations_left
 from autoflip_flwr.wire import records
@@ -259,6 +260,13 @@ for (_name, _kind), _again, _warm in itertools.product(
     ARMS[_name + "-reselect" * _again + "-warm" * _warm] = _baseline(
         lambda _, made=_made: made(), warm=_warm, units=_name != "magnitude"
     )
+#: What network slimming adds to the loss (arXiv:1708.06519): its 1e-4, and more.
+#: Channels are judged after a half of the rounds, when it has told them apart.
+PENALTIES = {"bn-slimming": 1e-4, "bn-slimming-10": 1e-3, "bn-slimming-100": 1e-2}
+for _name in PENALTIES:
+    ARMS[_name] = _baseline(
+        lambda task: BatchNormScale(dense_rounds=task.rounds // 2), units=True
+    )
 
 
 # --- one run ----------------------------------------------------------------------
@@ -378,7 +386,12 @@ def _turned(samples: Any) -> Any:
 
 
 def _app(
-    cell: Cell, parts: list[Any], model: nn.Module, rate: float, seed: int
+    cell: Cell,
+    parts: list[Any],
+    model: nn.Module,
+    rate: float,
+    seed: int,
+    penalty: float = 0.0,
 ) -> ClientApp:
     app = ClientApp(mods=[AutoFlipMod()])
 
@@ -403,6 +416,8 @@ def _app(
             optimizer.zero_grad()
             x, y = torch.from_numpy(own.x[rows]), torch.from_numpy(own.y[rows])
             loss = functional.cross_entropy(model(x), y)
+            if penalty:
+                loss = loss + penalty * scales(model)
             loss.backward()
             optimizer.step()
             total += loss.item() * len(rows)
@@ -452,7 +467,8 @@ def one(job: Job, folder: str) -> dict[str, Any]:
     example = torch.from_numpy(parts[0].x[:1])
     task = Task(job.pruned, job.seed, cell.rounds, model, example)
     strategy, operations = ARMS[job.arm](task), Operations(task)
-    app = _app(cell, parts, model, job.rate, job.seed)
+    penalty = PENALTIES.get(job.arm, 0.0)
+    app = _app(cell, parts, model, job.rate, job.seed, penalty)
 
     def counted(message: Message, context: Context) -> Message:
         (config,) = message.content.config_records.values()

@@ -177,6 +177,23 @@ def test_a_strong_proximal_term_keeps_the_weights_near_their_start():
     assert distances[0] > distances[1] > distances[2] > 0
 
 
+def test_the_penalty_of_network_slimming_by_hand():
+    norm = nn.BatchNorm1d(2)
+    plain = nn.BatchNorm1d(2, affine=False)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, -0.25]))
+    model = nn.Sequential(norm, plain, nn.LayerNorm(2))
+    assert training.scales(model).item() == 0.75
+    assert training.scales(nn.Linear(2, 2)).item() == 0
+    # Two samples that differ in nothing: BatchNorm gives 0, so its scale has no
+    # gradient but the penalty's, 0.1 of its sign; the learning rate is 1.
+    x, y = np.float32([[1, 2], [1, 2]]), np.array([0, 0])
+    chosen = settings(learning_rate=1.0, momentum=0.0, scale_penalty=0.1)
+    loss = train(model, x, y, chosen, epochs=1, seed=0)
+    assert_allclose(loss, math.log(2) + 0.1 * 0.75, rtol=1e-6)
+    assert_allclose(norm.weight.detach(), [0.4, -0.15], rtol=1e-6)
+
+
 def test_optimizers_take_what_the_settings_say():
     model = network()
     sgd = training.optimizer_of(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from autoflip_flwr.errors import ModelError
@@ -16,6 +17,7 @@ from autoflip_flwr.settings import TrainingSettings
 from autoflip_flwr.types import Array
 
 _EVALUATION_BATCH = 512
+_NONE = torch.tensor(0.0)
 
 
 def train(
@@ -34,6 +36,7 @@ def train(
     batch of one sample is left out where there are others: BatchNorm cannot train on
     one value. FedProx adds ``proximal_mu / 2 * ||w - w_start||^2`` to the loss
     (arXiv:1812.06127, Eq. 2); 0 is plain training.
+    The setting `scale_penalty` adds the penalty of network slimming.
     """
     count = len(y)
     if count == 0:
@@ -60,12 +63,24 @@ def train(
                     pairs = zip(model.parameters(), start, strict=True)
                     distance = sum((now - then).square().sum() for now, then in pairs)
                     loss = loss + proximal_mu / 2 * distance
+                if settings.scale_penalty:
+                    loss = loss + settings.scale_penalty * scales(model)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 total += loss.item() * len(batch)
                 seen += len(batch)
             loss_of_epoch = total / seen
     return loss_of_epoch
+
+
+def scales(model: nn.Module) -> torch.Tensor:
+    """Return the sum of the absolute scales of all BatchNorms.
+
+    Liu et al., Learning Efficient Convolutional Networks through Network Slimming
+    (arXiv:1708.06519), Eq. 1: the penalty that makes channels dispensable.
+    """
+    norms = (m for m in model.modules() if isinstance(m, _NormBase) and m.affine)
+    return torch.stack([norm.weight.abs().sum() for norm in norms] or [_NONE]).sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
