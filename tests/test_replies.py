@@ -310,7 +310,9 @@ def test_frozen_parameters_are_refused_before_they_are_pruned():
         return model
 
     name = next(iter(dict(net().named_parameters())))
-    with pytest.raises(GuidanceError, match=rf"{re.escape(name)}.*exclude.*prunable"):
+    with pytest.raises(
+        GuidanceError, match=rf"{re.escape(name)}.*model=Net\(\).*exclude.*prunable"
+    ):
         run(AutoFLIP(), LocalGrid(toy_app(frozen), NODES), frozen(), 1)
     run(
         AutoFLIP(**flat(exclude=[name])), LocalGrid(toy_app(frozen), NODES), frozen(), 1
