@@ -157,8 +157,8 @@ class BatchNormScale(UnitPruner):
     """Prunes the channels with the smallest absolute scale of their BatchNorm.
 
     Liu et al., Learning Efficient Convolutional Networks through Network Slimming
-    (arXiv:1708.06519), without the penalty on the scales in training. Layers without
-    BatchNorm keep all units.
+    (arXiv:1708.06519). Their penalty on the scales belongs to the clients' training: in
+    our app `training.scale-penalty`. Layers without BatchNorm keep all units.
 
     Raises
     ------
