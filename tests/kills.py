@@ -161,8 +161,8 @@ def die_in_step(number: int) -> None:
 
 #: What a run imports late: once here, not once a process.
 _LATE = (
-    *("datasets", "flwr.superlink.grid", "flwr_datasets", "sklearn.datasets", "thop"),
-    *("torch._dynamo", "torch_pruning"),
+    *("datasets", "flwr.superlink.grid", "flwr_datasets", "thop", "torch._dynamo"),
+    "torch_pruning",
 )
 
 
