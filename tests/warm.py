@@ -23,9 +23,10 @@ IMPORTED = ("flwr.supernode.cli", "pydantic", "torch._dynamo", "torch_pruning")
 
 ASK = """#!/usr/bin/env -S python3 -S
 import json, os, socket, sys
+told = [sys.argv, dict(os.environ), os.getcwd(), os.getpgrp()]
+os.chdir(os.path.dirname(sys.argv[0]))
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
-    asked.connect(sys.argv[0] + ".socket")
-    told = [sys.argv, dict(os.environ), os.getcwd(), os.getpgrp()]
+    asked.connect("socket")
     socket.send_fds(asked, [json.dumps(told).encode()], [0, 1, 2])
     asked.recv(1)  # until the fork is killed with our process group
 """
@@ -36,14 +37,15 @@ def main(folder: Path) -> None:
         importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork has one thread"
     folder.mkdir()
+    os.chdir(folder)  # a socket's path must be short
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.bind(f"{folder / NAME}.socket")
+        server.bind("socket")
         server.listen(100)
-        new = folder / "new"
+        new = Path("new")
         new.write_text(ASK)
         new.chmod(0o755)
-        new.rename(folder / NAME)  # until now the PATH has the usual one
+        new.rename(NAME)  # until now the PATH has the usual one
         while True:
             asked, _ = server.accept()
             told, files, *_ = socket.recv_fds(asked, 1 << 20, 3)
@@ -79,7 +81,7 @@ def become(
     path = os.pathsep.join(each for each in folders if each != here)
     program = shutil.which(name, path=path)
     assert program
-    sys.argv = [program, *arguments[1:]]
+    sys.argv, sys.path[0] = [program, *arguments[1:]], str(Path(program).parent)
     runpy.run_path(program, run_name="__main__")
 
 
