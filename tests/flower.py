@@ -59,7 +59,7 @@ def free_port() -> int:
 def start(
     command: list[str], log: Path, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, in the folder of its log."""
+    """Start a process in a group of its own, in the folder of its log."""
     with log.open("wb") as file:
         return subprocess.Popen(
             command,
@@ -67,7 +67,7 @@ def start(
             cwd=log.parent,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
 
 
@@ -95,7 +95,7 @@ def wait_for(condition: Callable[[], bool], running: Future[str]) -> None:
 class Flower:
     """A SuperLink, its SuperNodes, and `flwr run` against them.
 
-    Everything is started in one session per process and ended, by its id, on exit.
+    Everything is started in one group per process and ended, by its id, on exit.
     """
 
     def __init__(self, home: Path, *, simulation: bool) -> None:
@@ -137,6 +137,14 @@ class Flower:
         trace: TracebackType | None,
     ) -> None:
         stop(*reversed(self.processes))
+
+    def warm_client_apps(self) -> None:
+        """Let ClientApps be forks of one process; of nodes that are started later."""
+        folder = self.home / "warm"
+        path = f"{folder}{os.pathsep}{self.environment['PATH']}"
+        self.environment["PATH"] = path
+        script = Path(__file__).with_name("warm.py")
+        self._start([sys.executable, str(script), str(folder)], "warm")
 
     def supernode(self, node_config: str) -> subprocess.Popen[bytes]:
         command = ["flower-supernode", "--insecure", "--host", "127.0.0.1"]
@@ -219,6 +227,7 @@ def simulation(home: Path) -> Iterator[Flower]:
 @contextlib.contextmanager
 def deployment(home: Path, node_configs: list[str]) -> Iterator[Flower]:
     with Flower(home, simulation=False) as flower:
+        flower.warm_client_apps()
         for node_config in node_configs:
             flower.supernode(node_config)
         yield flower

@@ -160,7 +160,10 @@ def die_in_step(number: int) -> None:
 
 
 #: What a run imports late: once here, not once a process.
-_LATE = ("sklearn.datasets", "thop", "torch._dynamo", "torch_pruning")
+_LATE = (
+    *("datasets", "flwr.superlink.grid", "flwr_datasets", "thop", "torch._dynamo"),
+    "torch_pruning",
+)
 
 
 def main(kills: int, seed: int) -> dict[str, int]:

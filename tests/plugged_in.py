@@ -1,14 +1,17 @@
-"""Run an example app in this process: `python plugged_in.py FOLDER ROUNDS`.
+"""Run example apps without a server: `python plugged_in.py ROUNDS FOLDER...`.
 
-Needs what the example and the core of autoflip_flwr need, and no more: the tests run it
-with other packages hidden, and with other versions of Flower. Prints a JSON object.
+Needs what the examples and the core of autoflip_flwr need, and no more: the tests run
+it with other packages hidden, and with other versions of Flower. Each example has a
+process of its own, a fork of one that has imported torch. Prints a JSON object a line.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
 import logging
+import os
 import random
 import sys
 import tomllib
@@ -184,5 +187,23 @@ def main(folder: Path, rounds: int) -> None:
     )
 
 
+def forked(folder: Path, rounds: int) -> int:
+    """Run one in a process of its own; returns its exit status."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    try:
+        main(folder, rounds)
+        sys.stdout.flush()
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    importlib.import_module("torch._dynamo")  # each of them trains
+    datasets = importlib.import_module("sklearn.datasets")
+    datasets.load_digits = functools.cache(datasets.load_digits)  # per message, else
+    rounds, *folders = sys.argv[1:]
+    sys.exit(any(forked(Path(folder), int(rounds)) for folder in folders))

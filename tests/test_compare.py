@@ -241,11 +241,28 @@ def test_a_target_that_is_no_accuracy_is_refused_first(target, tmp_path, capsys)
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two strategies, run by the command."""
+    """Three strategies, by a command that was killed when the first had finished.
+
+    Returns their folder, what was in it then, when the first's summary was written, and
+    what the command said that went on.
+    """
     output = tmp_path_factory.mktemp("compare")
+    process = subprocess.Popen(
+        command(output),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    first = output / "smoke" / "fedavg-0" / "summary.json"
+    try:
+        _wait_for(first, process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    written, begun = first.stat().st_mtime_ns, runs_in(output / "smoke")
     done = subprocess.run(command(output), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return output / "smoke", done
+    return output / "smoke", begun, written, done
 
 
 def runs_in(folder):
@@ -255,17 +272,28 @@ def runs_in(folder):
 def command(output, *more):
     return [
         *[str(Path(sys.executable).with_name("autoflip")), "compare", "smoke"],
-        *["--strategies", "fedavg,autoflip", "--seeds", "1", "--output", str(output)],
-        *["--overrides", SMALL, *more],
+        *["--strategies", "fedavg,autoflip,random", "--seeds", "1"],
+        *["--output", str(output), "--overrides", f"{SMALL} rounds=8", *more],
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
+def test_an_interrupted_comparison_goes_on_where_it_was(compared):
+    folder, begun, written, _ = compared
+    assert any(name.endswith(".partial") for name in begun), begun
+    assert (folder / "fedavg-0" / "summary.json").stat().st_mtime_ns == written
+    rows = (folder / "autoflip-0" / "metrics.jsonl").read_text()
+    assert [json.loads(row)["round"] for row in rows.splitlines()] == [*range(1, 9)]
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
 def test_the_command_runs_all_and_ends_with_a_table(compared):
-    folder, done = compared
-    assert runs_in(folder) == ["autoflip-0", "fedavg-0"]
+    folder, *_, done = compared
+    assert runs_in(folder) == ["autoflip-0", "fedavg-0", "random-0"]
     assert "autoflip" in done.stdout
     assert "top-1" in done.stdout
     summary = json.loads((folder / "autoflip-0" / "summary.json").read_text())
@@ -279,10 +307,11 @@ def test_the_command_runs_all_and_ends_with_a_table(compared):
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_compared_run_is_the_run_itself(compared, tmp_path):
-    """Bit for bit the weights of the same apps on another grid."""
-    folder, _ = compared
-    for name in ("fedavg", "autoflip"):
-        go(tmp_path / name, f"strategy.name={name} seed=0", preset="smoke")
+    """Bit for bit the weights of the same apps on another grid, never interrupted."""
+    folder, *_ = compared
+    for name in ("fedavg", "autoflip", "random"):
+        overrides = f"rounds=8 strategy.name={name} seed=0"
+        go(tmp_path / name, overrides, preset="smoke")
         expected = load_file(tmp_path / name / "model.safetensors")
         found = load_file(folder / f"{name}-0" / "model.safetensors")
         for key, value in expected.items():
@@ -293,50 +322,13 @@ def test_a_compared_run_is_the_run_itself(compared, tmp_path):
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_finished_comparison_is_not_run_again(compared):
-    folder, first = compared
+    folder, *_, first = compared
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     done = subprocess.run(
         command(folder.parent), capture_output=True, text=True, check=False
     )
     assert done.stdout == first.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(600)
-def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
-    words = command(tmp_path)
-    words[words.index(SMALL)] = f"{SMALL} rounds=8"
-    words[words.index("fedavg,autoflip")] = "fedavg,autoflip,random"
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    first = tmp_path / "smoke" / "fedavg-0" / "summary.json"
-    try:
-        _wait_for(first, process)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    written = first.stat().st_mtime_ns
-    begun = runs_in(tmp_path / "smoke")
-    assert any(name.endswith(".partial") for name in begun), begun
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert first.stat().st_mtime_ns == written
-    assert runs_in(tmp_path / "smoke") == ["autoflip-0", "fedavg-0", "random-0"]
-    rows = (tmp_path / "smoke" / "autoflip-0" / "metrics.jsonl").read_text()
-    assert [json.loads(row)["round"] for row in rows.splitlines()] == [*range(1, 9)]
-    for name in ("autoflip", "random"):  # bit for bit as if never interrupted
-        overrides = f"rounds=8 strategy.name={name} seed=0"
-        go(tmp_path / name, overrides, preset="smoke")
-        expected = load_file(tmp_path / name / "model.safetensors")
-        found = load_file(tmp_path / "smoke" / f"{name}-0" / "model.safetensors")
-        for key, value in expected.items():
-            np.testing.assert_array_equal(found[key], value)
 
 
 def _wait_for(path, process):
@@ -352,7 +344,7 @@ def _wait_for(path, process):
 @pytest.mark.timeout(600)
 def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     words = command(tmp_path, "--vary", "pruning.floor=0.9,0.01")
-    words[words.index("fedavg,autoflip")] = "autoflip"
+    words[words.index("fedavg,autoflip,random")] = "autoflip"
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "1 of 2 runs failed" in done.stderr

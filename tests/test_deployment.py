@@ -53,6 +53,7 @@ def real(test: Callable) -> Callable:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("deployment")
     with Processes(folder / "home") as flower:
+        flower.warm_client_apps()
         yield started_server(folder / "server", flower)
 
 

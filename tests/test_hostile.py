@@ -76,7 +76,7 @@ def valid(seed=0):
         assert codec.pack_mask(found) == frame
 
     def read_signs(frame):
-        told = guidance_record(codec.quantize(squares), frame)
+        told = guidance_record(codes, frame)
         return codec.unpack_mask(guidance_frames(told)[1], SHAPES)
 
     def manifest_of(found, frame):
@@ -84,7 +84,6 @@ def valid(seed=0):
         assert Manifest.from_bytes(found.to_bytes()).entries == found.entries
 
     def read_config(frame):
-        entries = plan.entries("train")
         told = {**entries, MASK: frame, PHASE: "train", VALUE_TYPE: "float32"}
         return Plan.of(told).masks
 
@@ -120,7 +119,7 @@ def valid(seed=0):
     whole = {n: Array(np.asarray(v)) for n, v in arrays.items()}
     mask, kept_values = codec.pack_mask(masks), codec.encode(values, masks)
     fewer = codec.pack_mask({n: keep & (dense[n] > 0) for n, keep in masks.items()})
-    told = plan.entries("train")[MANIFEST]
+    entries, codes = plan.entries("train"), codec.quantize(squares)
     decode = partial(codec.decode, mask=masks, fill=dense)
     return {
         "values": (kept_values, decode, kept),
@@ -133,13 +132,13 @@ def valid(seed=0):
             for dtype in ("int8", "int4")
         },
         "guidance": (
-            codec.quantize(squares),
+            codes,
             partial(codec.dequantize, shapes=SHAPES),
             guidance,
         ),
         "signs": (mask, read_signs, bits),
         "mask": (mask, partial(codec.unpack_mask, shapes=SHAPES), bits),
-        "manifest": (told, Manifest.from_bytes, manifest_of),
+        "manifest": (entries[MANIFEST], Manifest.from_bytes, manifest_of),
         "config": (mask, read_config, bits),
         "within": (codec.pack_mask_within(fewer, mask), read_within, within),
         "record": (kept_values, read_record, record),

@@ -72,28 +72,28 @@ def test_a_papers_preset_runs_at_full_model_size(name, tmp_path):
     if not SHARED.is_dir():
         pytest.skip("needs the datasets in ../shared/data")
     folder = SHARED / name if name in ("femnist", "shakespeare") else SHARED
-    two_classes = name in ("mnist", "cifar10")
-    nodes = 5 if two_classes else 2
     overrides = (
         f"data.dir={folder} data.max-samples=60 data.max-test-samples=10 rounds=1 "
-        f"strategy.min-nodes={nodes} strategy.fraction-train={2 / nodes} "
-        "exploration.epochs=2 training.epochs=1"
+        "strategy.min-nodes=2 strategy.fraction-train=1.0 exploration.epochs=2 "
+        "training.epochs=1 "
     )
-    if not two_classes:  # too few samples for a Dirichlet split, or one by user
-        overrides += " data.partition=iid"
+    if name in ("mnist", "cifar10"):
+        overrides += "data.classes-per-client=5"
+    else:  # too few samples for a Dirichlet split, or one by user
+        overrides += "data.partition=iid"
     config = {
         "preset": f"paper-{name}",
         "overrides": overrides,
         "output-dir": str(tmp_path / "run"),
     }
-    grid = LocalGrid(client_app.app, range(1, 1 + nodes), run_config=config)
+    grid = LocalGrid(client_app.app, [1, 2], run_config=config)
     server_app.app(grid, Context(1, 1, {}, RecordDict(), config))
     summary = summary_of(tmp_path / "run")
     chosen = settings.load(f"paper-{name}")
     assert summary["parameters"] == costs.parameters(build.build_model(chosen))
     assert summary["density"] == pytest.approx(0.7, abs=1e-6)
     phases = [sent.phase for sent in grid.up]
-    assert (phases.count("explore"), phases.count("train")) == (nodes, 2)
+    assert (phases.count("explore"), phases.count("train")) == (2, 2)
 
 
 # --- figures and tables -------------------------------------------------------------

@@ -96,12 +96,10 @@ def export_model(
         left = "model.pt2 and model.safetensors are there"
         with _exporting("torch.onnx", small, left):
             torch.onnx.export(
-                small,
-                (inputs,),
-                onnx,
+                program,
+                f=onnx,
                 input_names=["input"],
                 output_names=["output"],
-                dynamic_shapes=shapes,
                 external_data=False,
                 dynamo=True,
                 verbose=False,
