@@ -1,13 +1,16 @@
 """A density that falls: Eq. 1 of Zhu and Gupta, and the masks that follow it."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inprocess import LocalGrid, net, run, toy_app
+from inprocess import LocalGrid, net, run, seeded, toy_app
 from preparing import prepared
+from torch import nn
 
 from autoflip_flwr import AutoFLIP, Checkpointed, Magnitude, Pruner, PruningSettings
 from autoflip_flwr.method.mask import density as density_of
@@ -125,3 +128,37 @@ def test_vectors_are_pruned_where_the_floor_leaves_no_room_for_them():
 def test_a_density_that_has_nothing_to_fall_is_the_final_one_exactly():
     pruner = prepared(Smallest(), WEIGHTS, PruningSettings(threshold=0.3))
     assert {pruner.threshold_of(n) for n in range(1, 30)} == {0.3}
+
+
+class Words(nn.Module):
+    """Looks six of forty words up, of which the others are larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(40, 8)
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            self.words.weight[6:] *= 4
+
+    def forward(self, x):
+        return self.head(self.words(x.argmax(dim=1)).tanh())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2),
+        partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
+    ],
+    ids=["sgd", "sgd with weight decay", "adamw"],
+)
+def test_words_that_no_client_has_go_first_whatever_their_size(optimizer):
+    def words():
+        return seeded(Words)
+
+    strategy = AutoFLIP(threshold=0.8, seed=0)
+    run(strategy, LocalGrid(toy_app(words, optimizer=optimizer), NODES), words(), 6)
+    keep = strategy.rounds.plan.masks["words.weight"]
+    assert not keep[6:].any()
+    assert keep[:6].mean() > 0.8

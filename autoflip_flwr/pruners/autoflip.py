@@ -30,7 +30,7 @@ from autoflip_flwr.method.structured import Keep
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
 from autoflip_flwr.pruners.weights import magnitudes
-from autoflip_flwr.types import Float32, Masks, Nodes, Params, Scores
+from autoflip_flwr.types import Float32, Mask, Masks, Nodes, Params, Scores
 
 _log = logging.getLogger("flwr")
 
@@ -39,6 +39,10 @@ _ROBUST_BLOCK = 1 << 22
 
 #: Name of a tensor -> its combined guidance, flat.
 _Combined: TypeAlias = Callable[[str], Float32]
+
+#: Columns of a matrix from which on its rows tell whether gradients moved them, and the
+#: relative spread of movement over weight up to which weight decay alone did.
+_COLUMNS, _SPREAD = 8, 0.25
 
 
 class AutoFlipPruner(Pruner):
@@ -53,7 +57,7 @@ class AutoFlipPruner(Pruner):
 
     _saved = (
         *("_asked", "_renewing", "initial", "_masks", "_threshold", "_by_weights"),
-        *("kept_guidance", "_signs", "_store"),
+        *("kept_guidance", "_signs", "_store", "_still"),
     )
 
     explores = True
@@ -80,6 +84,7 @@ class AutoFlipPruner(Pruner):
         self._masks: Masks | None = None
         self._threshold = math.nan  # of `_masks`
         self._by_weights = False  # whether the weights decide over the next mask
+        self._still: dict[str, Mask] = {}  # rows of matrices that nobody moved
         voted = settings.agreement == "vote"
         self._votes = agreements.Votes(self.shapes if voted else {})
         signed = settings.agreement == "sign"
@@ -209,6 +214,9 @@ class AutoFlipPruner(Pruner):
             scores = self._scores(known, share)
             if self.settings.score == "staged":  # next time the weights decide
                 self._population = None
+                self._still = _still_rows(scores, self.initial)
+        for name, rows in self._still.items():
+            scores[name][rows] = 0
         agreement = self._agreement()
         mixture = scores
         if agreement is not None:
@@ -324,6 +332,7 @@ class AutoFlipPruner(Pruner):
         self._population = None
         self._masks = None
         self._by_weights = False
+        self._still = {}
         self._votes.forget()
 
     def _check_units(self) -> None:
@@ -467,3 +476,24 @@ class AutoFlipPruner(Pruner):
             return Rescaling([1.0 / len(self._store)], 0.0)
         whole = rescaling([overall], name, normalization=normalization)
         return Rescaling([whole.scales[0] / len(self._store)], whole.offset)
+
+
+def _still_rows(scores: Scores, initial: Params) -> dict[str, Mask]:
+    """Mark the rows of matrices that no gradient moved, where there are any.
+
+    They are those of words, or of other entries of a table, that no client has. They
+    did not move, or in proportion to their weights, as weight decay moves them. The
+    scores are saliencies.
+    """
+
+    def one(name: str) -> Mask:
+        shape = scores[name].shape
+        if math.prod(shape[1:]) < _COLUMNS:
+            return np.zeros(shape[:1], np.bool_)
+        ratio = scores[name] / np.square(weight_size(initial[name]))
+        rows = ratio.reshape(len(ratio), -1)
+        spread, mean = rows.std(axis=1), rows.mean(axis=1)
+        return np.asarray(spread <= _SPREAD * mean)
+
+    still = dict(zip(scores, parallel_map(one, scores), strict=True))
+    return {name: rows for name, rows in still.items() if rows.any() and not rows.all()}
