@@ -162,3 +162,25 @@ def test_words_that_no_client_has_go_first_whatever_their_size(optimizer):
     keep = strategy.rounds.plan.masks["words.weight"]
     assert not keep[6:].any()
     assert keep[:6].mean() > 0.8
+
+
+def test_a_run_that_goes_on_knows_which_words_no_client_has(tmp_path):
+    def after(folder, rounds):
+        strategy = AutoFLIP(
+            threshold=0.8,
+            seed=0,
+            pruning=PruningSettings(gradual_rounds=3),
+            store=folder / "guidance",
+        )
+        app = toy_app(lambda: seeded(Words))
+        grid = LocalGrid(app, NODES)
+        seen, _ = run(Checkpointed(strategy, folder), grid, seeded(Words), rounds)
+        return seen[-1]
+
+    expected = after(tmp_path / "whole", 6)
+    after(tmp_path / "parts", 2)
+    for name, value in after(tmp_path / "parts", 6).items():
+        np.testing.assert_array_equal(value, expected[name])
+    words = expected["words.weight"]
+    assert words[:6].any()
+    assert not words[6:].any()
