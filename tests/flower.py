@@ -85,6 +85,16 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
+def named(*names: str) -> list[int]:
+    """Return the ids of processes with these names, be they forks or not."""
+    found, short = [], [name[:15] for name in names]  # as the kernel keeps them
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            process = int(folder.name)
+            found += [process] if (folder / "comm").read_text()[:-1] in short else []
+    return found
+
+
 def wait_for(condition: Callable[[], bool], running: Future[str]) -> None:
     """Wait until something is so, while `flwr run` goes on."""
     while not condition():
@@ -126,8 +136,12 @@ class Flower:
         command += ["--disable-runtime-dependency-installation"]
         if self.simulation:
             command += ["--simulation"]
-        self._start(command, "superlink")
-        self._wait_for_port(self.port)
+        else:
+            forks = self.warm_up()
+        superlink = self._start(command, "superlink")
+        self._wait_for(self._listens, superlink, "superlink")
+        if not self.simulation:
+            self._wait_for(forks.exists, self.processes[0], "warm")
         return self
 
     def __exit__(
@@ -138,13 +152,14 @@ class Flower:
     ) -> None:
         stop(*reversed(self.processes))
 
-    def warm_client_apps(self) -> None:
-        """Let ClientApps be forks of one process; of nodes that are started later."""
+    def warm_up(self) -> Path:
+        """Let processes be forks of one, as soon as the returned file exists."""
         folder = self.home / "warm"
         path = f"{folder}{os.pathsep}{self.environment['PATH']}"
         self.environment["PATH"] = path
         script = Path(__file__).with_name("warm.py")
         self._start([sys.executable, str(script), str(folder)], "warm")
+        return folder / "flower-supernode"
 
     def supernode(self, node_config: str) -> subprocess.Popen[bytes]:
         command = ["flower-supernode", "--insecure", "--host", "127.0.0.1"]
@@ -180,14 +195,10 @@ class Flower:
     def server_apps(self) -> list[int]:
         """Ids of the processes in which this home's SuperLink runs ServerApps."""
         home, found = f"FLWR_HOME={self.home}".encode(), []
-        names = (b"flwr-serverapp", b"flwr-simulation")
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                process = int(folder.name)
-                words = (folder / "cmdline").read_bytes().split(b"\0")[:3]
-                ours = home in (folder / "environ").read_bytes().split(b"\0")
-                if ours and any(word.endswith(names) for word in words):
-                    found.append(process)
+        for process in named("flwr-serverapp", "flwr-simulation"):
+            with contextlib.suppress(OSError):
+                environ = Path(f"/proc/{process}/environ").read_bytes()
+                found += [process] if home in environ.split(b"\0") else []
         return found
 
     def log_of(self, process: subprocess.Popen[bytes]) -> Path:
@@ -203,19 +214,23 @@ class Flower:
         self.processes.append(process)
         return process
 
-    def _wait_for_port(self, port: int, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", port), timeout=1),
-            ):
-                return
-            if self.processes[0].poll() is not None:
-                break
+    def _listens(self) -> bool:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port), timeout=1),
+        ):
+            return True
+        return False
+
+    def _wait_for(
+        self, ready: Callable[[], bool], process: subprocess.Popen[bytes], name: str
+    ) -> None:
+        deadline = time.monotonic() + 60
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                log = (self.home / f"{name}.log").read_text()
+                raise RuntimeError(f"{name} did not start:\n{log}")
             time.sleep(0.2)
-        log = (self.home / "superlink.log").read_text()
-        raise RuntimeError(f"the SuperLink did not start:\n{log}")
 
 
 @contextlib.contextmanager
@@ -227,7 +242,6 @@ def simulation(home: Path) -> Iterator[Flower]:
 @contextlib.contextmanager
 def deployment(home: Path, node_configs: list[str]) -> Iterator[Flower]:
     with Flower(home, simulation=False) as flower:
-        flower.warm_client_apps()
         for node_config in node_configs:
             flower.supernode(node_config)
         yield flower

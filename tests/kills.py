@@ -3,7 +3,8 @@
     python tests/kills.py --kills 50
 
 A real process each time (a fork, so that nothing is imported again): our ServerApp with
-clients of its own, warm start and momentum at the server. One kill of three
+clients of its own, warm start, momentum at the server, values of four bits and masks
+that clients hold. One kill of three
 comes in the middle of writing a file, one when the server has just sampled clients,
 taken explorers' answers, made a mask or aggregated, one at a random time. Prints one
 line of JSON.
@@ -42,7 +43,7 @@ OVERRIDES = (
     "rounds=6 data.max-samples=240 data.max-test-samples=100 training.epochs=1 "
     "strategy.min-nodes=6 strategy.fraction-train=0.5 model.channels=[4,8] "
     "model.hidden=16 strategy.server=fedavgm strategy.server-momentum=0.9 "
-    "exploration.epochs=1 exploration.every=3"
+    "exploration.epochs=1 exploration.every=3 wire.values=int4"
 )
 NODES = range(1, 7)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import children
-from flower import ROOT, free_port, wait_for
+from flower import ROOT, free_port, named, wait_for
 from flwr.app import ArrayRecord
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from machines import (
@@ -53,7 +53,7 @@ def real(test: Callable) -> Callable:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("deployment")
     with Processes(folder / "home") as flower:
-        flower.warm_client_apps()
+        flower.warm_up()
         yield started_server(folder / "server", flower)
 
 
@@ -105,7 +105,7 @@ def test_the_guide_ends_with_a_finished_run_whatever_strangers_send(server, node
     assert found["rounds"] == 2
     assert all("Sent successfully" in log.log for _, log in nodes)
     assert set(bad) <= {400, 401, 403, 414, 415, 503}
-    assert set(huge) <= {0, 413}
+    assert set(huge) <= {0, 413, 503}
     calls = (server.folder / "calls.log").read_text().splitlines()
     honest = [line.split() for line in calls if line.startswith("127.0.0.1 ")]
     took = [float(seconds) for *_, seconds in honest]
@@ -297,9 +297,9 @@ def outlive_faults(server: Machine, node: Started) -> None:
     with server.fault("send-node-heartbeat", 500):
         node.says("The SuperNode ends: <Thread")
     node.says("SuperNode ID")
-    (supernode_,) = children(node.process.pid)
-    (superexec,) = children(supernode_)
-    os.kill(superexec, signal.SIGKILL)
+    for process in named("flower-superexec"):
+        if os.getpgid(process) == node.process.pid:
+            os.kill(process, signal.SIGKILL)
     node.says("The SuperNode ends: its SuperExec has ended")
     node.says("SuperNode ID")
 

@@ -3,11 +3,12 @@
     python tests/warm.py FOLDER
 
 A node starts `flwr-clientapp` for each message: seconds of a processor for imports.
-FOLDER gets a `flwr-clientapp` that asks this process for a fork. The fork has its
-environment, folder, output and process group, and runs the next `flwr-clientapp` on the
-PATH. What is not imported here, such as our own package, it imports itself.
+FOLDER gets programs of Flower's names that ask this process for a fork. The fork has
+their environment, folder, output and process group, and runs the next program of that
+name on the PATH. What is not imported here, such as our own package, it imports itself.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -18,17 +19,25 @@ import socket
 import sys
 from pathlib import Path
 
-NAME = "flwr-clientapp"
-IMPORTED = ("flwr.supernode.cli", "pydantic", "torch._dynamo", "torch_pruning")
+NAMES = ("flwr-clientapp", "flwr-serverapp", "flower-superexec", "flower-supernode")
+IMPORTED = (
+    *("flwr.supernode.cli", "flwr.superlink.cli", "flwr.supercore.cli"),
+    *("pydantic", "torch._dynamo", "torch_pruning"),
+)
 
 ASK = """#!/usr/bin/env -S python3 -S
-import json, os, socket, sys
+import json, os, signal, socket, sys
+folder, name = os.path.split(sys.argv[0])
+if os.getsid(0) == os.getpid():  # it is killed by its id, not with its group
+    path = os.environ["PATH"].replace(folder + os.pathsep, "")
+    os.execvpe(name, [name, *sys.argv[1:]], {**os.environ, "PATH": path})
 told = [sys.argv, dict(os.environ), os.getcwd(), os.getpgrp()]
-os.chdir(os.path.dirname(sys.argv[0]))
+os.chdir(folder)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the fork gets it, too, and ends
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
     asked.connect("socket")
     socket.send_fds(asked, [json.dumps(told).encode()], [0, 1, 2])
-    asked.recv(1)  # until the fork is killed with our process group
+    sys.exit(ord(asked.recv(1) or b"\\1"))
 """
 
 
@@ -45,7 +54,8 @@ def main(folder: Path) -> None:
         new = Path("new")
         new.write_text(ASK)
         new.chmod(0o755)
-        new.rename(NAME)  # until now the PATH has the usual one
+        for name in NAMES:  # until now the PATH has the usual ones
+            os.link(new, name)
         while True:
             asked, _ = server.accept()
             told, files, *_ = socket.recv_fds(asked, 1 << 20, 3)
@@ -67,9 +77,10 @@ def become(
     files: list[int],
 ) -> None:
     """Be the program that somebody asked for."""
-    os.setpgid(0, group)
-    asked.send(b"1")
-    asked.close()
+    try:
+        os.setpgid(0, group)
+    except PermissionError:  # of another session, that of the SuperLink's SuperExec
+        os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -82,7 +93,15 @@ def become(
     program = shutil.which(name, path=path)
     assert program
     sys.argv, sys.path[0] = [program, *arguments[1:]], str(Path(program).parent)
-    runpy.run_path(program, run_name="__main__")
+    Path("/proc/self/comm").write_text(name)
+    code = [1]
+    atexit.register(lambda: asked.send(bytes(code)))
+    try:
+        runpy.run_path(program, run_name="__main__")
+        code = [0]
+    except SystemExit as exited:
+        code = [exited.code or 0]
+        raise
 
 
 if __name__ == "__main__":
