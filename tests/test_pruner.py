@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flat import PLAIN
 from numpy.testing import assert_array_equal
-from preparing import added, prepared
+from preparing import added, prepared, rows
 
 from autoflip_flwr.errors import ExplorationError, MaskError, WireError
 from autoflip_flwr.method import mask
@@ -134,6 +134,27 @@ def test_staged_masks_go_by_saliency_first_and_by_the_weights_later(tmp_path):
     assert all((first[name] | ~keep).all() for name, keep in later.items())
     assert pruner.kept_guidance.size == TOTAL - round(0.7 * TOTAL)
     assert pruner.masks([0], INITIAL, 3) is later, "the density does not fall any more"
+
+
+def test_in_a_table_of_which_clients_use_a_part_later_masks_see_what_moved(tmp_path):
+    """Words 2 and 3 did not move; in 0 and 1 every second entry moved 3 times as far.
+
+    Factors (mean 1) times sizes: 0.33 * 1, 1 * 1 and 0.67 * 0.8, 2 * 0.8. By size alone
+    word 0 would stay whole. A matrix of which all rows moved goes by size.
+    """
+    moved = np.tile(rows(0.05, 0.15), 4)
+    initial = {"words": rows(*np.outer([1, 0.8, 5, 5], np.ones(8)))}
+    squares = {"words": np.square(rows(moved, 2 * moved, 0 * moved, 0 * moved))}
+    initial["other"], squares["other"] = initial["words"][:2], squares["words"][:2]
+    settings = PruningSettings(threshold=2 / 3, gradual_rounds=1, balance="global")
+    pruner = prepared(AutoFlipPruner(), initial, settings, tmp_path)
+    pruner.asks(1, connected=[0], sampled=[0])
+    added(pruner, 0, codec.quantize(squares), 1.0, initial)
+    pruner.learn(None, pruner.masks([0], initial, 1))
+    masks = pruner.masks([0], initial, 2)
+    often, none = [False, True] * 4, [False] * 8
+    assert_array_equal(masks["words"], [often, often, none, none])
+    assert_array_equal(masks["other"], [[True] * 8, none])
 
 
 def test_value_and_floor_reach_the_mask(tmp_path):

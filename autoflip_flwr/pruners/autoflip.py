@@ -30,7 +30,7 @@ from autoflip_flwr.method.structured import Keep
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
 from autoflip_flwr.pruners.weights import magnitudes
-from autoflip_flwr.types import Float32, Mask, Masks, Nodes, Params, Scores
+from autoflip_flwr.types import Array, Float32, Mask, Masks, Nodes, Params, Scores
 
 _log = logging.getLogger("flwr")
 
@@ -43,6 +43,10 @@ _Combined: TypeAlias = Callable[[str], Float32]
 #: Columns of a matrix from which on its rows tell whether gradients moved them, and the
 #: relative spread of movement over weight up to which weight decay alone did.
 _COLUMNS, _SPREAD = 8, 0.25
+
+#: Share of rows that nobody moved from which on a matrix is a table of which clients
+#: use a part, such as word embeddings.
+_TABLE = 0.5
 
 
 class AutoFlipPruner(Pruner):
@@ -57,7 +61,7 @@ class AutoFlipPruner(Pruner):
 
     _saved = (
         *("_asked", "_renewing", "initial", "_masks", "_threshold", "_by_weights"),
-        *("kept_guidance", "_signs", "_store", "_still"),
+        *("kept_guidance", "_signs", "_store", "_factors"),
     )
 
     explores = True
@@ -84,7 +88,7 @@ class AutoFlipPruner(Pruner):
         self._masks: Masks | None = None
         self._threshold = math.nan  # of `_masks`
         self._by_weights = False  # whether the weights decide over the next mask
-        self._still: dict[str, Mask] = {}  # rows of matrices that nobody moved
+        self._factors: dict[str, Float32] = {}  # of magnitudes, where not all are 1
         voted = settings.agreement == "vote"
         self._votes = agreements.Votes(self.shapes if voted else {})
         signed = settings.agreement == "sign"
@@ -210,13 +214,16 @@ class AutoFlipPruner(Pruner):
             return self._masks  # until another node explores, or density falls
         if self._by_weights:
             scores = magnitudes({name: weights[name] for name in self.shapes})
+            for name, factor in self._factors.items():
+                scores[name] *= factor
         else:
             scores = self._scores(known, share)
             if self.settings.score == "staged":  # next time the weights decide
                 self._population = None
-                self._still = _still_rows(scores, self.initial)
-        for name, rows in self._still.items():
-            scores[name][rows] = 0
+                self._factors = {
+                    name: _without(rows, scores[name], self.initial[name])
+                    for name, rows in _still_rows(scores, self.initial).items()
+                }
         agreement = self._agreement()
         mixture = scores
         if agreement is not None:
@@ -332,7 +339,7 @@ class AutoFlipPruner(Pruner):
         self._population = None
         self._masks = None
         self._by_weights = False
-        self._still = {}
+        self._factors = {}
         self._votes.forget()
 
     def _check_units(self) -> None:
@@ -497,3 +504,16 @@ def _still_rows(scores: Scores, initial: Params) -> dict[str, Mask]:
 
     still = dict(zip(scores, parallel_map(one, scores), strict=True))
     return {name: rows for name, rows in still.items() if rows.any() and not rows.all()}
+
+
+def _without(rows: Mask, scores: Float32, initial: Array) -> Float32:
+    """Let saliencies be 0 in some rows of a matrix; return the factor of magnitudes.
+
+    In a table it is how far each weight moved, with a mean of 1 in the other rows: the
+    size of a pretrained weight does not tell how often clients have its word.
+    """
+    scores[rows] = 0
+    if rows.mean() < _TABLE:
+        return np.float32(~rows).reshape(-1, *[1] * (scores.ndim - 1))
+    moved = scores / weight_size(initial)
+    return np.asarray(moved / moved[~rows].mean(), np.float32)
