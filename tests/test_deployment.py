@@ -8,6 +8,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -297,10 +298,14 @@ def outlive_faults(server: Machine, node: Started) -> None:
     with server.fault("send-node-heartbeat", 500):
         node.says("The SuperNode ends: <Thread")
     node.says("SuperNode ID")
-    for process in named("flower-superexec"):
-        if os.getpgid(process) == node.process.pid:
-            os.kill(process, signal.SIGKILL)
-    node.says("The SuperNode ends: its SuperExec has ended")
+    ended = "The SuperNode ends: its SuperExec has ended"
+    while ended not in node.log[node.heard :]:  # the one before may take a while to end
+        for process in named("flower-superexec"):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(process) == node.process.pid:
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.2)
+    node.says(ended)
     node.says("SuperNode ID")
 
 
