@@ -271,6 +271,9 @@ def test_nodes_and_a_run_outlive_faults_a_full_disk_and_a_crash_of_the_server(
         assert server.superlink.ends() == 1, "with its gate"
         with contextlib.suppress(ProcessLookupError):  # what else a container had
             os.killpg(server.superlink.process.pid, signal.SIGKILL)
+        for process in server.flower.server_apps():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         one.says("Connection attempt failed")
         assert "AutoFLIP run finished" not in first.result()
         start_superlink(server, service("superlink", "server"))
