@@ -4,10 +4,9 @@
 
 A real process each time (a fork, so that nothing is imported again): our ServerApp with
 clients of its own, warm start, momentum at the server, values of four bits and masks
-that clients hold. One kill of three
-comes in the middle of writing a file, one when the server has just sampled clients,
-taken explorers' answers, made a mask or aggregated, one at a random time. Prints one
-line of JSON.
+that clients hold. One kill of three comes in the middle of writing a file, one when the
+server has just sampled clients, taken explorers' answers, made a mask or aggregated,
+one at a random time. Prints one line of JSON.
 """
 
 import argparse
