@@ -6,9 +6,7 @@ The processes of docker/server.yaml and docker/edge.yaml on the loopback: SuperL
 behind nginx, three honest SuperNodes, and a fourth one with a registered key, which
 lies when it is told to. In each round there is a run under all attacks of strangers at
 once, one under all faults, and so on, each between two runs that nobody disturbs; with
---each there is one for each attack. Attackers use the same processors as the nodes;
-those that start nodes of their own have the lowest priority, because a node's start is
-seconds of a processor, which is its own machine's.
+--each there is one for each attack. Attackers use the same processors as the nodes.
 
 Prints for each of these runs, in the order of the rounds: its time, divided by the mean
 of the two undisturbed ones beside it (their mean in seconds: `usual`); the slowest call
@@ -30,15 +28,25 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cluster import children
-from flower import stop
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.interceptors.http.runtime_version import (
+    RuntimeVersionHttpInterceptor,
+)
+from flwr.supercore.primitives.asymmetric import (
+    generate_key_pairs,
+    public_key_to_bytes,
+)
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from machines import (
     Machine,
     Processes,
     Started,
     commands,
     memory,
-    new_edge,
     registered,
     started_server,
     supernode,
@@ -58,8 +66,8 @@ class Deployment:
     def __init__(self, folder: Path, flower: Processes, rounds: int) -> None:
         self.server = started_server(folder / "server", flower)
         _, self.superlink = children(self.server.superlink.process.pid)
-        ca = self.server.folder / "keys/edge/ca.crt"
-        self.strangers = Strangers(self.server.ports["8443"], ca)
+        self.ca = self.server.folder / "keys/edge/ca.crt"
+        self.strangers = Strangers(self.server.ports["8443"], self.ca)
         self.calls = self.server.folder / "calls.log"
         self.ended = threading.Event()  # the run that is going on
         self.runs = 0
@@ -127,7 +135,9 @@ class Deployment:
                 "503": self.by(lambda: self.fault(503)),
                 "connection closed": self.by(lambda: self.fault(444)),
             },
-            "nodes without a registered key": {"2 nodes": self.unregistered},
+            "nodes without a registered key": {
+                "2 nodes": self.by(self.unregistered, threads=2)
+            },
             "a registered liar": {
                 "an object that cannot be read": self.lying("unreadable"),
                 "values a million times too far": self.lying("far"),
@@ -182,17 +192,39 @@ class Deployment:
 
         return attack
 
-    @contextmanager
-    def unregistered(self) -> Iterator[None]:
-        """Let two nodes with keys of their own try again and again."""
-        nodes = []
-        for number in range(2):
-            machine = new_edge(self.server, f"stranger-{self.runs}-{number}")
-            machine.script("make-node-key", machine.name)
-            nodes.append(self.start(machine).process)
-            os.setpriority(os.PRIO_PGRP, nodes[-1].pid, 19)
-        yield
-        stop(*nodes)
+    def unregistered(self) -> None:
+        """Try to join with a key of one's own, and to pull, ten times a second.
+
+        With the client of Flower's SuperNode, each time on a new connection. A
+        SuperNode itself tries once in four seconds: its start takes that long, and its
+        processor time is the attacker's.
+        """
+        keys = generate_key_pairs()
+        join = ActivateNodeRequest(
+            public_key=public_key_to_bytes(keys[1]), heartbeat_interval=30
+        )
+        refused = 0
+        while not self.ended.wait(0.1):
+            with FleetHttpClient.from_server_address(
+                f"localhost:{self.strangers.port}",
+                insecure=False,
+                root_certificates=self.ca.read_bytes(),
+                interceptors=[
+                    RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    NodeAuthHttpInterceptor(*keys),
+                ],
+            ) as client:
+                for call, asked in (
+                    (client.ActivateNode, join),
+                    (client.PullMessages, PullMessagesRequest(node=Node(node_id=1))),
+                ):
+                    try:
+                        call(asked)
+                    except httpx.HTTPStatusError as error:
+                        refused += error.response.status_code in (401, 403, 404)
+                    else:
+                        raise RuntimeError("a node without a registered key got in")
+        assert refused, "all were refused by the gate for their number alone"
 
 
 def together(attacks: Iterable[Attack]) -> Attack:
