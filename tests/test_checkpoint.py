@@ -23,6 +23,7 @@ from numpy.testing import assert_array_equal
 
 from autoflip_flwr import AutoFLIP, PruningSettings
 from autoflip_flwr.errors import CheckpointError
+from autoflip_flwr.server import tree
 from autoflip_flwr.server.checkpoint import Checkpointed, read, write
 from autoflip_flwr.settings import BaselineSettings
 
@@ -381,6 +382,15 @@ def test_without_a_whole_checkpoint_nothing_is_begun(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no whole checkpoint is left.*another"):
         started(tmp_path, MAKES["AutoFLIP"])
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(tree, "_FORMAT", "autoflip-checkpoint-3")
+        started(tmp_path, MAKES["FedAvg"], rounds=1)
+    expected = "expected the format autoflip-checkpoint-4, got 'autoflip-checkpoint-3'"
+    with pytest.raises(CheckpointError, match=expected):
+        started(tmp_path, MAKES["FedAvg"], rounds=2)
 
 
 def test_two_checkpoints_are_kept(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from autoflip_flwr.errors import CheckpointError
 
-_FORMAT = "autoflip-checkpoint-3"
+_FORMAT = "autoflip-checkpoint-4"
 
 _Arrays: TypeAlias = dict[str, NDArray[Any]]
 
