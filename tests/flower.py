@@ -225,7 +225,7 @@ class Flower:
     def _wait_for(
         self, ready: Callable[[], bool], process: subprocess.Popen[bytes], name: str
     ) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 log = (self.home / f"{name}.log").read_text()

@@ -20,7 +20,7 @@ from autoflip_flwr import settings as presets
 from autoflip_flwr.app import data
 from autoflip_flwr.app.data.archive import read_npz
 from autoflip_flwr.compare import formats
-from autoflip_flwr.compare.charts import COMMON, LABELS, by_round, lines
+from autoflip_flwr.compare.charts import COMMON, LABELS, bundled, by_round, lines
 from autoflip_flwr.compare.results import (
     Arm,
     CostRow,
@@ -120,8 +120,9 @@ def draw(
 def _saved(figure: _Figure, output: Path, name: str) -> str:
     output.mkdir(parents=True, exist_ok=True)
     path, spec = output / f"{name}.html", figure.to_dict() | COMMON
-    script = vl_convert.javascript_bundle(_SCRIPT)
-    page = _PAGE.format(title=name, spec=htmlsafe_json_dumps(spec), script=script)
+    page = _PAGE.format(
+        title=name, spec=htmlsafe_json_dumps(spec), script=bundled(_SCRIPT)
+    )
     path.write_text(page, encoding="utf-8")
     svg = vl_convert.vegalite_to_svg(spec)
     path.with_suffix(".svg").write_text(svg, encoding="utf-8")

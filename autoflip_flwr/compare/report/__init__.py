@@ -1,7 +1,6 @@
 """A report on finished runs: one HTML page, and its charts as files."""
 
 import base64
-import functools
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoflip_flwr import settings
-from autoflip_flwr.compare.charts import Chart, Rows, charts, figure, tables
+from autoflip_flwr.compare.charts import Chart, Rows, bundled, charts, figure, tables
 from autoflip_flwr.compare.results import (
     Experiment,
     as_override,
@@ -50,18 +49,11 @@ def write_report(
     page = environment.get_template("page.html.j2").render(
         sections=[_section(experiment, output) for experiment in result],
         target=target,
-        script=_script(),
+        script=bundled((_HERE / "page.js").read_text(encoding="utf-8")),
     )
     path = output / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-@functools.cache
-def _script() -> str:
-    """Return the page's script with Vega in it: about 0.9 MB."""
-    own = (_HERE / "page.js").read_text(encoding="utf-8")
-    return str(vl_convert.javascript_bundle(own))
 
 
 def _section(experiment: Experiment, output: Path) -> dict[str, Any]:
