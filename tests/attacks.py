@@ -193,7 +193,7 @@ class Deployment:
         return attack
 
     def unregistered(self) -> None:
-        """Try to join with a key of one's own, and to pull, ten times a second.
+        """Try to join with a key of one's own, and to pull, again and again.
 
         With the client of Flower's SuperNode, each time on a new connection. A
         SuperNode itself tries once in four seconds: its start takes that long, and its
