@@ -155,6 +155,40 @@ def test_ctrl_c_stops_the_run_and_not_only_its_log(tmp_path):
     assert (tmp_path / "stopped").read_text() == "77\n"
 
 
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_a_run_begins_again_where_ray_has_not_started(late, tmp_path, capfd):
+    """Stands in for `flwr`: Ray is late so many times, and then the run ends well."""
+    run, flwr = tmp_path / "run", tmp_path / "flwr"
+    flwr.write_text(f"""#!/bin/sh
+echo try >> "{tmp_path}/tries"
+while [ $# -gt 0 ]; do
+    if [ "$1" = --run-config ]; then grep resume "$2"; fi
+    shift
+done
+if [ $(wc -l < "{tmp_path}/tries") -gt {late} ]; then
+    touch "{run}/summary.json"
+else
+    touch "{run}/settings.yaml"
+    echo "Exception: The current node timed out during startup. This could"
+    exit 1
+fi
+""")
+    flwr.chmod(0o755)
+    run.mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "executable", str(tmp_path / "python"))
+        status = main(["run", "quickstart", "--output", str(run)])
+    out = capfd.readouterr().out
+    assert out.count("beginning again") == min(late, 2)
+    assert out.count("resume = false") == 1  # later ones find the first one's folder
+    if late < 3:
+        assert status == 0
+    else:
+        assert status == 124
+        assert "the machine is busy; close other programs" in out
+    assert (tmp_path / "tries").read_text().count("try") == min(late + 1, 3)
+
+
 def test_a_run_that_ends_without_a_summary_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_flwr_run", lambda *arguments: 0)
     assert main(["run", "quickstart", "--output", str(tmp_path)]) == 1

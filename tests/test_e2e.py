@@ -94,7 +94,7 @@ def test_ctrl_c_ends_a_run(superlink):
                 running.send_signal(signal.SIGINT)
                 break
         out = running.stdout.read()
-    assert running.returncode == 130
+    assert running.returncode == 130, out
     assert "successfully stopped" in out, out
     (folder,) = (superlink.home / "runs").iterdir()
     deadline = time.monotonic() + 120

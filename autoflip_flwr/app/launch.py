@@ -22,7 +22,13 @@ _PREFIX = "\x1b[92mINFO \x1b[0m:      "
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
-_INTERRUPTED = 130  # exit status of a program that Ctrl-C has ended
+#: Ray's words for processes of its own that took longer than the 15 s which it allows
+#: (ray-project/ray issue 65983: fixed, whatever the machine has to do).
+_RAY_TIMED_OUT = "node timed out during startup"
+
+# Exit statuses, as `timeout` and a shell give them.
+_TIMED_OUT = 124
+_INTERRUPTED = 130
 
 
 def launch(
@@ -33,7 +39,8 @@ def launch(
     `words` are overrides, `output` is the run's folder (empty: a new one in ``runs/``).
     Ctrl-C stops the run, not only the log. Returns 0 if the run has finished, 130 if it
     was stopped, else the status of `flwr run`, or 1. A setting, data or a folder that
-    would end the run is an error before it begins.
+    would end the run is an error before it begins. Where Ray has not started in time,
+    as on a busy machine, the run begins again, twice at most.
     """
     given = presets.load(preset, shlex.join(words)).flat()
     for key in ("data.dir", "strategy.names"):
@@ -59,14 +66,20 @@ def launch(
         "resume": resume,
     }
     with tempfile.TemporaryDirectory() as folder:
+        app = str(_app(Path(folder, "app")))
         file = Path(folder) / "run.toml"
-        toml = {k: json.dumps(v, ensure_ascii=False) for k, v in config.items()}
-        file.write_text("".join(f"{k} = {v}\n" for k, v in toml.items()), "utf-8")
         nodes = f"num-supernodes={settings.strategy.min_nodes}"
-        status = _flwr_run(
-            *(str(_app(Path(folder, "app"))), "--stream", "--run-config", str(file)),
-            *("--federation-config", f"{nodes} client-resources-num-cpus=1"),
-        )
+        for then in ("beginning again", "beginning again", "close other programs"):
+            toml = {k: json.dumps(v, ensure_ascii=False) for k, v in config.items()}
+            file.write_text("".join(f"{k} = {v}\n" for k, v in toml.items()), "utf-8")
+            status = _flwr_run(
+                *(app, "--stream", "--run-config", str(file)),
+                *("--federation-config", f"{nodes} client-resources-num-cpus=1"),
+            )
+            if status != _TIMED_OUT:
+                break
+            print(f"Ray did not start in 15 s: the machine is busy; {then}")
+            config["resume"] = True  # the folder has the run's settings by now
     if status == _INTERRUPTED:
         print(
             "stopped; Flower ends its processes within half a minute. To go on then, "
@@ -99,7 +112,7 @@ def _flwr_run(*arguments: str) -> int:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # take this environment
         "PYTHONUNBUFFERED": "1",
     }
-    run_id = None
+    run_id, timed_out = None, False
     with subprocess.Popen(
         [flwr, "run", *arguments],
         env=environment,
@@ -113,8 +126,10 @@ def _flwr_run(*arguments: str) -> int:
             for line in process.stdout or ():
                 started = _STARTED.search(line)
                 run_id = started[1] if started else run_id
+                timed_out = timed_out or _RAY_TIMED_OUT in line
                 print(line.removeprefix(_PREFIX), end="", flush=True)
-            return process.wait()
+            status = process.wait()
+            return _TIMED_OUT if timed_out else status
         except KeyboardInterrupt:
             if run_id is not None:
                 subprocess.run([flwr, "stop", run_id], env=environment, check=False)
