@@ -119,6 +119,9 @@ class ExplorationSettings(Group):
     # Begin where the explorers on average ended, not at W0. None: yes if they explore
     # for the mask; no if the inner strategy is robust or private, or guidance noisy.
     warm_start: bool | None = None
+    # Clients build W0, from a seed or a checkpoint (`AutoFlipMod(start=...)`); a digest
+    # travels. Who builds other weights gets the server's.
+    own_start: bool = False
     timeout: Positive = 3600.0  # seconds to wait for the explorers
     # Differential privacy on the client: L2 norm that guidance is clipped to, and the
     # noise's standard deviation as a multiple of it. 0: off.

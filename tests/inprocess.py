@@ -244,7 +244,7 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         return make()
 
 
-def net() -> nn.Module:
+def net(seed: int = 0) -> nn.Module:
     """Six inputs, three classes, a BatchNorm: 5 arrays that train, 3 that do not."""
     return seeded(
         lambda: nn.Sequential(
@@ -252,7 +252,8 @@ def net() -> nn.Module:
             nn.BatchNorm1d(16),
             nn.ReLU(),
             nn.Linear(16, 3),
-        )
+        ),
+        seed,
     )
 
 

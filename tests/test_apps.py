@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from inprocess import ROOT, LocalGrid
+from inprocess import ROOT, LocalGrid, assert_same_arrays
 from safetensors.numpy import load_file
 from test_runlog import client_app, go, lines_of, server_app, summary_of
 
@@ -84,6 +84,21 @@ def test_documented_settings_run(overrides, tmp_path):
         assert not arrays[name][~masks[name]].any()
     expected = 0.1 if "compression" in overrides else 0.2
     assert summary_of(tmp_path / "run")["density"] == pytest.approx(expected, abs=0.005)
+
+
+def test_nodes_of_our_app_build_the_start_weights_from_the_seed(tmp_path):
+    explorations, models, down = [], [], []
+    for own in ("false", "true"):
+        grid = go(tmp_path / own, f"seed=5 exploration.own-start={own}")
+        explorations.append([s for s in grid.down if s.phase == "explore"])
+        models.append(load_file(tmp_path / own / "model.safetensors"))
+        down.append(lines_of(tmp_path / own)[0]["bytes_down"])
+    assert_same_arrays(*models)
+    sent, built = explorations
+    assert [s.node_id for s in built] == [s.node_id for s in sent]
+    assert [len(s.arrays) for s in built] == [0] * len(sent)
+    weights = sum(values.nbytes for values in models[0].values())
+    assert down[0] - down[1] > len(sent) * weights
 
 
 def test_nodes_evaluate_the_global_model_on_data_they_do_not_train_on(tmp_path):
@@ -385,7 +400,7 @@ def test_the_smaller_example_trains_a_smaller_network(digits_app, monkeypatch):
 def test_our_own_client_app_needs_no_more_than_the_mod_and_masked():
     """What the examples show is what our own app does."""
     text = (ROOT / "autoflip_flwr" / "app" / "client.py").read_text()
-    assert "mods=[AutoFlipMod(privacy=_privacy)]" in text
+    assert "mods=[AutoFlipMod(privacy=_privacy, start=_start)]" in text
     assert "with masked(model, message, " in text
 
 

@@ -236,6 +236,7 @@ MAKES = {
     "float16": pruning(values="float16"),
     "int8": pruning(values="int8"),
     "int4": pruning(values="int4"),
+    "a start to build": pruning(exploration_own_start=True, exploration_every=2),
     **{
         method: pruning(method=method)
         for method in ("random", "magnitude", "ssfl", "prunefl", "feddst")

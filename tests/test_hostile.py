@@ -188,7 +188,8 @@ def fuzz(count, seed=0):
         frame, read, check = kinds[name]
         bad = mutated(frame, rng)
         found, taken = measured(read, bad)
-        most[name] = max(most[name], taken)
+        if taken > most[name]:  # what this takes, it takes again; a cache grows once
+            most[name] = max(most[name], min(taken, measured(read, bad)[1]))
         if isinstance(found, WireError):
             refused[name] += 1
         else:

@@ -38,8 +38,9 @@ from inprocess import (
     values_in,
 )
 from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 
-from autoflip_flwr import AutoFLIP, ExplorationSettings
+from autoflip_flwr import AutoFLIP, AutoFlipMod, ExplorationSettings, WireSettings
 from autoflip_flwr.errors import (
     ExplorationError,
     SettingsError,
@@ -266,6 +267,128 @@ def test_the_guidance_is_how_far_the_clients_own_training_moved_each_weight():
             assert_allclose(
                 received[name], exact, rtol=0.06, atol=exact.max() * 2.0**-39
             )
+
+
+# --- a start that nodes build -------------------------------------------------------
+
+
+def built(seed=0, calls=None):
+    """A mod that builds the start weights, as the server of these tests does."""
+
+    def start(context):
+        if calls is not None:
+            calls.append(context.node_id)
+        return ArrayRecord(net(seed).state_dict())
+
+    return AutoFlipMod(start=start)
+
+
+def explored(grid):
+    """Node and arrays of each exploration's message, in order."""
+    return [(s.node_id, list(s.arrays)) for s in grid.down if s.phase == "explore"]
+
+
+def own_start(app, rounds=3, **settings):
+    """Run with and without weights that nodes build; return both grids and models."""
+    found = []
+    for own in (False, True):
+        grid = LocalGrid(app, NODES)
+        strategy = AutoFLIP(
+            FedAvg(fraction_evaluate=0),
+            exploration=ExplorationSettings(own_start=own, **settings),
+            seed=3,
+        )
+        models, result = run(strategy, grid, net(), rounds)
+        found.append((grid, models[-1], result.savings))
+    return found
+
+
+def test_nodes_that_build_the_start_get_no_weights_and_the_run_is_the_same():
+    calls = []
+    sent, own = own_start(toy_app(mods=[built(calls=calls)]))
+    assert calls == NODES  # once each, and only where the server named the weights
+    assert explored(own[0]) == [(node_id, []) for node_id in NODES]
+    assert_same_arrays(own[1], sent[1])
+    weights = sum(values.nbytes for values in state_of(net()).values())
+    spared = sent[2].explored - own[2].explored
+    assert spared > len(NODES) * weights
+
+
+@pytest.mark.parametrize(
+    ("mod", "told"),
+    [
+        (AutoFlipMod(), "AutoFlipMod(start=...), or exploration.own-start=false"),
+        (built(seed=1), "bit for bit, got others (another seed, checkpoint or"),
+        (
+            AutoFlipMod(start=lambda _: ArrayRecord(nn.Linear(6, 3).state_dict())),
+            "expected the arrays ['0.weight', ",
+        ),
+        (AutoFlipMod(start=lambda _: 1 / 0), "ZeroDivisionError"),
+    ],
+    ids=["none", "another", "of another model", "an error"],
+)
+def test_nodes_that_build_no_such_start_get_it(mod, told, caplog):
+    sent, own = own_start(toy_app(mods=[mod]))
+    nodes, arrays = zip(*explored(own[0]), strict=True)
+    assert list(nodes) == NODES + NODES
+    assert [bool(found) for found in arrays] == [False] * 5 + [True] * 5
+    assert_same_arrays(own[1], sent[1])
+    assert "5 nodes get the start: " in caplog.text
+    assert told in caplog.text
+
+
+def test_only_the_nodes_that_fail_get_the_start(caplog):
+    def tamper(message, reply):
+        named = wire.START in wire.config_of(message)
+        if named and message.metadata.dst_node_id == 13:
+            return Message(Error(1, "once"), reply_to=message)
+        return reply
+
+    grid = LocalGrid(toy_app(mods=[built()]), NODES, tamper=tamper)
+    exploration = ExplorationSettings(own_start=True)
+    run(AutoFLIP(FedAvg(fraction_evaluate=0), exploration=exploration), grid, net(), 1)
+    assert [n for n, _ in explored(grid)] == [*NODES, 13]
+    assert "5 of 5 nodes explored" in caplog.text
+
+
+def test_a_node_that_is_silent_is_not_waited_for_twice():
+    grid = LocalGrid(
+        toy_app(mods=[built()]),
+        NODES,
+        tamper=only_in("explore", [13], lambda reply: "lost"),
+    )
+    exploration = ExplorationSettings(own_start=True, timeout=0.01)
+    run(AutoFLIP(FedAvg(fraction_evaluate=0), exploration=exploration), grid, net(), 1)
+    assert [n for n, _ in explored(grid)] == NODES
+
+
+def test_who_explores_again_gets_the_weights_of_the_round():
+    grid = LocalGrid(toy_app(mods=[built()]), NODES)
+    exploration = ExplorationSettings(own_start=True, every=2)
+    run(AutoFLIP(FedAvg(fraction_evaluate=0), exploration=exploration), grid, net(), 3)
+    assert [bool(found) for _, found in explored(grid)] == [False] * 5 + [True] * 5
+
+
+def test_a_start_that_nodes_build_is_not_rounded():
+    """With values of eight bits, explorers begin at the weights as they are."""
+    seen = []
+
+    class Watched(AutoFlipMod):
+        def _train(self, asked, initial, *rest):
+            seen.append({name: values.copy() for name, values in initial.items()})
+            return super()._train(asked, initial, *rest)
+
+    start = built().start
+    grid = LocalGrid(toy_app(mods=[Watched(start=start)]), NODES)
+    strategy = AutoFLIP(
+        FedAvg(fraction_evaluate=0),
+        exploration=ExplorationSettings(own_start=True),
+        wire=WireSettings(values="int8"),
+    )
+    run(strategy, grid, net(), 1)
+    assert len(seen) == len(NODES)
+    for initial in seen:
+        assert_same_arrays(initial, state_of(net()))
 
 
 # --- warm start -----------------------------------------------------------------------

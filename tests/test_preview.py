@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from autoflip_flwr.legacy import AutoFLIP as OlderAutoFLIP
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     FedAvg,
@@ -15,6 +16,7 @@ from torch import nn
 
 from autoflip_flwr import (
     AutoFLIP,
+    AutoFlipMod,
     ExplorationSettings,
     Magnitude,
     PruningSettings,
@@ -41,7 +43,9 @@ def cnn():
 
 def measured(strategy, model, rounds):
     """Bytes of each round of a run in this process, both ways."""
-    grid = LocalGrid(nudging_app(), NODES)
+    start = ArrayRecord(model.state_dict())
+    app = nudging_app(mods=[AutoFlipMod(start=lambda context: start)])
+    grid = LocalGrid(app, NODES)
     _, result = run(strategy, grid, model, rounds=rounds)
     totals = [0] * rounds
     for sent in [*grid.down, *grid.up]:
@@ -53,10 +57,11 @@ def measured(strategy, model, rounds):
 
 @pytest.mark.parametrize("values", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("every", [0, 3])
-def test_the_bytes_told_are_those_of_a_run_within_one_per_cent(values, every):
+@pytest.mark.parametrize("own", [False, True], ids=["sent", "built"])
+def test_the_bytes_told_are_those_of_a_run_within_one_per_cent(values, every, own):
     strategy = AutoFLIP(
         FedAvg(fraction_train=0.5, fraction_evaluate=0.0, min_available_nodes=8),
-        exploration=ExplorationSettings(every=every, fraction=0.75),
+        exploration=ExplorationSettings(every=every, fraction=0.75, own_start=own),
         wire=WireSettings(values=values, outlier=None),
     )
     told = strategy.preview(cnn(), IMAGE, clients=8, rounds=6)

@@ -246,6 +246,29 @@ def test_an_exploration_under_a_mask_sends_the_kept_values_alone():
         assert_array_equal(dense[name], np.where(keep, model()[name], 0))
 
 
+def test_a_start_that_the_client_builds_is_a_digest():
+    manifest = Manifest.of(model())
+    asked = wire.Exploration(manifest=manifest, start=manifest.digest(model()))
+    found = wire.Exploration.of(ConfigRecord(asked.entries()))
+    assert found == asked
+    assert len(asked.start) == 16
+    assert not asked.pack(model())
+    for name, values in found.built(wire.record_of(model())).items():
+        assert_array_equal(values, model()[name])
+    for name, values in model().items():  # each array counts, to the last bit
+        other = {**model(), name: values.copy()}
+        other[name].reshape(-1).view(np.uint8)[-1] ^= 1
+        with pytest.raises(WireError, match="equal the server's, bit for bit"):
+            found.built(wire.record_of(other))
+
+
+@pytest.mark.parametrize("start", ["x" * 16, 3, True])
+def test_a_digest_of_another_type_is_refused(start):
+    entries = wire.Exploration(manifest=Manifest.of(model())).entries()
+    with pytest.raises(WireError, match=r"autoflip\.start: expected bytes"):
+        wire.Exploration.of({**entries, wire.START: start})
+
+
 @pytest.mark.parametrize("measure", ["hessian", "", 3, None])
 def test_an_unknown_measure_is_refused(measure):
     entries = wire.Exploration(manifest=Manifest.of(model())).entries()

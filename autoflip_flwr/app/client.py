@@ -16,7 +16,7 @@ from autoflip_flwr.wire import records
 
 def client_app() -> ClientApp:
     """Return the app of every node: train, explore, evaluate, answer the roll call."""
-    app = ClientApp(mods=[AutoFlipMod(privacy=_privacy)])
+    app = ClientApp(mods=[AutoFlipMod(privacy=_privacy, start=_start)])
     app.train()(train)
     app.evaluate()(evaluate)
     app.query()(query)
@@ -25,6 +25,11 @@ def client_app() -> ClientApp:
 
 def _privacy(context: Context) -> GuidancePrivacy | None:
     return build.guidance_privacy(build.settings_of(context.run_config))
+
+
+def _start(context: Context) -> ArrayRecord:
+    model = build.build_model(build.settings_of(context.run_config))
+    return ArrayRecord(model.state_dict())
 
 
 def train(message: Message, context: Context) -> Message:

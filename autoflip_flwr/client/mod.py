@@ -41,6 +41,10 @@ class AutoFlipMod:
     privacy : GuidancePrivacy, or callable of Context that returns one or None, optional
         Clips the guidance and adds noise before it leaves the client. Requests for
         gradients or the signs of a warm start are then refused.
+    start : callable of Context that returns an ArrayRecord, optional
+        Builds the weights that the server begins with, from a seed or a checkpoint of
+        the client: the server's own `initial_arrays`, bit for bit. With
+        ``ExplorationSettings(own_start=True)`` they do not travel to explorers.
     max_epochs : int
         Most epochs of an exploration that a server may ask for.
     max_megabytes : int
@@ -65,11 +69,13 @@ class AutoFlipMod:
         privacy: GuidancePrivacy
         | Callable[[Context], GuidancePrivacy | None]
         | None = None,
+        start: Callable[[Context], ArrayRecord] | None = None,
         max_epochs: int = MAX_EPOCHS,
         max_megabytes: int = 512,
     ) -> None:
         self.loss_key = loss_key
         self.privacy = privacy
+        self.start = start
         self.max_epochs = max_epochs
         self.max_megabytes = max_megabytes
 
@@ -140,7 +146,7 @@ class AutoFlipMod:
                 "strategy.name=autoflip"
             )
         key, record = _model_of(message)
-        initial = asked.unpack(record)
+        initial = self._built(asked, context) if asked.start else asked.unpack(record)
         message.content[key] = records.record_of(initial)
         signs, done = None, 1
         if asked.measure in ("deviation", "update"):
@@ -165,6 +171,15 @@ class AutoFlipMod:
         for metrics in reply.content.metric_records.values():
             metrics[records.EPOCHS] = done
         return reply
+
+    def _built(self, asked: records.Exploration, context: Context) -> Params:
+        """Return the weights that the server named instead of sending them."""
+        if self.start is None:
+            raise WireError(
+                "the server expects clients to build its start weights: "
+                "AutoFlipMod(start=...), or exploration.own-start=false"
+            )
+        return asked.built(self.start(context))
 
     def _train(
         self,

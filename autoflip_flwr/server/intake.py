@@ -43,14 +43,16 @@ class Intake:
         self._kept: Answers | None = None
         self._warmth = WeightedMean()
         self._warm = False  # whether the weights have been moved
+        self._built = True  # whether nodes explore from weights that they can build
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {"warm": self._warm}
+        return {"warm": self._warm, "built": self._built}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self._warm = state["warm"]
+        self._built = state["built"]
 
     def explore(
         self,
@@ -75,38 +77,55 @@ class Intake:
             self._ask(Ask(nodes=connected), answers, send, None)
             moved = self._move()
             self._warm = True  # once: a later answer would not fit the trained weights
-            rounds.initial = dict(rounds.arrays)
+            rounds.initial, self._built = dict(rounds.arrays), False
         ask = rounds.pruner.asks(server_round, connected=connected, sampled=sampled)
         answers.begin(server_round)
         if ask is None:
             return moved
         if ask.renew:
-            rounds.initial = dict(rounds.arrays)
+            rounds.initial, self._built = dict(rounds.arrays), False
         self._ask(ask, answers, send, rounds.pruner)
         return self._move() or moved
 
     def _ask(
         self, ask: Ask, answers: Answers, send: Send, pruner: Pruner | None
     ) -> None:
-        """Send the request in batches; use the answers in its order.
+        """Send the request; use the answers in its order.
 
         Without a pruner they are for a warm start alone, which may have none.
         """
-        record, entries = self.request(ask)
         waiting = [node_id for node_id in ask.nodes if node_id not in answers]
-        size = max(_LEAST_BATCH, _BATCH_BYTES // self._answer_bytes())
-        for start in range(0, len(waiting), size):
-            batch = waiting[start : start + size]
-            _log.info("exploration: %d nodes explore", len(batch))
-            for node_id, answer in send(record, entries, batch):
-                if isinstance(answer, str):
-                    answers.fail(node_id, answer)
-                else:
-                    answers.put(node_id, answer)
+        if self._is_built(ask):
+            failed: dict[int, str] = {}
+            self._send(self.request(ask), waiting, answers, send, failed.__setitem__)
+            for reason, nodes in by_reason(failed).items():
+                _log.info("exploration: %d nodes get the start: %s", len(nodes), reason)
+            waiting = list(failed)
+        request = self.request(ask, built=False)
+        self._send(request, waiting, answers, send, answers.fail)
         for node_id in ask.nodes:
             if node_id not in answers:  # recorded, so a resumed run does not ask again
                 answers.fail(node_id, "no reply in time")
         self._take(ask, answers, pruner)
+
+    def _send(
+        self,
+        request: tuple[ArrayRecord, dict[str, Any]],
+        nodes: Sequence[int],
+        answers: Answers,
+        send: Send,
+        fail: Callable[[int, str], None],
+    ) -> None:
+        """Send a request in batches; keep the answers."""
+        size = max(_LEAST_BATCH, _BATCH_BYTES // self._answer_bytes())
+        for start in range(0, len(nodes), size):
+            batch = nodes[start : start + size]
+            _log.info("exploration: %d nodes explore", len(batch))
+            for node_id, answer in send(*request, batch):
+                if isinstance(answer, str):
+                    fail(node_id, answer)
+                else:
+                    answers.put(node_id, answer)
 
     def at_once(self) -> int:
         """Return how many answers may be in memory before they are on disk."""
@@ -123,13 +142,23 @@ class Intake:
                 self._kept.clear()
         return self._kept
 
-    def request(self, ask: Ask) -> tuple[ArrayRecord, dict[str, Any]]:
-        """Return the arrays and the entries of the config that nodes need."""
+    def request(
+        self, ask: Ask, *, built: bool = True
+    ) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Return the arrays and the entries of the config that nodes need.
+
+        No arrays, with `built`, if the nodes build them.
+        """
         rounds, settings = self._rounds, self._rounds.exploration
         trains = ask.measure == "deviation"
         measure: Measure = "update" if self._warms(ask) else ask.measure
+        start = None
+        if built and self._is_built(ask):
+            start = rounds.manifest.digest(self._start_of(ask))
         plan = rounds.plan if ask.current else None
-        if not ask.current and rounds.values != "float32":  # dense, of smaller values
+        if (
+            start is None and not ask.current and rounds.values != "float32"
+        ):  # dense, of smaller values
             shapes = rounds.manifest.shapes
             ones = {name: np.ones(shape, np.bool_) for name, shape in shapes.items()}
             plan = Plan(rounds.manifest, ones, rounds.values)
@@ -139,6 +168,7 @@ class Intake:
             epochs=settings.epochs if trains else 1,
             patience=settings.patience if trains else 1,
             measure=measure,
+            start=start,
         )
         return exploration.pack(self._start_of(ask)), exploration.entries()
 
@@ -146,6 +176,11 @@ class Intake:
         """Tell whether training starts from the weights of these explorers."""
         wanted = self._rounds.exploration.warm_start and ask.measure == "deviation"
         return bool(wanted) and not self._warm
+
+    def _is_built(self, ask: Ask) -> bool:
+        """Tell whether nodes build the weights that they begin with."""
+        wanted = self._rounds.exploration.own_start and not ask.current
+        return wanted and self._built
 
     def _start_of(self, ask: Ask) -> Params:
         return self._rounds.arrays if ask.current else self._rounds.initial

@@ -285,6 +285,8 @@ def _course(run: Rounds, of: Federation) -> Course:
             server_round, connected=range(of.clients), sampled=range(of.sampled)
         )
         if ask is not None:
+            before = intake.state()
+            intake.restore({**before, "built": before["built"] and not ask.renew})
             arrays, entries = intake.request(ask)
             signs = entries[records.MEASURE] == "update"
             answer = records.guidance_record(
@@ -294,7 +296,7 @@ def _course(run: Rounds, of: Federation) -> Course:
             each = _message(arrays, entries) + _reply(answer, {records.EPOCHS: 1})
             exploration = len(ask.nodes) * each
             explorers += len(ask.nodes)
-            intake.restore({"warm": True})  # signs are sent once
+            intake.restore({**intake.state(), "warm": True})  # signs are sent once
         explored += exploration
         threshold = pruner.threshold_of(server_round)
         pruned = pruner.pruned_count(pruner.initial, threshold)

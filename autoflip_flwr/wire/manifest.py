@@ -1,6 +1,7 @@
 """Names, shapes and types of a model's arrays, which frames do not contain."""
 
 import fnmatch
+import hashlib
 import json
 import math
 import re
@@ -168,6 +169,13 @@ class Manifest:
     def tied(self, arrays: Params) -> dict[str, Array]:
         """Return the arrays in order; second names get the array of the first."""
         return {entry.name: arrays[entry.of or entry.name] for entry in self.entries}
+
+    def digest(self, arrays: Params) -> bytes:
+        """Return the 16 bytes (BLAKE2b) that name these values of the model."""
+        named = hashlib.blake2b(digest_size=16)
+        for entry in self.distinct.entries:
+            named.update(np.ascontiguousarray(arrays[entry.name]).data)
+        return named.digest()
 
     @property
     def dense_bytes(self) -> int:

@@ -36,6 +36,7 @@ VALUE_TYPE = "autoflip.value-type"
 EPOCHS = "autoflip.epochs"  # exploration: the maximum; in the reply: the number done
 PATIENCE = "autoflip.patience"
 MEASURE = "autoflip.measure"  # exploration: the content of the reply's frame
+START = "autoflip.start"  # exploration: digest of weights that the client builds
 EPOCH = "autoflip.epoch"  # exploration: set by the mod before each call of the app
 
 # Entries of an ArrayRecord, in both directions.
@@ -234,6 +235,7 @@ class Exploration:
     epochs: int = 1  # at most, >= 1
     patience: int = 1  # epochs without a lower loss before it stops, >= 1
     measure: Measure = "deviation"  # the content of the reply's frame
+    start: bytes | None = None  # digest of weights that the client builds; none travel
 
     def entries(self) -> dict[str, str | bytes | int]:
         """Return the entries of the ConfigRecord that describe this request."""
@@ -245,10 +247,13 @@ class Exploration:
             EPOCHS: self.epochs,
             PATIENCE: self.patience,
             MEASURE: self.measure,
+            **({START: self.start} if self.start else {}),
         }
 
     def pack(self, arrays: Params) -> ArrayRecord:
         """Return the record of the initial weights."""
+        if self.start:
+            return ArrayRecord()
         if self.plan:
             return self.plan.pack(arrays)
         return record_of(
@@ -261,6 +266,19 @@ class Exploration:
             arrays = named_arrays(record, self.manifest.distinct)
             return self.manifest.tied(arrays)
         return self.plan.unpack(named(record, self.plan))
+
+    def built(self, record: ArrayRecord) -> dict[str, Array]:
+        """Return the initial weights that a client has built, by name.
+
+        They are the server's, bit for bit; others are a WireError.
+        """
+        arrays = named_arrays(record, self.manifest)
+        if self.manifest.digest(arrays) != self.start:
+            raise WireError(
+                "expected start weights that equal the server's, bit for bit, got "
+                "others (another seed, checkpoint or version?)"
+            )
+        return self.manifest.tied(arrays)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Exploration":
@@ -278,6 +296,7 @@ class Exploration:
             epochs=epochs,
             patience=patience,
             measure=cast(Measure, measure),
+            start=_required(config, START, bytes) if START in config else None,
         )
 
 
