@@ -138,12 +138,15 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
 ):
     """Nodes with data of their own; warm start, a second mask, momentum at the server.
 
+    Explorers build the start weights.
+
     The ServerApp is killed with SIGKILL in the second round, and goes on where it was.
     """
     overrides = (
         "rounds=2 strategy.fraction-train=1.0 strategy.min-nodes=2 "
         "strategy.fraction-evaluate=1.0 pruning.units=0.8 "
-        f"strategy.server=fedavgm strategy.server-momentum=0.9 {FROM_GUIDANCE}"
+        "strategy.server=fedavgm strategy.server-momentum=0.9 "
+        f"exploration.own-start=true {FROM_GUIDANCE}"
     )
     real, whole = tmp_path / "real", tmp_path / "whole"
     nodes = data_of_their_own(tmp_path, 2, classes_per_client=6)
@@ -176,6 +179,7 @@ def test_real_nodes_and_a_killed_server_end_with_the_weights_of_one_process(
     for phase, most in (("explore", 0), ("train", once_more), ("evaluate", once_more)):
         for way in (f"{phase}_down", f"{phase}_up"):
             assert 0 <= sent[0][way] - sent[1][way] <= most, way
+    assert sent[0]["explore_down"] < 31050, "a digest, not weights of four bytes"
     assert summary(real)["density"] == pytest.approx(0.2, abs=1e-3)
 
 
