@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from test_runlog import go, summary_of
 
 from autoflip_flwr import AutoFLIP, AutoFlipMod, GuidancePrivacy, settings
-from autoflip_flwr.errors import SettingsError
+from autoflip_flwr.errors import GuidanceError, SettingsError
 
 NODES = [11, 12, 13]
 
@@ -99,16 +99,33 @@ def guided(privacy, **options):
     return [s.arrays["autoflip.guidance"].data for s in grid.up if s.phase == "explore"]
 
 
+#: What the server is told of the noise: a tensor may then have guidance zero.
+NOISY = {"exploration_privacy_clip": 1e-3, "exploration_privacy_noise": 2.0}
+
+
 def test_what_leaves_the_client_is_noised():
     plain = guided(None)
     assert plain == guided(lambda context: None)
-    loud = guided(GuidancePrivacy(clip=1e-3, noise=2.0))
-    again = guided(lambda context: GuidancePrivacy(clip=1e-3, noise=2.0))
+    loud = guided(GuidancePrivacy(clip=1e-3, noise=2.0), **NOISY)
+    again = guided(lambda context: GuidancePrivacy(clip=1e-3, noise=2.0), **NOISY)
     assert len({*plain, *loud, *again}) == 9
     tiny = guided(GuidancePrivacy(clip=1e9, noise=1e-20))
     for one, other in zip(plain, tiny, strict=True):
         codes = [np.frombuffer(frame, np.uint8)[40:] for frame in (one, other)]
         assert_allclose(*(code.astype(int) for code in codes), atol=1)
+
+
+def test_noise_that_hides_a_tensor_ends_no_run_of_a_server_that_knows_of_it():
+    class Hiding(GuidancePrivacy):
+        """Noise below zero on each entry of one bias, which happens by chance."""
+
+        def protect(self, guidance, **options):
+            return {**guidance, "3.bias": np.zeros(3, np.float32)}
+
+    privacy = Hiding(clip=1e-3, noise=2.0)
+    assert len(guided(privacy, **NOISY)) == 3
+    with pytest.raises(GuidanceError, match=r"\['3.bias'\] moved for none of 3"):
+        guided(privacy)
 
 
 def test_a_private_client_tells_nothing_else(caplog):

@@ -72,7 +72,9 @@ class AutoFlipPruner(Pruner):
         settings = problem.pruning
         self.restores = settings.pruned_weights == "keep"
         self._exploration = problem.exploration
-        self._trainable_known = problem.trainable_known
+        # Noise can make all guidance of a small tensor zero: that tells nothing then.
+        noisy = problem.exploration.privacy_noise > 0
+        self._trainable_known = problem.trainable_known or noisy
         self._check_units()
         if problem.rounds is None and settings.gradual_rounds is None:
             _log.info(
