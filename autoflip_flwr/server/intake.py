@@ -101,8 +101,9 @@ class Intake:
             for reason, nodes in by_reason(failed).items():
                 _log.info("exploration: %d nodes get the start: %s", len(nodes), reason)
             waiting = list(failed)
-        request = self.request(ask, built=False)
-        self._send(request, waiting, answers, send, answers.fail)
+        if waiting:  # else nobody needs the weights, which take time to pack
+            request = self.request(ask, built=False)
+            self._send(request, waiting, answers, send, answers.fail)
         for node_id in ask.nodes:
             if node_id not in answers:  # recorded, so a resumed run does not ask again
                 answers.fail(node_id, "no reply in time")
