@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -436,3 +437,29 @@ found["at once"] = simulation.clients_at_once()
 print(json.dumps(found))
 ray.shutdown()
 """
+
+
+@pytest.mark.parametrize("late", [0, 2, 3])
+def test_ray_begins_again_where_it_has_not_started(late):
+    calls = []
+
+    def init(**_):
+        calls.append("init")
+        if calls.count("init") <= late:
+            raise Exception("The current node timed out during startup. This could")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown"))
+    if late < 3:
+        compare._begin(ray)
+    else:
+        with pytest.raises(compare.ComparisonError, match=r"busy; close other"):
+            compare._begin(ray)
+    assert calls == (["init", "shutdown"] * 3)[: 2 * late + (late < 3)]
+
+
+def test_another_failure_of_ray_is_not_hidden():
+    def init(**_):
+        raise ConnectionError("no cluster")
+
+    with pytest.raises(ConnectionError, match="no cluster"):
+        compare._begin(SimpleNamespace(init=init))

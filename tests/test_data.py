@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -342,9 +341,10 @@ def test_damaged_gz_files_load_or_raise_data_errors(tmp_path_factory, cut, flipp
 @pytest.fixture
 def small_cifar(tmp_path, monkeypatch):
     """A CIFAR-10 folder in torchvision's layout with two images a batch."""
+    from torchvision.datasets import CIFAR10 as kind  # takes seconds
+
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    kind = torchvision.datasets.CIFAR10
 
     def write(name, content):
         pickled = pickle.dumps(content)
@@ -411,7 +411,7 @@ def test_a_failed_download_says_to_pass_a_folder(tmp_path, monkeypatch):
         raise RuntimeError("Error downloading train-images")
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
+    monkeypatch.setattr("torchvision.datasets.MNIST", fail)
     with pytest.raises(DataError, match=r"Error downloading.*set data.dir to an .npz"):
         data.load("mnist", num_partitions=7)
     assert list((tmp_path / ".cache" / "autoflip_flwr").iterdir()) == []
@@ -425,7 +425,7 @@ def test_a_download_is_done_once(tmp_path, monkeypatch):
         write_mnist(Path(root) / "MNIST" / "raw")
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(torchvision.datasets, "MNIST", succeed)
+    monkeypatch.setattr("torchvision.datasets.MNIST", succeed)
     for seed in (101, 102, 103):
         data.federated._read.cache_clear()
         assert data.load("mnist", num_partitions=2, seed=seed).sizes == (10, 10)

@@ -24,7 +24,7 @@ _STARTED = re.compile(r"Successfully started run (\d+)")
 
 #: Ray's words for processes of its own that took longer than the 15 s which it allows
 #: (ray-project/ray issue 65983: fixed, whatever the machine has to do).
-_RAY_TIMED_OUT = "node timed out during startup"
+RAY_TIMED_OUT = "node timed out during startup"
 
 # Exit statuses, as `timeout` and a shell give them.
 _TIMED_OUT = 124
@@ -126,7 +126,7 @@ def _flwr_run(*arguments: str) -> int:
             for line in process.stdout or ():
                 started = _STARTED.search(line)
                 run_id = started[1] if started else run_id
-                timed_out = timed_out or _RAY_TIMED_OUT in line
+                timed_out = timed_out or RAY_TIMED_OUT in line
                 print(line.removeprefix(_PREFIX), end="", flush=True)
             status = process.wait()
             return _TIMED_OUT if timed_out else status

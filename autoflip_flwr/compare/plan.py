@@ -25,6 +25,7 @@ from rich.progress import (
 
 from autoflip_flwr import settings as presets
 from autoflip_flwr.app.folder import is_finished
+from autoflip_flwr.app.launch import RAY_TIMED_OUT
 from autoflip_flwr.errors import AutoFlipError, SettingsError
 from autoflip_flwr.settings import Settings, StrategyName
 
@@ -206,9 +207,7 @@ def _ray() -> Iterator[int]:
         # variable turns off Ray's hint about it.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         _check_cluster()
-        ray.init(
-            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
+        _begin(ray)
     try:
         from autoflip_flwr.compare.simulation import clients_at_once
 
@@ -216,6 +215,28 @@ def _ray() -> Iterator[int]:
     finally:
         if owned:
             ray.shutdown()
+
+
+def _begin(ray: Any) -> None:
+    """Start Ray, again where its own processes were late, twice at most."""
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray has no type of its own for it
+            if RAY_TIMED_OUT not in str(error):
+                raise
+            ray.shutdown()
+            if not attempts_left:
+                raise ComparisonError(
+                    "Ray did not start in 15 s, three times: the machine is busy; "
+                    "close other programs and repeat the command, which goes on from "
+                    "what is finished"
+                ) from error
 
 
 def _check_cluster() -> None:
