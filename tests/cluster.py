@@ -12,6 +12,8 @@ from pathlib import Path
 
 from flower import free_port, start, stop
 
+from autoflip_flwr.app.launch import RAY_TIMED_OUT
+
 _RAY = Path(sys.executable).parent / "ray"
 _UP = "Ray runtime started"
 
@@ -62,20 +64,26 @@ def cluster(count: int) -> Iterator[Cluster]:
                 if not number:
                     own += ["--include-dashboard=false"]
                     own += [f"--ray-client-server-port={free_port()}"]
-                log = folder / f"{number}.log"
-                nodes.append(
-                    start([str(_RAY), "start", *own, *common], log, environment)
-                )
-                _wait(nodes[-1], log)
+                # Ray's processes have 15 s to start, see flower.py.
+                command = ["nice", "-n", "-10", str(_RAY), "start", *own, *common]
+                nodes.append(_started(command, folder / f"{number}.log", environment))
             yield Cluster(address, nodes)
         finally:
             stop(*reversed(nodes))
 
 
-def _wait(node: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and node.poll() is None:
-        if _UP in log.read_text():
-            return
-        time.sleep(0.2)
+def _started(
+    command: list[str], log: Path, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a node; again, twice at most, where Ray's own processes were late."""
+    for _ in range(3):
+        node = start(command, log, environment)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and node.poll() is None:
+            if _UP in log.read_text():
+                return node
+            time.sleep(0.2)
+        stop(node)
+        if RAY_TIMED_OUT not in log.read_text():
+            break
     raise RuntimeError(f"a Ray node did not start:\n{log.read_text()}")
