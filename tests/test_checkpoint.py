@@ -1,6 +1,7 @@
 """Checkpoints: whole or refused; a run that goes on ends as if it never stopped."""
 
 import random
+from collections import Counter, defaultdict, namedtuple
 from functools import cache
 from pathlib import Path
 
@@ -533,6 +534,61 @@ def test_what_a_new_strategy_is_made_with_counts_not_what_the_old_one_was(tmp_pa
     started(tmp_path, lambda folder: FedAvg(fraction_train=0.4), rounds=2)
     _, grid, _ = started(tmp_path, lambda folder: FedAvg(fraction_train=1.0), rounds=3)
     assert len(grid.nodes("train")) == 5
+
+
+def test_a_checkpoint_that_is_passed_over_leaves_nothing_behind(tmp_path):
+    """A number as it was configured is in no checkpoint."""
+
+    class Outer(FedAvg):
+        def __init__(self, strategy):
+            super().__init__()
+            self.strategy, self.late = strategy, 0
+            self.configure_train = strategy.configure_train
+            self.configure_evaluate = strategy.configure_evaluate
+            self.aggregate_evaluate = strategy.aggregate_evaluate
+
+        def aggregate_train(self, server_round, replies):
+            self.late = int(server_round == 3)
+            return self.strategy.aggregate_train(server_round, replies)
+
+    def make(folder):
+        return Outer(pruning(exploration_every=2)(folder))
+
+    made = []
+    started(tmp_path, make, rounds=3)
+    min((tmp_path / "guidance").glob("*.1.guidance")).unlink()
+    started(tmp_path, lambda folder: made.append(make(folder)) or made[0], rounds=2)
+    assert made[0].late == 0
+
+
+def test_a_counter_goes_on_as_a_counter(tmp_path):
+    class Counting(FedAvg):
+        def __init__(self):
+            super().__init__(fraction_evaluate=0)
+            self.asked, self.replies = Counter(), defaultdict(list)
+
+        def aggregate_train(self, server_round, replies):
+            for reply in replies:
+                self.asked[reply.metadata.src_node_id] += 1
+                self.replies[server_round].append(reply.metadata.src_node_id)
+            return super().aggregate_train(server_round, replies)
+
+    for rounds in (2, 3):
+        strategy = Counting()
+        started(tmp_path, lambda _, made=strategy: made, rounds=rounds)
+    assert strategy.asked == dict.fromkeys(NODES, 3)
+    assert {n: sorted(who) for n, who in strategy.replies.items()} == dict.fromkeys(
+        (1, 2, 3), NODES
+    )
+    assert strategy.replies[99] == []
+
+
+Pair = namedtuple("Pair", "loss accuracy")
+
+
+@pytest.mark.parametrize("value", [Pair(1.0, 0.5), [Counter()], {1: defaultdict(int)}])
+def test_what_would_come_back_as_another_type_is_not_written(value):
+    assert not tree.storable(value)
 
 
 def test_what_no_checkpoint_can_hold_is_named_once(tmp_path, caplog):

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -25,7 +27,7 @@ from autoflip_flwr.units.enforce import (
     marked,
     trainable_names,
 )
-from autoflip_flwr.units.optimizers import Continued
+from autoflip_flwr.units.optimizers import Continued, gradients_of
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -286,6 +288,47 @@ def test_an_optimizer_of_another_kind_starts_anew(make):
     step(fresh, make(fresh), 1)
     for name, value in weights(fresh).items():
         assert_array_equal(weights(model)[name], value, err_msg=name)
+
+
+def test_clients_in_threads_of_one_process_do_not_see_each_others_optimizers():
+    """torch calls its hooks for the optimizers of all threads."""
+    turn = threading.Barrier(2, timeout=60)
+
+    def client(seed, wait, model):
+        optimizers, kept = Continued(), masks_of(model)
+        for call in (0, 3):
+            with optimizers.call():
+                made = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+                for at in range(call, call + 3):
+                    wait()
+                    step(model, made, 10 * seed + at)
+        trained = weights(model)
+        with gradients_of([tuple(p.shape) for p in model.parameters()]) as seen:
+            made = torch.optim.SGD(model.parameters(), lr=0.01)
+            for at in range(3):
+                wait()
+                step(model, made, 10 * seed + at)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                marks = marked(parameter.detach().numpy(), kept[name])
+                parameter.copy_(torch.from_numpy(marks))
+        with enforce_unseen(kept) as held:
+            wait()
+            if seed:  # the other moves its pruned weights, and no optimizer sees it
+                step(model, torch.optim.SGD(model.parameters(), lr=0.01), 0)
+            wait()
+        return trained, seen.steps, seen.mean(), bool(held)
+
+    with ThreadPoolExecutor(2) as pool:
+        models = network(), network()  # here: they draw from what threads share
+        both = list(pool.map(client, (0, 1), (turn.wait, turn.wait), models))
+    for seed, (trained, steps, gradients, held) in enumerate(both):
+        alone, _, expected, _ = client(seed, lambda: None, network())
+        for name, value in alone.items():
+            assert_array_equal(trained[name], value, err_msg=name)
+        for got, wanted in zip(gradients, expected, strict=True):
+            assert_array_equal(got, wanted)
+        assert (steps, held) == (3, bool(seed))
 
 
 def inside(*path):

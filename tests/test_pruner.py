@@ -278,6 +278,25 @@ def test_exploring_again_forgets_everyone_once_somebody_has(tmp_path):
     assert mask.change(masks_of(fresh, [4]), masks_of(pruner, [4])) == 0
 
 
+def test_exploring_again_that_nobody_answers_is_asked_again_of_all(tmp_path):
+    """Or the guidance of one node that joins would take the place of all."""
+    exploration = ExplorationSettings(every=2)
+    settings = PruningSettings(**PLAIN)
+    pruner = prepared(
+        AutoFlipPruner(), INITIAL, settings, tmp_path, exploration=exploration
+    )
+    for node_id in pruner.asks(1, connected=[0, 1], sampled=[0]).nodes:
+        added(pruner, node_id, frame(node_id), 1.0, INITIAL)
+    assert pruner.asks(3, connected=[0, 1], sampled=[0]).renew
+    for server_round in (3, 4):  # the round begins again; the one after it
+        ask = pruner.asks(server_round, connected=[0, 1, 9], sampled=[9])
+        assert (list(ask.nodes), ask.renew) == ([0, 1, 9], True)
+        assert pruner.explorers == 2
+    added(pruner, 9, frame(9), 1.0, INITIAL)
+    assert pruner.explorers == 1
+    assert pruner.asks(4, connected=[0, 1, 9], sampled=[9]) is None
+
+
 def test_no_sample_is_served_everyones_mask(tmp_path):
     pruner = pruner_of(tmp_path, [0, 1], population_weight=0.0)
     expected = reference_scores([0, 1], [0], "client", 1.0)

@@ -128,8 +128,9 @@ class AutoFlipPruner(Pruner):
             self._renewed = 0
         if every and due(server_round, every) and not self._renewed:
             self._renewed = server_round  # once, should the round begin again
-            self._asked.clear()
             self._renewing = True  # the old guidance stays until the first new answer
+        if self._renewing:  # nobody has answered yet: no single node may replace all
+            self._asked.clear()
         first = not self._asked
         if self._by_weights and not first:
             return None  # guidance has had its say

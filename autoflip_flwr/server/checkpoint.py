@@ -233,7 +233,8 @@ class Checkpointed(Strategy):
         for key, value in vars(strategy).items():
             if isinstance(value, Strategy) or callable(value):
                 continue
-            if not storable(value):
+            stored = dict(value) if isinstance(value, dict) else value
+            if not storable(stored):
                 if f"{name}.{key}" not in self._unsaved:
                     _log.warning(
                         "checkpoints leave out %s.%s, a %s; if the strategy needs it "
@@ -245,7 +246,7 @@ class Checkpointed(Strategy):
             elif not (
                 isinstance(value, SCALARS) and key in built and value == built[key]
             ):
-                state[key] = value
+                state[key] = stored
         return {"name": name, "state": state}
 
     def _restore(self, saved: dict[str, Any]) -> ArrayRecord:
@@ -255,7 +256,8 @@ class Checkpointed(Strategy):
             if isinstance(strategy, _Stateful):
                 strategy.restore(own["state"], arrays)
             else:
-                vars(strategy).update(own["state"])
+                for key, value in own["state"].items():
+                    _put(vars(strategy), key, value)
         for name, part in self._parts.items():
             part.restore(saved["parts"][name])
         _set_random_states(saved["random"])
@@ -277,6 +279,7 @@ class Checkpointed(Strategy):
                     return self._restore(saved)
                 except CheckpointError as error:  # its local guidance is missing
                     torn.append(f"{path}: {error}")
+                    self._undo()
             _log.error("%s; trying the checkpoint before it", torn[-1])
         if torn:
             raise CheckpointError(
@@ -284,6 +287,12 @@ class Checkpointed(Strategy):
                 + "; ".join(torn)
             )
         return None
+
+    def _undo(self) -> None:
+        """Take back what `_restore` has set: checkpoints lack numbers as configured."""
+        for strategy, built in self._built.items():
+            if not isinstance(strategy, _Stateful):
+                vars(strategy).update(built)
 
     def _check(self, path: Path, saved: dict[str, Any], layout: dict[str, Any]) -> None:
         """Refuse a checkpoint of another run."""
@@ -307,6 +316,16 @@ class Checkpointed(Strategy):
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.directory.glob("round-*.safetensors"), reverse=True)
+
+
+def _put(attributes: dict[str, Any], key: str, value: Any) -> None:
+    """Set an attribute; a Counter, say, or a defaultdict stays what it is."""
+    own = attributes.get(key)
+    if isinstance(own, dict) and type(own) is not dict and isinstance(value, dict):
+        own.clear()
+        own.update(value)
+    else:
+        attributes[key] = value
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -97,7 +96,7 @@ class _Writer:
         """Return JSON for a value; the first entry of a list names its type."""
         if isinstance(value, np.generic):  # before float, since a float64 is a float
             return ["scalar", self.plain(np.asarray(value))]
-        if isinstance(value, SCALARS):
+        if type(value) in SCALARS:
             return value
         if isinstance(value, np.ndarray):
             if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
@@ -114,11 +113,12 @@ class _Writer:
         for name, kind in _RECORDS.items():
             if isinstance(value, kind):
                 return [name, self.plain(dict(value))]
-        if isinstance(value, Mapping):
+        # No class derived from these: it would come back as another type.
+        if type(value) is dict:
             pairs = [[self.plain(k), self.plain(v)] for k, v in value.items()]
             return ["dict", *pairs]
         for name, collection in _COLLECTIONS.items():
-            if isinstance(value, collection):
+            if type(value) is collection:
                 return [name, *map(self.plain, value)]
         raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 

@@ -11,15 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 from torch.utils.hooks import RemovableHandle
 
 from autoflip_flwr.errors import MaskError
 from autoflip_flwr.types import Array, Mask, Masks
-from autoflip_flwr.units.optimizers import parameters_of
+from autoflip_flwr.units.optimizers import parameters_of, steps
 
 
 def trainable_names(model: nn.Module) -> list[str]:
@@ -110,7 +106,7 @@ def enforce_unseen(masks: Masks) -> Iterator[set[str]]:
                 known[parameter] = look(parameter)
 
     held: set[str] = set()
-    with register_optimizer_step_pre_hook(before_step), _zeroed_by_steps(known):
+    with steps(before=before_step), _zeroed_by_steps(known):
         token = _held.set(held)
         try:
             yield held
@@ -131,7 +127,7 @@ def _zeroed_by_steps(pruned: Mapping[nn.Parameter, "_Pruned | None"]) -> Iterato
                 each.zero()
                 each.zero_samples_from_now()
 
-    with register_optimizer_step_post_hook(after_step):
+    with steps(after=after_step):
         try:
             yield
         finally:
@@ -157,7 +153,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if not set(own).isdisjoint(parameters_of(optimizer)):
             raise MaskError(f"the optimizer holds the parameters of the {advice}")
 
-    with register_optimizer_step_pre_hook(before_step):
+    with steps(before=before_step):
         yield
         if [(id(p), p._version) for p in model.parameters()] != before:
             raise MaskError(f"the block has changed the {advice}")

@@ -1,15 +1,60 @@
 """Read gradients, and carry optimizers on, in training that is not ours."""
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from autoflip_flwr.types import Array
+
+#: Threads inside `steps`, with the number of their blocks.
+_inside: Counter[int] = Counter()
+
+
+@contextmanager
+def steps(
+    *,
+    before: Callable[[Optimizer, Any, Any], Any] | None = None,
+    after: Callable[[Optimizer, Any, Any], None] | None = None,
+) -> Iterator[None]:
+    """Call functions before or after every step of a `torch.optim` optimizer.
+
+    torch calls its hooks for the optimizers of all threads. Here the steps of a thread
+    that is itself in such a block are left to that one: clients may train beside each
+    other in one process. An app's own threads are in none, and their steps count.
+    """
+    own = threading.get_ident()
+
+    def heard(call: Callable[[Optimizer, Any, Any], Any]) -> Any:
+        def hook(*step: Any) -> Any:
+            here = threading.get_ident()
+            return call(*step) if here == own or not _inside[here] else None
+
+        return hook
+
+    hooks = []
+    if before is not None:
+        hooks.append(register_optimizer_step_pre_hook(heard(before)))
+    if after is not None:
+        hooks.append(register_optimizer_step_post_hook(heard(after)))
+    _inside[own] += 1
+    try:
+        yield
+    finally:
+        _inside[own] -= 1
+        if not _inside[own]:
+            del _inside[own]
+        for hook in hooks:
+            hook.remove()
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -79,7 +124,7 @@ def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
 
         return args[:1], {**kwargs, "closure": still}
 
-    with register_optimizer_step_pre_hook(before_step):
+    with steps(before=before_step):
         yield seen
 
 
@@ -113,7 +158,7 @@ class Continued:
                 ):
                     optimizer.state[parameter].update(state)
 
-        with register_optimizer_step_pre_hook(before_step):
+        with steps(before=before_step):
             yield
         # Without the optimizers, which hold the weights of a model.
         self._before = [
