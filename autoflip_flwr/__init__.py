@@ -75,7 +75,7 @@ _MODULES = {
     "units": "units",
 }
 
-__all__ = [*_NAMES, "__version__", *_MODULES]
+__all__ = [*_NAMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 class _ShortNames(MetaPathFinder, Loader):

@@ -133,6 +133,27 @@ def test_an_evaluation_that_is_not_finite_is_passed_on():
     assert math.isnan(loss)
 
 
+def test_evaluations_without_any_example_end_no_run(caplog):
+    """Flower's own average divides by their number."""
+    strategy = AutoFLIP(FedAvg(**options(net)), model=net())
+    _, proxies = serve(strategy, rounds=1)
+    results = [(p, p.evaluate(p.down[-1], None, 1)) for p in proxies]
+    for _, result in results:
+        result.num_examples = 0
+    assert strategy.aggregate_evaluate(1, results, []) == (None, {})
+
+    def empty(message, reply):
+        if message.content["config"].get("autoflip.phase") == "evaluate":
+            reply.content["metrics"]["num-examples"] = 0
+        return reply
+
+    grid = LocalGrid(toy_app(), range(3), tamper=empty)
+    strategy = autoflip_flwr.AutoFLIP(message_api.FedAvg(min_available_nodes=3))
+    _, result = run(strategy, grid, net(), 2)
+    assert result.evaluate_metrics_clientapp == {}
+    assert caplog.text.count("nobody evaluated any example") == 3
+
+
 class HandWritten(Client):
     """Trains without an optimizer."""
 

@@ -35,8 +35,9 @@ from test_replies import OwnStart
 from autoflip_flwr import AutoFLIP, AutoFlipMod, Checkpointed
 from autoflip_flwr.app.grid import RunGrid
 from autoflip_flwr.errors import ReplyError, WireError
-from autoflip_flwr.method.outliers import capped, far_off
+from autoflip_flwr.method.outliers import capped, far_off, root_mean_square
 from autoflip_flwr.server import replies as checks
+from autoflip_flwr.server.diagnostics import Diagnostics
 from autoflip_flwr.wire.flower import (
     become_task,
     bound_replies,
@@ -96,6 +97,22 @@ def test_a_whole_reply_of_more_bytes_than_the_model_needs_is_dropped(changed, ca
     assert_dropped(
         changed, only_in("train", [13], lie), caplog, "a whole reply of at most"
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int8])
+def test_how_large_entries_are_by_hand(dtype):
+    """The square of 300 is no float16, that of 100 no int8."""
+    size = 100 if dtype is np.int8 else 300
+    assert root_mean_square([np.full((2, 3), size, dtype)]) == size
+    assert root_mean_square([]) == 0
+
+
+def test_signs_by_any_number_of_examples_are_an_agreement():
+    seen = Diagnostics(signs=True)
+    seen.begin()
+    for sign in (1, 1, -1):
+        seen.observe(np.float32([sign, 1]), 3.3e38)
+    np.testing.assert_allclose(seen.finish(None), [1 / 3, 1], rtol=1e-6)
 
 
 def test_the_largest_reply_by_hand():

@@ -518,6 +518,31 @@ def test_of_a_checkpoint_that_cannot_be_gone_on_with_nothing_stays(tmp_path):
         assert_array_equal(strategy.rounds.arrays[name], array.numpy())
 
 
+def test_without_a_store_guidance_lies_beside_the_checkpoints(tmp_path):
+    """Also in a process that made its strategy anew, as after a crash."""
+    folder = tmp_path / "checkpoints"
+    whole, _, _ = started(tmp_path / "whole", lambda _: AutoFLIP(inner(), seed=0))
+    started(tmp_path, lambda _: AutoFLIP(inner(), seed=0), rounds=2)
+    assert len(list((folder / "guidance").glob("*.guidance"))) == len(NODES)
+    gone, _, _ = started(tmp_path, lambda _: AutoFLIP(inner(), seed=0))
+    assert gone.keys() == whole.keys()
+
+
+def test_another_setting_of_autoflip_is_refused_by_name(tmp_path):
+    def go(threshold):
+        strategy = AutoFLIP(inner(), threshold=threshold)
+        start = ArrayRecord(net().state_dict())
+        return Checkpointed(strategy, tmp_path).start(
+            LocalGrid(toy_app(), NODES), start, num_rounds=1
+        )
+
+    go(0.6)
+    text = r"other settings \(pruning.threshold: 0.6 there, 0.5 here\)"
+    with pytest.raises(CheckpointError, match=text):
+        go(0.5)
+    go(0.6)
+
+
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_guidance_that_a_checkpoint_needs_must_be_there(damage, tmp_path):
     started(tmp_path, MAKES["AutoFLIP"], rounds=2)

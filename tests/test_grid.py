@@ -427,7 +427,7 @@ def test_a_reply_that_comes_a_round_too_late_is_nobodys():
 def test_who_takes_much_longer_than_the_faster_half_is_missing(factor, waits, clock):
     """Of five replies, two come after 5 s, one after 10, one after 29, one never."""
 
-    seconds = (5, 5, 10, 29, 1000)
+    seconds = (5, 5, 10, 29, 1000, 0)
 
     class Slow(LocalGrid):
         def push_messages(self, messages):
@@ -451,6 +451,13 @@ def test_who_takes_much_longer_than_the_faster_half_is_missing(factor, waits, cl
     assert clock.monotonic() - began == pytest.approx(waits, abs=4)
     assert [r.metadata.src_node_id for r in replies] == list(range(5 if factor else 4))
     assert grid.missing == [4]
+    inner.join(5, {"partition-id": 5})
+    inner.began, waited = clock.monotonic(), []
+    pull = inner.pull_messages
+    inner.pull_messages = lambda ids: waited.append(grid.seconds_left()) or pull(ids)
+    grid.get_node_ids()
+    assert waited, "there is a roll call of the node that came"
+    assert min(waited) > 60, "which has its own time"
     if factor:
         assert "more than 3.0 times as long as the faster half" in (
             replies[4].error.reason

@@ -350,8 +350,10 @@ def test_units_are_a_share(share):
         hybrid(units=share)
 
 
-def test_a_model_other_than_the_one_that_travels_is_refused():
-    strategy = hybrid(lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)))
+@pytest.mark.parametrize("with_units", [False, True])
+def test_a_model_other_than_the_one_that_travels_is_refused(with_units):
+    other = lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))  # noqa: E731
+    strategy = hybrid(other) if with_units else AutoFLIP(model=other())
     with pytest.raises(SettingsError, match=r"0.weight: expected the shape \(5, 6\)"):
         run(strategy, LocalGrid(toy_app(), NODES), net(), rounds=1)
 

@@ -487,9 +487,20 @@ def test_of_several_records_the_one_with_the_strategys_key_is_the_model(key):
     strategy = AutoFLIP(
         Inner(arrayrecord_key=key), pruning=PruningSettings(prunable=["0.weight"])
     )
-    run(strategy, LocalGrid(app, NODES), net(), 2)
+    grid = LocalGrid(app, NODES)
+    run(strategy, grid, net(), 2)
     assert not strategy.rounds.dropped
     assert len(controls) == 3 * len(NODES), "exploration and two rounds"
+    plain = ClientApp()
+    plain.train()(train)
+    dense = LocalGrid(plain, NODES)
+    run(Inner(arrayrecord_key=key), dense, net(), 2)
+    assert strategy.savings.dense == sum(
+        record.count_bytes()
+        for sent in dense.down + dense.up
+        for record in sent.content.values()
+        if len(record)
+    ), "what travels beside the model travels in both"
 
 
 def test_a_second_record_without_a_key_is_an_error_that_names_the_cure():
@@ -640,3 +651,47 @@ def test_a_forgotten_mod_is_named():
     with pytest.raises(ExplorationError, match=cure):
         run(AutoFLIP(), grid, net(), 2)
     assert not grid.nodes("train"), "it stops before any training"
+
+
+def test_the_mods_class_in_place_of_a_mod_is_named():
+    cure = (
+        r"does not answer as AutoFlipMod does: .*ClientApp\(mods=\[AutoFlipMod\(\)\]\)"
+    )
+    with pytest.raises(ExplorationError, match=cure):
+        run(AutoFLIP(), LocalGrid(toy_app(mods=[AutoFlipMod]), NODES), net(), 2)
+
+
+def test_updates_are_from_the_weights_that_each_client_got():
+    """Nobody moves them, and each client has others, as in personalized learning."""
+
+    class Own(FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            messages = list(super().configure_train(server_round, arrays, config, grid))
+            for message in messages:
+                own = {
+                    name: Array(
+                        np.asarray(array.numpy() + message.metadata.dst_node_id)
+                    )
+                    for name, array in arrays.items()
+                }
+                message.content = RecordDict(
+                    {**message.content, "arrays": ArrayRecord(own)}
+                )
+            return messages
+
+    app = ClientApp(mods=[AutoFlipMod()])
+
+    @app.train()
+    def train(message, context):
+        record = message.content["arrays"]
+        if "autoflip.epoch" in message.content["config"]:
+            moved = {n: Array(np.asarray(a.numpy() + 1)) for n, a in record.items()}
+            record = ArrayRecord(moved)
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(
+            RecordDict({"arrays": record, "metrics": metrics}), reply_to=message
+        )
+
+    strategy = AutoFLIP(Own(fraction_evaluate=0), model=net(), threshold=0.5)
+    run(strategy, LocalGrid(app, [1, 2, 3]), net(), 1)
+    assert strategy.rounds.diagnostics.update_variance == 0

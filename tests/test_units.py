@@ -13,6 +13,7 @@ from torch import nn
 
 from autoflip_flwr import units
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
+from autoflip_flwr.units import graph
 from autoflip_flwr.units.enforce import enforce
 from autoflip_flwr.units.partial import PartialNorm
 from autoflip_flwr.units.signature import signature
@@ -92,7 +93,8 @@ class Tagger(nn.Module):
         self.embedding = nn.Embedding(20, 6)
         self.recurrent = kind(6, 10, batch_first=True, **settings)
         directions = 2 if settings.get("bidirectional") else 1
-        self.head = nn.Linear(10 * (directions if read == "output" else 1), 4)
+        width = settings.get("proj_size", 10)
+        self.head = nn.Linear(width * (directions if read == "output" else 1), 4)
         self.read = read
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -184,6 +186,29 @@ def test_both_directions_are_exact(kind):
     groups = sizes(model, TOKENS)
     assert groups["recurrent.steps"] == 20
     assert groups["recurrent.hidden_l0_reverse"] == 10
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_projected_lstm_stays_whole_and_reads_fewer_inputs(both):
+    model = Tagger(nn.LSTM, num_layers=2, bidirectional=both, proj_size=4)
+    assert sizes(model, TOKENS) == {"embedding": 6}
+    whole = units.trace(model, TOKENS).whole
+    assert "projects its hidden state" in whole["recurrent.steps"]
+    small = assert_exact(model, TOKENS, share=0.1)
+    assert small.recurrent.input_size < 6
+    assert (small.recurrent.hidden_size, small.recurrent.proj_size) == (10, 4)
+
+
+def test_a_failure_that_may_pass_is_not_remembered(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "prove", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            units.trace(model, torch.zeros(1, 5))
+    assert len(units.trace(model, torch.zeros(1, 5)).groups) == 1
 
 
 def test_layer_norm_counts_missing_channels_as_zeros():

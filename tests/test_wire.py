@@ -647,7 +647,9 @@ def test_bytes_are_those_of_all_records_and_ours_those_fedavg_would_not_send():
     content = RecordDict({"a": arrays, "c": both, "m": metrics})
     records = (arrays, ours, theirs, metrics)
     assert wire.count_bytes(content) == sum(r.count_bytes() for r in records)
-    assert wire.own_bytes(content) == arrays.count_bytes() + ours.count_bytes()
+    content["state"] = wire.record_of(model())  # of SCAFFOLD, say
+    assert wire.own_bytes(content, "a") == arrays.count_bytes() + ours.count_bytes()
+    assert wire.own_bytes(content, None) == ours.count_bytes()
     assert wire.count_bytes(RecordDict({"c": ConfigRecord()})) == 0
 
 

@@ -282,6 +282,7 @@ class RunGrid(Grid):
         """Ask nodes who they are."""
         if not node_ids:
             return
+        self._end = math.inf  # the time of an earlier batch, which is answered
         for node_id in node_ids:  # asked again if there is no answer, ever more seldom
             self._again[node_id] = 2 * self._listing
         batch = [Message(RecordDict(), node_id, "query") for node_id in node_ids]

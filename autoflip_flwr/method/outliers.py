@@ -52,9 +52,13 @@ def capped(sizes: Sequence[float], cap: float | None) -> list[float]:
 
 def root_mean_square(arrays: Iterable[Array]) -> float:
     """Return how large entries are; 0 without any."""
-    flat = [np.asarray(array).reshape(-1) for array in arrays]
-    squares = sum(float(np.dot(values, values)) for values in flat)
-    return math.sqrt(squares / max(1, sum(values.size for values in flat)))
+    squares, size = 0.0, 0
+    for array in arrays:
+        # The square of a float16 may be infinite, that of an integer another number.
+        values = np.asarray(array, np.result_type(array.dtype, np.float32)).reshape(-1)
+        squares += float(np.dot(values, values))
+        size += values.size
+    return math.sqrt(squares / max(1, size))
 
 
 def update_sizes(

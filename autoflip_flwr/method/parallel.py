@@ -21,6 +21,9 @@ def _pool() -> ThreadPoolExecutor:
     )
 
 
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay in the parent
+
+
 def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Apply `function` to each item on the pool; results in the items' order.
 

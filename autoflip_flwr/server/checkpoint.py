@@ -57,7 +57,8 @@ class Checkpointed(Strategy):
     directory : Path or str
         Folder of the checkpoints; created if missing.
     settings : mapping, optional
-        What the run depends on. A checkpoint with other settings is refused.
+        What the run depends on. A checkpoint with other settings is refused. By
+        default AutoFLIP's own.
     parts : mapping of name -> Part, optional
         Further objects whose state the checkpoints include.
 
@@ -65,7 +66,7 @@ class Checkpointed(Strategy):
     --------
     ::
 
-        strategy = Checkpointed(AutoFLIP(FedAvg(), store=Path("run/guidance")), "run")
+        strategy = Checkpointed(AutoFLIP(FedAvg()), "run")
         strategy.start(grid=grid, initial_arrays=arrays, num_rounds=100)
 
     Raises
@@ -88,7 +89,12 @@ class Checkpointed(Strategy):
         super().__init__()
         self.strategy = strategy
         self.directory = Path(directory)
-        self._settings = _plain(settings or {})
+        ours = [one for one in chain(strategy) if isinstance(one, Wrapper)]
+        for one in ours:
+            one.keep_guidance(self.directory / "guidance")
+        if settings is None:
+            settings = ours[0].settings if ours else {}
+        self._settings = _plain(settings)
         self._parts = dict(parts or {})
         self._done = 0  # rounds, before this process
         self._asked = False  # whether the round has messages
@@ -298,8 +304,10 @@ class Checkpointed(Strategy):
         """Refuse a checkpoint of another run."""
         names = {"strategies": [type(strategy).__name__ for strategy in self._built]}
         saved_names = {"strategies": [one["name"] for one in saved["strategies"]]}
+        # The first checkpoints of a strategy without our app had none.
+        settings = saved["settings"] or self._settings
         for what, there, here in (
-            ("other settings", saved["settings"], self._settings),
+            ("other settings", settings, self._settings),
             ("other strategies", saved_names, names),
             ("another model", saved["layout"], layout),
         ):

@@ -5,6 +5,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+#: Examples that one client counts for at most: their sum stays finite in float32.
+_MOST = 1e30
+
 
 class Diagnostics:
     """Diagnostics of the current round."""
@@ -32,6 +35,7 @@ class Diagnostics:
         with np.errstate(over="ignore", invalid="ignore"):  # a client may send anything
             self._sum += update
             if self._with_signs:
+                examples = min(examples, _MOST)
                 self._signs += np.float32(examples) * np.sign(update)
                 self._weight += examples
             np.square(update, out=update)

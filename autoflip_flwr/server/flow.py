@@ -59,7 +59,7 @@ class Flow(ABC, Generic[S]):
     _key: str | None = None  # of the model's record, if the inner strategy names it
     _weight = EXAMPLES  # the metric that replies are weighted by
     _open = False  # whether the round has messages
-    _values = b""  # the frame of kept values that was sent to train
+    _values: Mapping[int, bytes] = {}  # node -> the kept values that it got to train
 
     @abstractmethod
     def _read(self, node_id: int, origin: Any) -> Reply[Any]:
@@ -139,7 +139,7 @@ class Flow(ABC, Generic[S]):
         plan = self.rounds.plan
         # By the ids of its frames, which are held: so they stay unique.
         packed: dict[tuple[int, ...], tuple[ArrayRecord, ArrayRecord]] = {}
-        made = []
+        made, values = [], {}
         for node_id, given in requests:
             content = RecordDict(dict(given))
             if plan is not None:
@@ -153,12 +153,12 @@ class Flow(ABC, Generic[S]):
                 config_key, config = records.only_config(content)
                 entries = self.rounds.held.entries(node_id, plan, phase)
                 _, content[array_key] = packed[frames]
+                values[node_id] = packed[frames][1][records.VALUES].data
                 content[config_key] = ConfigRecord({**config, **entries, **several})
             self._count(phase, "down", content)
             made.append(content)
         if phase == "train":
-            sent = [record[records.VALUES].data for _, record in packed.values()]
-            self._values = sent[0] if sent else b""
+            self._values = values
         return made
 
     def _valid(
@@ -192,6 +192,18 @@ class Flow(ABC, Generic[S]):
         taken = {reply.node_id for reply in valid}
         left_out = [origin for node_id, origin in replies if node_id not in taken]
         return valid, [*failures, *left_out]
+
+    def _evaluated(
+        self,
+        received: Iterable[tuple[int, T]],
+        read: Callable[[int, T], Reply[T]],
+    ) -> list[Reply[T]]:
+        """Return the evaluations to average; none if they saw no example at all."""
+        valid = self._replies.readable(received, read)
+        if valid and not any(reply.examples for reply in valid):
+            _log.warning("round %d: nobody evaluated any example", self.rounds.number)
+            return []
+        return valid
 
     def check_trained(self) -> None:
         """Raise a ReplyError if no round of a run changed the model."""

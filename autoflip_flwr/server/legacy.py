@@ -45,6 +45,9 @@ from autoflip_flwr.wire.records import Phase
 
 _TENSOR_TYPE = "numpy.ndarray"
 
+#: Nodes that explore at a time: this API keeps a thread for each.
+_EXPLORERS = 64
+
 #: Where strategies of Flower keep the global model, as a list of arrays.
 _HELD = {"current_weights", "pre_weights", "current_round_params"}
 
@@ -121,10 +124,11 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
                 failed = result.status.code is not Code.OK
                 return result.status.message if failed else _content(result)
 
-            with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
+            workers = min(len(nodes), _EXPLORERS)
+            with ThreadPoolExecutor(max_workers=workers) as pool:
                 tasks = {pool.submit(one, node_id): node_id for node_id in nodes}
                 for task in as_completed(tasks):
-                    yield tasks[task], task.result()
+                    yield tasks.pop(task), task.result()
 
         contents = self._configured(server_round, ask_inner, ask, connected)
         return _filled(instructions, contents)
@@ -183,7 +187,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy aggregate the valid results."""
         received, _ = self._received("evaluate", results, failures)
-        valid = self._replies.readable(received, self._read)
+        valid = self._evaluated(received, self._read)
         pairs = [_weighed(reply) for reply in valid]
         self._tell_if_last(server_round)
         return self.strategy.aggregate_evaluate(server_round, pairs, failures)

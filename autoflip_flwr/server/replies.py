@@ -133,13 +133,13 @@ class Replies:
         received: Iterable[tuple[int, T]],
         read: Callable[[int, T], Reply[T]],
         *,
-        sent: bytes,
+        sent: Mapping[int, bytes],
         failures: Iterable[object] = (),
     ) -> list[Reply[T]]:
         """Return the dense replies to aggregate; an empty list ends the round.
 
-        `sent` is the frame of values that the clients received, `failures` are errors
-        that came in place of replies.
+        `sent` are the frames of values that the clients received, `failures` are
+        errors that came in place of replies.
         """
         rounds, plan = self._rounds, self._rounds.plan
         received, moved = list(received), [0.0]
@@ -161,7 +161,7 @@ class Replies:
         replies = self._without(replies, self._outliers(replies))
         for reply in replies:
             assert plan is not None
-            update = plan.update(sent, reply.record[records.VALUES].data)
+            update = plan.update(sent[reply.node_id], reply.record[records.VALUES].data)
             rounds.diagnostics.observe(update, reply.examples)
             rounds.pruner.observe(reply.arrays, reply.examples)
         least = self._settings.min_replies

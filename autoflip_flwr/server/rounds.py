@@ -37,6 +37,7 @@ class Rounds:
     values: ValueType = field(default="float32", kw_only=True)
     units: Units | None = field(default=None, kw_only=True)
     ties: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class Rounds:
     def adopt(self, arrays: Params) -> None:
         """Take a global model from outside; the first one is `W0`."""
         if self._manifest is None:
-            self._check_units(arrays)
+            self._check_shapes(arrays)
             self._manifest = Manifest.of(
                 arrays,
                 prunable=self.pruning.prunable,
@@ -217,10 +218,17 @@ class Rounds:
         masks = {} if self.plan is None else self.plan.masks
         return sum(int(keep.size - np.count_nonzero(keep)) for keep in masks.values())
 
-    def _check_units(self, arrays: Params) -> None:
-        """Refuse units that were traced on another model than the federation's."""
+    def _check_shapes(self, arrays: Params) -> None:
+        """Refuse a model that was handed over and is not the federation's.
+
+        It may have arrays that do not travel, unless units were traced on it.
+        """
         shapes = {name: np.shape(value) for name, value in arrays.items()}
-        for name, shape in (self.units.shapes if self.units else {}).items():
+        known = {n: shape for n, shape in self.shapes.items() if n in shapes}
+        for name, shape in {
+            **known,
+            **(self.units.shapes if self.units else {}),
+        }.items():
             if shapes.get(name) != shape:
                 raise SettingsError(
                     f"{name}: expected the shape {shape} of the model that was handed "

@@ -26,6 +26,7 @@ class Traffic:
 
     def __init__(self, dense_bytes: int = 0) -> None:
         self.dense_bytes = dense_bytes  # of the arrays of the dense model
+        self.key: str | None = None  # of its record, where a message has several
         self.sent: Counter[tuple[str, Direction]] = Counter()  # by phase
         # With dense arrays instead; no exploration, which FedAvg does not have.
         self.dense: Counter[tuple[str, Direction]] = Counter()
@@ -35,9 +36,12 @@ class Traffic:
         size = records.count_bytes(content)
         self.sent[phase, direction] += size
         if phase in ("train", "evaluate"):
-            arrays = min(1, len(content.array_records))  # as FedAvg's have
-            own = records.own_bytes(content)
-            self.dense[phase, direction] += size - own + arrays * self.dense_bytes
+            found = list(content.array_records)
+            key = self.key if len(found) > 1 else next(iter(found), None)
+            dense = self.dense_bytes if key in found else 0  # FedAvg's model
+            self.dense[phase, direction] += (
+                size - records.own_bytes(content, key) + dense
+            )
 
     def state(self) -> dict[str, Any]:
         """Return the counts as plain values."""

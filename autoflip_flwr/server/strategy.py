@@ -151,7 +151,7 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
     ) -> MetricRecord | None:
         """Let the inner strategy aggregate the valid replies."""
         received = self._received("evaluate", replies)
-        valid = self._replies.readable(received, self._read_evaluation)
+        valid = self._evaluated(received, self._read_evaluation)
         if not valid:
             return None
         return self.strategy.aggregate_evaluate(server_round, self._weighed(valid))
@@ -311,8 +311,9 @@ def _error_of(reply: Message) -> str:
     if not reply.has_error():
         return ""
     reason = f"it carries the error: {reply.error.reason}"
-    # An app without the mod fails on what it cannot unpack.
-    return f"{records.NO_MOD}: {reason}" if records.RAW in reason else reason
+    # An app without the mod fails on what it cannot unpack; or it has the class alone.
+    signs = records.RAW, "AutoFlipMod.__init__()"
+    return f"{records.NO_MOD}: {reason}" if any(s in reason for s in signs) else reason
 
 
 def _form_of(content: RecordDict) -> str:

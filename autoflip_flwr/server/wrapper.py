@@ -138,6 +138,7 @@ class Wrapper(Flow[S]):
         pruning = PruningSettings(**values)
         exploration = exploration or ExplorationSettings()
         wire = wire or WireSettings()
+        self._keeps = store is not None  # guidance, for a run that goes on
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
@@ -154,11 +155,18 @@ class Wrapper(Flow[S]):
             values=wire.values,
             units=_units_of(self.pruner, pruning, model, example_inputs),
             ties={} if model is None else ties(model),
+            shapes={} if model is None else _shapes_of(model),
             seed=seed,
         )
         self._wire = wire
         self.timeout: float | None = TIMEOUT  # of a round that begins again
         self._begin()
+
+    def keep_guidance(self, folder: Path) -> None:
+        """Keep the guidance in a folder, unless `store` names one: before the start."""
+        if not self._keeps:
+            self._make_rounds = partial(self._make_rounds, directory=folder)
+            self._begin(self.rounds.total)
 
     def _begin(self, total: int | None = None) -> None:
         """Begin a run, of `total` rounds, in which nobody has explored."""
@@ -259,6 +267,11 @@ class Wrapper(Flow[S]):
             vars(result)["savings"] = savings  # else: what a start of the user's gives
         log_savings(savings)
 
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The settings that the weights depend on, by group and name."""
+        return {name: chosen.model_dump() for name, chosen in self._settings.items()}
+
     def __getattr__(self, name: str) -> Any:
         """Return the inner strategy's own attributes and methods."""
         inner = vars(self).get("strategy")
@@ -308,6 +321,11 @@ class Wrapper(Flow[S]):
                 "strategy: expected a strategy such as FedAvg(), got "
                 f"{strategy!r}{hint}"
             )
+
+
+def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    arrays = {n: v for n, v in model.state_dict().items() if hasattr(v, "shape")}
+    return {name: tuple(value.shape) for name, value in arrays.items()}
 
 
 def _with_warm_start(

@@ -73,6 +73,8 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> Units | ModelErr
         return prove(model, example_inputs, _Tracer(model, example_inputs).units())
     except ModelError as error:
         return error
+    except (torch.OutOfMemoryError, MemoryError, OSError):
+        raise  # it may pass, so nobody remembers it
     except Exception as error:  # whatever the model's own code or the graph raises
         return ModelError(
             f"{type(model).__name__} could not be traced with the example inputs "

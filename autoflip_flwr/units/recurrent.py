@@ -97,9 +97,10 @@ def tensors(
         for suffix in _suffixes(module, 0):
             yield f"weight_ih{suffix}", 1, channels, places
         return
+    width = module.proj_size or module.hidden_size
     for direction, suffix in enumerate(_suffixes(module, module.num_layers - 1)):
-        units = channels - direction * module.hidden_size
-        mine = (units >= 0) & (units < module.hidden_size)
+        units = channels - direction * width
+        mine = (units >= 0) & (units < width)
         yield from _gates(module, suffix, units[mine], places[mine])
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from autoflip_flwr.errors import MaskError, WireError
@@ -520,15 +520,15 @@ def count_bytes(content: RecordDict) -> int:
     return sum(_record_bytes(record) for record in content.values())
 
 
-def own_bytes(content: RecordDict) -> int:
-    """Return the size of all arrays and of our config entries, in bytes."""
-
-    def ours(record: Any) -> Any:
-        if isinstance(record, ArrayRecord):
-            return record
-        return ConfigRecord({k: v for k, v in record.items() if k.startswith(PREFIX)})
-
-    return sum(_record_bytes(ours(record)) for record in content.values())
+def own_bytes(content: RecordDict, key: str | None) -> int:
+    """Return the size of the model, under `key`, and of our own entries, in bytes."""
+    found = content.array_records
+    size = _record_bytes(found[key]) if key is not None and key in found else 0
+    for record in content.values():
+        if isinstance(record, ConfigRecord | MetricRecord):
+            own = {name: v for name, v in record.items() if name.startswith(PREFIX)}
+            size += _record_bytes(ConfigRecord(own))
+    return size
 
 
 def _record_bytes(record: Any) -> int:
