@@ -260,8 +260,8 @@ class Flow(ABC, Generic[S]):
     def _measure(self, requests: Sequence[Request]) -> None:
         """Note the size of the dense model, of which a message is a copy."""
         if self.traffic is not None and requests and not self.traffic.dense_bytes:
-            _, dense = records.model_record(requests[0][1], self._key)
-            self.traffic.dense_bytes = dense.count_bytes()
+            key, dense = records.model_record(requests[0][1], self._key)
+            self.traffic.dense_bytes, self.traffic.key = dense.count_bytes(), key
 
     def _count(
         self, phase: records.Phase, direction: Direction, content: RecordDict
