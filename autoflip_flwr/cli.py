@@ -172,6 +172,8 @@ def _run(chosen: argparse.Namespace) -> int:
     from autoflip_flwr.app.launch import launch
 
     words = chosen.overrides
+    if chosen.resume and not chosen.output:
+        raise SettingsError("--resume: name the folder of the run: --output FOLDER")
     return launch(chosen.preset, words, output=chosen.output, resume=chosen.resume)
 
 

@@ -48,6 +48,7 @@ def test_listing_presets_and_checking_a_run_import_neither_torch_nor_flower():
         ("rum quickstart", "invalid choice: 'rum' (choose from"),
         ("rum quickstart", "did you mean 'run'?"),
         ("run", "required: preset"),
+        ("run smoke --resume", "--resume: name the folder of the run: --output FOLDER"),
         ("run quickstrat", "known: ['cifar10', "),
         ("run quickstrat", "did you mean 'quickstart'?"),
         ("presets quickstrat", "did you mean 'quickstart'?"),

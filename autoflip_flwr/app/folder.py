@@ -33,7 +33,7 @@ def check_usable(directory: Path, *, resume: bool) -> None:
     if not resume and (directory / "settings.yaml").exists():
         raise SettingsError(
             f"output-dir {directory} holds another run; name a new folder, or go "
-            "on with it: resume=true"
+            "on with it: --resume, or resume=true with flwr run"
         )
 
 

@@ -96,7 +96,9 @@ def plan(
     varied = vary or {}
     given = {*varied, *dict(presets.parse_overrides(overrides))}
     for key in given & {"seed", "strategy.name"}:
-        raise SettingsError(f"{key} is given by --seeds or --strategies")
+        raise SettingsError(
+            f"{key} is given by {'--seeds' if key == 'seed' else '--strategies'}"
+        )
     names = [cast(StrategyName, name) for name in dict.fromkeys(strategies)]
     unread = [k for k in varied if not any(presets.reads(name, k) for name in names)]
     if unread:

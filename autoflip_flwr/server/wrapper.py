@@ -70,8 +70,8 @@ class Wrapper(Flow[S]):
     wire : WireSettings, optional
         What is sent, and which replies are accepted.
     store : Path or str, optional
-        A folder for the local guidance of this run alone, emptied at the start; a
-        temporary one by default.
+        A folder for the local guidance of this run alone, emptied at the start. By
+        default a temporary one or, in `Checkpointed`, one beside the checkpoints.
     seed : int, optional
         Seed of all random choices: which nodes explore, random masks.
 
