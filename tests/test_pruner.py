@@ -289,6 +289,7 @@ def test_exploring_again_that_nobody_answers_is_asked_again_of_all(tmp_path):
         added(pruner, node_id, frame(node_id), 1.0, INITIAL)
     assert pruner.asks(3, connected=[0, 1], sampled=[0]).renew
     for server_round in (3, 4):  # the round begins again; the one after it
+        pruner.check({0: "no reply in time", 1: "no reply in time"})
         ask = pruner.asks(server_round, connected=[0, 1, 9], sampled=[9])
         assert (list(ask.nodes), ask.renew) == ([0, 1, 9], True)
         assert pruner.explorers == 2

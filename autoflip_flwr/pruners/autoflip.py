@@ -128,9 +128,8 @@ class AutoFlipPruner(Pruner):
             self._renewed = 0
         if every and due(server_round, every) and not self._renewed:
             self._renewed = server_round  # once, should the round begin again
-            self._renewing = True  # the old guidance stays until the first new answer
-        if self._renewing:  # nobody has answered yet: no single node may replace all
             self._asked.clear()
+            self._renewing = True  # the old guidance stays until the first new answer
         first = not self._asked
         if self._by_weights and not first:
             return None  # guidance has had its say
@@ -186,6 +185,8 @@ class AutoFlipPruner(Pruner):
                 f"none of {len(reasons)} nodes completed its exploration, so no "
                 f"mask can be made; reasons with their nodes: {by_reason(reasons)}"
             )
+        if self._renewing:  # nobody's was new: the next node must not replace all
+            self._asked.clear()
         moved = self._store.overall().high
         still = [name for name in self.shapes if not moved[name]]
         if still and not self._trainable_known:
