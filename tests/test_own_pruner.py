@@ -56,6 +56,7 @@ def test_repr_names_the_pruner_and_what_was_chosen():
         ([], {"seed": 1.5}, "seed: expected a whole number, got 1.5"),
         ([], {"seed": True}, "seed: expected a whole number"),
         ([], {"store": 7}, "store: expected a Path, got 7"),
+        ([], {"store": __file__}, "store: expected a folder, .* is a file"),
     ],
 )
 def test_a_wrong_type_is_refused_when_the_strategy_is_made(

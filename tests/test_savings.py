@@ -89,7 +89,7 @@ def test_with_the_model_and_a_sample_operations_are_told_too(caplog):
     assert len(lines(caplog)) == 3
     share = saved.operations / saved.dense_operations
     assert lines(caplog)[2].endswith(
-        f"multiply-accumulates a sample: {share:.3f} of them"
+        f"a sample: {share:.3f} of them where `masked` gets a sample"
     )
 
 
@@ -107,7 +107,8 @@ def test_the_rows_by_hand():
         "kept": "250 of 1000 parameters: 0.250 of them",
         "bytes sent": "3.00 MB (exploration 0.50 MB); FedAvg would have sent 10.00 MB: "
         "0.300 of it",
-        "operations": "400 of 1600 multiply-accumulates a sample: 0.250 of them",
+        "operations": "400 of 1600 multiply-accumulates a sample: 0.250 of them where "
+        "`masked` gets a sample",
     }
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from autoflip_flwr import units
 from autoflip_flwr.errors import MaskError, ModelError, SettingsError
 from autoflip_flwr.units import graph
+from autoflip_flwr.units.compaction import loses_units
 from autoflip_flwr.units.enforce import enforce
 from autoflip_flwr.units.partial import PartialNorm
 from autoflip_flwr.units.signature import signature
@@ -186,6 +187,10 @@ def test_both_directions_are_exact(kind):
     groups = sizes(model, TOKENS)
     assert groups["recurrent.steps"] == 20
     assert groups["recurrent.hidden_l0_reverse"] == 10
+
+
+def test_a_parameter_without_entries_loses_no_units():
+    assert not loses_units({"empty": np.ones((0, 4), np.bool_)})
 
 
 @pytest.mark.parametrize("both", [False, True])

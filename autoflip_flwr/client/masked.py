@@ -29,7 +29,13 @@ def masks_from(
     Returns
     -------
     dict
-        Empty if there is no mask: in an exploration, or without AutoFLIP.
+        An array of the parameter's shape for each; empty if there is no mask: in an
+        exploration, or without AutoFLIP.
+
+    Raises
+    ------
+    WireError
+        If the message is not one of AutoFLIP's server.
     """
     config = _config_of(message)
     if records.phase_of(config) in (None, "explore"):
@@ -55,7 +61,8 @@ def masked(
         Without a mask (exploration, plain FedAvg) nothing is pruned.
     example_inputs : torch.Tensor, or tuple of arguments of the model, optional
         One sample that the model runs on. With it the block gets a physically smaller
-        model if that pays (`units.PAYS`). At its end `model` gets the weights.
+        model if that pays: if it needs at most 0.8 of the operations (`units.PAYS`). At
+        its end `model` gets the weights.
 
     Yields
     ------

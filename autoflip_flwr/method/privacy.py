@@ -15,10 +15,22 @@ class GuidancePrivacy:
     """The Gaussian mechanism on the client: the server sees only noisy guidance.
 
     A client's whole guidance is scaled down to the L2 norm `clip` at most.
+
+    Parameters
+    ----------
+    clip : float
+        Largest L2 norm of a client's squared movements (Eq. 2), over 0.
+    noise : float
+        Standard deviation of the noise on each entry, as a multiple of `clip`, over 0.
+
+    Raises
+    ------
+    SettingsError
+        If one is not a positive number.
     """
 
-    clip: float  # > 0
-    noise: float  # standard deviation per entry, as a multiple of `clip`, > 0
+    clip: float
+    noise: float
 
     def __post_init__(self) -> None:
         for name in ("clip", "noise"):

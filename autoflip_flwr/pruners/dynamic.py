@@ -89,6 +89,16 @@ class FedDST(DynamicPruner):
     `replaced` (0.5) to 0. The authors' readme has ``replaced=0.01, every=15`` on
     CIFAR-10.
 
+    Parameters
+    ----------
+    every : int
+        Rounds, 1 or more, from one adjustment to the next.
+    replaced : float, optional
+        Share of a layer's kept weights, in [0, 1], that is exchanged at first; 0.5 by
+        default.
+    until : int, optional
+        Last round that may adjust. None: all may, and the share stays as it is.
+
     Notes
     -----
     In the paper clients adjust their own masks and the server prunes their union. Here
@@ -161,6 +171,16 @@ class FedRTS(TopGradientPruner):
     many are top as are to be exchanged. Then ``alpha += scale x`` and ``beta += scale
     (1 - x)``; one draw of each weight is made, and each layer keeps the largest draws,
     as many as before. The share falls as in `FedDST`.
+
+    Parameters
+    ----------
+    every : int
+        Rounds, 1 or more, from one adjustment to the next.
+    replaced : float, optional
+        Share of a layer's kept weights, in [0, 1], that is exchanged at first; 0.2 by
+        default.
+    until : int, optional
+        Last round that may adjust. None: all may, and the share stays as it is.
 
     Notes
     -----
@@ -250,6 +270,16 @@ class FedTiny(TopGradientPruner):
     names the largest gradients of pruned weights, as many as may be exchanged; their
     mean says which grow, from zero, and as many of the smallest weights go. The share
     falls as in `FedDST`.
+
+    Parameters
+    ----------
+    every : int
+        Rounds, 1 or more, from one adjustment to the next.
+    replaced : float, optional
+        Share of a layer's kept weights, in [0, 1], that is exchanged at first; 0.2 by
+        default.
+    until : int, optional
+        Last round that may adjust. None: all may, and the share stays as it is.
 
     Notes
     -----

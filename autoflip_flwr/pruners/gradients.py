@@ -52,7 +52,7 @@ class SSFL(GradientPruner):
     Ohib et al., SSFL: Discovering Sparse Unified Subnetworks at Initialization for
     Efficient Federated Learning (arXiv:2405.09037). Saliency is ranked over all layers;
     clients are weighted by their numbers of examples. Here the gradient is the mean
-    over the batches of all local samples.
+    over the batches of all local samples. It has no parameters.
     """
 
     def asks(
@@ -82,6 +82,11 @@ class PruneFL(GradientPruner):
     convolution of their FEMNIST network. As in their constants, the first layer costs
     only its bytes. In an adjustment all pruned weights compete with the smallest 30 %
     of each layer's kept weights. A weight that returns has its last value.
+
+    Parameters
+    ----------
+    every : int
+        Rounds, 1 or more, from one adjustment to the next.
 
     Notes
     -----

@@ -25,7 +25,13 @@ _Floats: TypeAlias = NDArray[np.float64]
 
 
 class Random(FixedPruner):
-    """One random mask for all rounds, or with `reselect` a new one for each."""
+    """One random mask for all rounds, or with `reselect` a new one for each.
+
+    Parameters
+    ----------
+    reselect : bool
+        Draw before every round; pruned weights keep their values at the server.
+    """
 
     def __init__(self, *, reselect: bool = False) -> None:
         self.restores = BaselineSettings(reselect=reselect).reselect
@@ -73,6 +79,13 @@ class Magnitude(WeightsPruner):
 
     Han et al., Learning both Weights and Connections for Efficient Neural Networks
     (arXiv:1506.02626). Biases and scales of normalization are kept.
+
+    Parameters
+    ----------
+    dense_rounds : int
+        Rounds, 0 or more, before the weights are judged.
+    reselect : bool
+        Choose before every round; pruned weights keep their values at the server.
     """
 
     def _judge(self, weights: Params) -> Masks:
@@ -124,6 +137,15 @@ class L1(UnitPruner):
     """Prunes the filters with the smallest sum of absolute weights.
 
     Li et al., Pruning Filters for Efficient ConvNets (arXiv:1608.08710, section 3.1).
+
+    It needs ``AutoFLIP(..., model=Net(), example_inputs=one_sample)``.
+
+    Parameters
+    ----------
+    dense_rounds : int
+        Rounds, 0 or more, before the weights are judged.
+    reselect : bool
+        Choose before every round; pruned weights keep their values at the server.
     """
 
     def _criterion(self, units: Units, group: Group, weights: Params) -> _Floats:
@@ -134,7 +156,7 @@ class L2(UnitPruner):
     """Prunes the filters with the smallest Euclidean norm.
 
     He et al., Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks
-    (arXiv:1808.06866, Eq. 1 with p = 2).
+    (arXiv:1808.06866, Eq. 1 with p = 2). Needs and parameters are those of `L1`.
     """
 
     def _criterion(self, units: Units, group: Group, weights: Params) -> _Floats:
@@ -145,7 +167,8 @@ class Similarity(UnitPruner):
     """Prunes the filters with the smallest sum of distances to the layer's others.
 
     That sum is least near the geometric median of the filters: He et al., Filter
-    Pruning via Geometric Median (arXiv:1811.00250, Eq. 5).
+    Pruning via Geometric Median (arXiv:1811.00250, Eq. 5). Needs and parameters are
+    those of `L1`.
     """
 
     def _criterion(self, units: Units, group: Group, weights: Params) -> _Floats:
@@ -158,7 +181,8 @@ class BatchNormScale(UnitPruner):
 
     Liu et al., Learning Efficient Convolutional Networks through Network Slimming
     (arXiv:1708.06519). Their penalty on the scales belongs to the clients' training: in
-    our app `training.scale-penalty`. Layers without BatchNorm keep all units.
+    our app `training.scale-penalty`. Layers without BatchNorm keep all units. Needs and
+    parameters are those of `L1`.
 
     Raises
     ------
@@ -192,6 +216,11 @@ class EFLPrune(L1):
     Wu, Song and Zeng (Complex & Intelligent Systems 9, 2023), called EFLPrune in
     arXiv:2405.10271: clients train and upload the kept part, the server writes it into
     the full model and prunes again. Their criterion is not public; L1 replaces it.
+
+    Parameters
+    ----------
+    dense_rounds : int
+        Rounds, 0 or more, before the weights are judged.
     """
 
     def __init__(self, *, dense_rounds: int = 2) -> None:

@@ -82,9 +82,10 @@ class Savings:
         }
         left, dense = self.operations, self.dense_operations
         if left is not None and dense is not None:
+            smaller = " where `masked` gets a sample" if left < dense else ""
             rows["operations"] = (
                 f"{amount(left)} of {amount(dense)} multiply-accumulates a sample: "
-                f"{_share(left, dense)} of them"
+                f"{_share(left, dense)} of them{smaller}"
             )
         return rows
 

@@ -47,7 +47,8 @@ class Wrapper(Flow[S]):
         Any strategy of the same API; ``FedAvg()`` by default.
     threshold : float, optional
         With the default mode, the share of the parameters to prune, in [0, 1]. At 0
-        nothing is pruned; without a warm start the weights are the inner strategy's.
+        nothing is pruned; without a warm start the weights are the inner strategy's,
+        in `wire`'s type of values.
         Overrides the one in `pruning`; 0.8 by default.
     units : float, optional
         Share of the pruned parameters, in [0, 1], to prune as whole units (filters,
@@ -138,6 +139,8 @@ class Wrapper(Flow[S]):
         pruning = PruningSettings(**values)
         exploration = exploration or ExplorationSettings()
         wire = wire or WireSettings()
+        if store is not None and Path(store).is_file():
+            raise SettingsError(f"store: expected a folder, {store} is a file")
         self._keeps = store is not None  # guidance, for a run that goes on
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))

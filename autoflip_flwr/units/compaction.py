@@ -102,6 +102,11 @@ def compact(model: nn.Module, masks: Masks, example_inputs: ExampleInputs) -> nn
         True = keep. A parameter without a mask is kept whole.
     example_inputs : torch.Tensor, or tuple of arguments of the model
 
+    Returns
+    -------
+    nn.Module
+        Of the same class, on the same device.
+
     Raises
     ------
     MaskError
@@ -165,6 +170,8 @@ def _what_pays(
 def loses_units(masks: Masks) -> bool:
     """Tell whether a mask may have empty units: a row of some matrix is empty."""
     return any(
-        keep.ndim >= 2 and not keep.reshape(len(keep), -1).any(axis=1).all()
+        keep.ndim >= 2
+        and keep.size > 0
+        and not keep.reshape(len(keep), -1).any(axis=1).all()
         for keep in masks.values()
     )
