@@ -1,5 +1,6 @@
 """Replies that cannot be used are dropped and named; the round goes on."""
 
+import copy
 import logging
 import math
 import re
@@ -46,6 +47,7 @@ from autoflip_flwr.errors import (
     ReplyError,
     SettingsError,
 )
+from autoflip_flwr.pruners import Random
 from autoflip_flwr.settings import PruningSettings
 
 NODES = [11, 12, 13, 14, 15]
@@ -614,6 +616,36 @@ def test_a_round_that_asks_nobody_is_no_failure(caplog):
     changed = [(a["3.weight"] != b["3.weight"]).any() for a, b in pairwise(seen)]
     assert changed == [False, True, False, True]
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_a_late_reply_through_a_grid_that_sends_copies_ends_no_run():
+    """Such a grid does not tell which messages a reply may answer."""
+
+    class Copying(LocalGrid):
+        late = None
+
+        def send_and_receive(self, messages, *, timeout=None):
+            copies = [
+                Message(
+                    RecordDict(dict(message.content)),
+                    message.metadata.dst_node_id,
+                    message.metadata.message_type,
+                )
+                for message in messages
+            ]
+            asked = {message.metadata.dst_node_id for message in copies}
+            replies = list(super().send_and_receive(copies, timeout=timeout))
+            if not replies:  # nobody evaluates
+                return []
+            late, self.late = self.late, copy.deepcopy(replies[0])
+            strange = late and late.metadata.src_node_id not in asked
+            self.seen = getattr(self, "seen", 0) + bool(strange)
+            return [*replies, late] if strange else replies
+
+    grid = Copying(toy_app(), NODES)
+    inner = FedAvg(fraction_train=0.4, fraction_evaluate=0, min_available_nodes=5)
+    run(AutoFLIP(inner, pruner=Random(), seed=0), grid, net(), 6)
+    assert grid.seen, "no node was left out of the round after"
 
 
 def test_where_most_clients_have_no_samples_the_others_train(caplog):

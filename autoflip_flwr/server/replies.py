@@ -159,9 +159,11 @@ class Replies:
             reasons = [rounds.dropped[node_id] for node_id, _ in received]
             self._check_apps([*reasons, *(one_line(str(f)) for f in failures)])
         replies = self._without(replies, self._outliers(replies))
+        usual = next(iter(sent.values()), b"")  # that of a late reply is not known
         for reply in replies:
             assert plan is not None
-            update = plan.update(sent[reply.node_id], reply.record[records.VALUES].data)
+            values = reply.record[records.VALUES].data
+            update = plan.update(sent.get(reply.node_id, usual), values)
             rounds.diagnostics.observe(update, reply.examples)
             rounds.pruner.observe(reply.arrays, reply.examples)
         least = self._settings.min_replies

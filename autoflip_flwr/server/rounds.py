@@ -224,11 +224,9 @@ class Rounds:
         It may have arrays that do not travel, unless units were traced on it.
         """
         shapes = {name: np.shape(value) for name, value in arrays.items()}
-        known = {n: shape for n, shape in self.shapes.items() if n in shapes}
-        for name, shape in {
-            **known,
-            **(self.units.shapes if self.units else {}),
-        }.items():
+        expected = {n: shape for n, shape in self.shapes.items() if n in shapes}
+        expected |= self.units.shapes if self.units else {}
+        for name, shape in expected.items():
             if shapes.get(name) != shape:
                 raise SettingsError(
                     f"{name}: expected the shape {shape} of the model that was handed "
