@@ -172,15 +172,7 @@ class FedRTS(TopGradientPruner):
     (1 - x)``; one draw of each weight is made, and each layer keeps the largest draws,
     as many as before. The share falls as in `FedDST`.
 
-    Parameters
-    ----------
-    every : int
-        Rounds, 1 or more, from one adjustment to the next.
-    replaced : float, optional
-        Share of a layer's kept weights, in [0, 1], that is exchanged at first; 0.2 by
-        default.
-    until : int, optional
-        Last round that may adjust. None: all may, and the share stays as it is.
+    Its parameters are those of `FedDST`; `replaced` is 0.2 by default.
 
     Notes
     -----
@@ -271,15 +263,7 @@ class FedTiny(TopGradientPruner):
     mean says which grow, from zero, and as many of the smallest weights go. The share
     falls as in `FedDST`.
 
-    Parameters
-    ----------
-    every : int
-        Rounds, 1 or more, from one adjustment to the next.
-    replaced : float, optional
-        Share of a layer's kept weights, in [0, 1], that is exchanged at first; 0.2 by
-        default.
-    until : int, optional
-        Last round that may adjust. None: all may, and the share stays as it is.
+    Its parameters are those of `FedDST`; `replaced` is 0.2 by default.
 
     Notes
     -----

@@ -138,14 +138,8 @@ class L1(UnitPruner):
 
     Li et al., Pruning Filters for Efficient ConvNets (arXiv:1608.08710, section 3.1).
 
-    It needs ``AutoFLIP(..., model=Net(), example_inputs=one_sample)``.
-
-    Parameters
-    ----------
-    dense_rounds : int
-        Rounds, 0 or more, before the weights are judged.
-    reselect : bool
-        Choose before every round; pruned weights keep their values at the server.
+    It needs ``AutoFLIP(..., model=Net(), example_inputs=one_sample)``; its parameters
+    are those of `Magnitude`.
     """
 
     def _criterion(self, units: Units, group: Group, weights: Params) -> _Floats:
