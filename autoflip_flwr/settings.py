@@ -157,7 +157,8 @@ class PruningSettings(Group):
     vectors: bool = False
     mode: Mode = "quantile"  # what the threshold is; see mask.from_scores
     # guidance: the paper; saliency: weight x movement; staged: saliency in the first
-    # mask, and in later ones the size of the weights as they are then.
+    # mask; in later ones the size of the weights as they are then, or their growth
+    # where they began large, as embeddings do.
     score: ScoreName = "staged"
     normalization: Normalization = "client"  # global: the paper's Eq. 3
     population_weight: Share = 1.0  # weight of all explorers; 0: the paper

@@ -88,16 +88,25 @@ class CharLSTM(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two encoder layers over the rows of an image, or over letters."""
+    """Two encoder layers over the rows of an image, or over letters or words."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: int = 48) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        classes: int,
+        width: int = 48,
+        vocabulary: int = 80,
+        last: bool = True,
+    ) -> None:
         super().__init__()
         text = len(shape) == 1
         length = shape[0] if text else shape[1]
         self.embed: nn.Module = (
-            nn.Embedding(80, width) if text else nn.Linear(shape[0] * shape[2], width)
+            nn.Embedding(vocabulary, width)
+            if text
+            else nn.Linear(shape[0] * shape[2], width)
         )
-        self.text = text
+        self.text, self.last = text, text and last
         self.place = nn.Parameter(0.02 * torch.randn(length, width))
         layer = nn.TransformerEncoderLayer(
             width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
@@ -106,10 +115,10 @@ class Transformer(nn.Module):
         self.output = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the last letter's state, or of the mean over rows."""
+        """Return the logits of the last state, or of the mean over all."""
         rows = x if self.text else x.transpose(1, 2).flatten(2)
         states = self.encoder(self.embed(rows) + self.place)
-        return self.output(states[:, -1] if self.text else states.mean(1))
+        return self.output(states[:, -1] if self.last else states.mean(1))
 
 
 def _group_norm(width: int) -> nn.Module:
@@ -126,6 +135,9 @@ NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "mlp": mlp,
     "lstm": lambda _, classes: CharLSTM(classes),
     "transformer": Transformer,
+    "word-transformer": lambda shape, classes: Transformer(
+        shape, classes, vocabulary=300, last=False
+    ),
 }
 
 

@@ -101,6 +101,7 @@ CELLS = [
     Cell("mlp", "adamw", "two-classes", "mnist", "tune"),
     Cell("wide-cnn", "momentum", "dirichlet", "cifar10", "tune"),
     Cell("lstm", "adam", "natural", "shakespeare", "tune", 30),
+    Cell("word-transformer", "adamw", "iid", "topics", "tune", 30),
     Cell("cnn", "sgd", "dirichlet", "digits", "confirm", 40),
     Cell("cnn-bn", "momentum", "dirichlet", "cifar10", "confirm"),
     Cell("cnn-bn", "adam", "iid", "mnist", "confirm"),
@@ -351,6 +352,8 @@ class Operations:
 @functools.lru_cache(maxsize=4)
 def _data(cell: Cell, folder: str, seed: int) -> tuple[Any, ...]:
     """Return shape, classes, the clients' samples, validation and test samples."""
+    if cell.data == "topics":
+        return _topics(seed)
     place = (
         {} if cell.data == "digits" else {"dir": str(Path(folder, _FOLDERS[cell.data]))}
     )
@@ -376,6 +379,26 @@ def _data(cell: Cell, folder: str, seed: int) -> tuple[Any, ...]:
         (test.x[:held], test.y[:held]),
         (test.x[held:], test.y[held:]),
     )
+
+
+def _topics(seed: int) -> tuple[Any, ...]:
+    """Draw texts of 20 words, of which three in ten are those of the text's topic.
+
+    Four topics have 30 of 300 words each. All clients draw from the same.
+    """
+    rng = np.random.default_rng(seed)
+    topics = np.stack([rng.choice(300, 30, replace=False) for _ in range(4)])
+    y = rng.integers(0, 4, 2000 + VALIDATION + 1000)
+    common = rng.integers(0, 300, (len(y), 20))
+    own = topics[y[:, None], rng.integers(0, 30, common.shape)]
+    x = np.where(rng.random(common.shape) < 0.3, own, common)
+    *parts, validation, test = (
+        data.Samples(x=x[rows], y=y[rows])
+        for rows in np.split(
+            np.arange(len(y)), [*range(200, 2001, 200), 2000 + VALIDATION]
+        )
+    )
+    return (20,), 4, parts, (validation.x, validation.y), (test.x, test.y)
 
 
 def _turned(samples: Any) -> Any:

@@ -1,10 +1,18 @@
 """From guidance to a score per parameter."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from autoflip_flwr.method.outliers import root_mean_square
 from autoflip_flwr.types import Array, Float32, ScoreName
+
+#: What a weight's size counts in `size_or_growth`, beside its growth.
+STARTING_SHARE = 0.01
+
+#: From how many times ``1 / sqrt(fan)`` on a matrix began large.
+LARGE = 2.0
 
 #: Added to |W0|, so that parameters with the initial value 0 (biases) can be kept.
 SALIENCY_OFFSET = 1e-4
@@ -30,6 +38,35 @@ def weight_size(initial: Array) -> Float32:
     size = np.abs(initial, dtype=np.float32)
     size += np.float32(SALIENCY_OFFSET)
     return size
+
+
+def size_or_growth(weights: Array, initial: Array) -> Float32:
+    """Return how large each weight is or, in a matrix that began large, has grown.
+
+    ``|W|``, float32; in a matrix whose first values are larger than layers have them,
+    such as PyTorch's embeddings from N(0, 1),
+    ``max(|W| - |W0|, 0) + 0.01 |W|``: by size the largest of these random values would
+    stay. The first term is *magnitude increase* in Zhou et al., arXiv:1905.01067.
+    """
+    size = np.abs(weights, dtype=np.float32)
+    if began_large(initial):
+        growth = size - np.abs(initial, dtype=np.float32)
+        np.maximum(growth, 0, out=growth)
+        size *= np.float32(STARTING_SHARE)
+        size += growth
+    return size
+
+
+def began_large(initial: Array) -> bool:
+    """Tell whether a matrix has a root mean square of more than 2 / sqrt(fan).
+
+    Of fan-in and fan-out the smaller: He's initialization has sqrt(2 / fan) with one of
+    them, Glorot's less, PyTorch's layers 0.6 / sqrt(fan-in).
+    """
+    if initial.ndim < 2 or not initial.size:
+        return False
+    fan = initial.size / max(initial.shape[:2])
+    return root_mean_square([initial]) * math.sqrt(fan) > LARGE
 
 
 #: Name of a score -> function of (guidance, initial weights) of one tensor; that of

@@ -25,11 +25,10 @@ from autoflip_flwr.method.guidance import (
 )
 from autoflip_flwr.method.parallel import parallel_map
 from autoflip_flwr.method.schedule import due
-from autoflip_flwr.method.scores import SCORES, weight_size
+from autoflip_flwr.method.scores import SCORES, size_or_growth, weight_size
 from autoflip_flwr.method.structured import Keep
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
-from autoflip_flwr.pruners.weights import magnitudes
 from autoflip_flwr.types import Array, Float32, Mask, Masks, Nodes, Params, Scores
 
 _log = logging.getLogger("flwr")
@@ -90,7 +89,7 @@ class AutoFlipPruner(Pruner):
         self._masks: Masks | None = None
         self._threshold = math.nan  # of `_masks`
         self._by_weights = False  # whether the weights decide over the next mask
-        self._factors: dict[str, Float32] = {}  # of magnitudes, where not all are 1
+        self._factors: dict[str, Float32] = {}  # of sizes, where not all are 1
         voted = settings.agreement == "vote"
         self._votes = agreements.Votes(self.shapes if voted else {})
         signed = settings.agreement == "sign"
@@ -217,9 +216,7 @@ class AutoFlipPruner(Pruner):
         if lasting and self._masks is not None and threshold == self._threshold:
             return self._masks  # until another node explores, or density falls
         if self._by_weights:
-            scores = magnitudes({name: weights[name] for name in self.shapes})
-            for name, factor in self._factors.items():
-                scores[name] *= factor
+            scores = self._sizes(weights)
         else:
             scores = self._scores(known, share)
             if self.settings.score == "staged":  # next time the weights decide
@@ -375,6 +372,17 @@ class AutoFlipPruner(Pruner):
 
         return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
 
+    def _sizes(self, weights: Params) -> dict[str, Float32]:
+        """Score the weights by what training has made of them."""
+
+        def one(name: str) -> Float32:
+            size = size_or_growth(weights[name], self.initial[name])
+            if name in self._factors:
+                size *= self._factors[name]
+            return size
+
+        return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
+
     def _combined(self, sampled: Nodes, share: float) -> _Combined:
         summed = self.settings.combination in SUMS
         return (self._mean if summed else self._robust)(sampled, share)
@@ -511,7 +519,7 @@ def _still_rows(scores: Scores, initial: Params) -> dict[str, Mask]:
 
 
 def _without(rows: Mask, scores: Float32, initial: Array) -> Float32:
-    """Let saliencies be 0 in some rows of a matrix; return the factor of magnitudes.
+    """Let saliencies be 0 in some rows of a matrix; return the factor of sizes.
 
     In a table it is how far each weight moved, with a mean of 1 in the other rows: the
     size of a pretrained weight does not tell how often clients have its word.
