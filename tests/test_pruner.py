@@ -139,11 +139,11 @@ def test_staged_masks_go_by_saliency_first_and_by_the_weights_later(tmp_path):
 def test_in_a_table_of_which_clients_use_a_part_later_masks_see_what_moved(tmp_path):
     """Words 2 and 3 did not move; in 0 and 1 every second entry moved 3 times as far.
 
-    Factors (mean 1) times sizes: 0.33 * 1, 1 * 1 and 0.67 * 0.8, 2 * 0.8. By size alone
-    word 0 would stay whole. A matrix of which all rows moved goes by size.
+    Factors (mean 1) times sizes, in tenths: 0.33 * 1, 1 * 1 and 0.67 * 0.8, 2 * 0.8. By
+    size alone word 0 would stay whole. A matrix of which all rows moved goes by size.
     """
     moved = np.tile(rows(0.05, 0.15), 4)
-    initial = {"words": rows(*np.outer([1, 0.8, 5, 5], np.ones(8)))}
+    initial = {"words": rows(*np.outer([0.1, 0.08, 0.5, 0.5], np.ones(8)))}
     squares = {"words": np.square(rows(moved, 2 * moved, 0 * moved, 0 * moved))}
     initial["other"], squares["other"] = initial["words"][:2], squares["words"][:2]
     settings = PruningSettings(threshold=2 / 3, gradual_rounds=1, balance="global")
@@ -330,3 +330,15 @@ def test_memory_does_not_grow_with_the_explorers(tmp_path, normalization):
     held = sum(trace.size for trace in traces.statistics("filename"))
     assert held < 480_000  # statistics, not even two of the fifty frames
     assert peak < 8_000_000  # a few dense matrices at a time, not fifty
+
+
+def test_a_matrix_that_began_large_goes_by_its_growth_in_later_masks(tmp_path):
+    """Entry 0 of each word is the largest and has shrunk, entry 1 has grown."""
+    initial = {"words": rows([2, 1, 1], [-2, 1, 1], [2, -1, 1], [2, 1, -1])}
+    trained = {"words": initial["words"] * rows([0.9, 1.2, 0.9])}
+    settings = PruningSettings(threshold=2 / 3, gradual_rounds=1, balance="global")
+    pruner = prepared(AutoFlipPruner(), initial, settings, tmp_path)
+    added(pruner, 0, codec.quantize({"words": np.ones((4, 3))}), 1.0, initial)
+    pruner.learn(None, pruner.masks([0], initial, 1))
+    masks = pruner.masks([0], trained, 2)
+    assert_array_equal(masks["words"], [[False, True, False]] * 4)
