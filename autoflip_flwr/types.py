@@ -39,7 +39,7 @@ Normalization: TypeAlias = Literal["client", "global", "layer"]
 Combination: TypeAlias = Literal["mean", "clipped-mean", "median", "trimmed-mean"]
 
 #: The score by which parameters are kept: the paper's, weight x movement, or that in
-#: the first mask and the weight alone in later ones.
+#: the first mask and the weight, or its growth, in later ones.
 ScoreName: TypeAlias = Literal["guidance", "saliency", "staged"]
 
 #: How layers share what is kept: one cut for all scores, or LAMP's (arXiv:2010.07611).
