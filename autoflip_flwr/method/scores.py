@@ -6,13 +6,22 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from autoflip_flwr.method.outliers import root_mean_square
-from autoflip_flwr.types import Array, Float32, ScoreName
+from autoflip_flwr.method.parallel import parallel_map
+from autoflip_flwr.types import Array, Float32, Mask, Params, ScoreName, Scores
 
 #: What a weight's size counts in `size_or_growth`, beside its growth.
 STARTING_SHARE = 0.01
 
 #: From how many times ``1 / sqrt(fan)`` on a matrix began large.
 LARGE = 2.0
+
+#: Columns of a matrix from which on its rows tell whether gradients moved them, and the
+#: relative spread of movement over weight up to which weight decay alone did.
+COLUMNS, SPREAD = 8, 0.25
+
+#: Share of rows that nobody moved from which on a matrix is a table of which clients
+#: use a part, such as word embeddings.
+TABLE = 0.5
 
 #: Added to |W0|, so that parameters with the initial value 0 (biases) can be kept.
 SALIENCY_OFFSET = 1e-4
@@ -67,6 +76,40 @@ def began_large(initial: Array) -> bool:
         return False
     fan = initial.size / max(initial.shape[:2])
     return root_mean_square([initial]) * math.sqrt(fan) > LARGE
+
+
+def still_rows(scores: Scores, initial: Params) -> dict[str, Mask]:
+    """Mark the rows of matrices that no gradient moved, where there are any.
+
+    They are those of words, or of other entries of a table, that no client has. They
+    did not move, or in proportion to their weights, as weight decay moves them. The
+    scores are saliencies.
+    """
+
+    def one(name: str) -> Mask:
+        shape = scores[name].shape
+        if math.prod(shape[1:]) < COLUMNS:
+            return np.zeros(shape[:1], np.bool_)
+        ratio = scores[name] / np.square(weight_size(initial[name]))
+        rows = ratio.reshape(len(ratio), -1)
+        spread, mean = rows.std(axis=1), rows.mean(axis=1)
+        return np.asarray(spread <= SPREAD * mean)
+
+    still = dict(zip(scores, parallel_map(one, scores), strict=True))
+    return {name: rows for name, rows in still.items() if rows.any() and not rows.all()}
+
+
+def without_rows(rows: Mask, scores: Float32, initial: Array) -> Float32:
+    """Let saliencies be 0 in some rows of a matrix; return the factor of sizes.
+
+    In a table it is how far each weight moved, with a mean of 1 in the other rows: the
+    size of a pretrained weight does not tell how often clients have its word.
+    """
+    scores[rows] = 0
+    if rows.mean() < TABLE:
+        return np.float32(~rows).reshape(-1, *[1] * (scores.ndim - 1))
+    moved = scores / weight_size(initial)
+    return np.asarray(moved / moved[~rows].mean(), np.float32)
 
 
 #: Name of a score -> function of (guidance, initial weights) of one tensor; that of

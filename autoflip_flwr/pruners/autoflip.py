@@ -5,62 +5,41 @@ Exploration replies -> guidance -> scores -> mask.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from autoflip_flwr.errors import ExplorationError, GuidanceError, by_reason
 from autoflip_flwr.method import agreement as agreements
-from autoflip_flwr.method.guidance import (
-    SUMS,
-    LocalMatrix,
-    Rescaling,
-    Statistics,
-    add_normalized,
-    clipped,
-    clipped_weight,
-    middle,
-    rescaling,
-)
 from autoflip_flwr.method.parallel import parallel_map
 from autoflip_flwr.method.schedule import due
-from autoflip_flwr.method.scores import SCORES, size_or_growth, weight_size
+from autoflip_flwr.method.scores import (
+    SCORES,
+    size_or_growth,
+    still_rows,
+    weight_size,
+    without_rows,
+)
 from autoflip_flwr.method.structured import Keep
 from autoflip_flwr.pruners.base import Ask, Problem, Pruner, limits_of
+from autoflip_flwr.pruners.explorers import Explorers
 from autoflip_flwr.pruners.store import GuidanceStore, Measured
-from autoflip_flwr.types import Array, Float32, Mask, Masks, Nodes, Params, Scores
+from autoflip_flwr.types import Float32, Masks, Nodes, Params, Scores
 
 _log = logging.getLogger("flwr")
 
-#: Values, over all explorers, that robust combination reads at a time.
-_ROBUST_BLOCK = 1 << 22
-
-#: Name of a tensor -> its combined guidance, flat.
-_Combined: TypeAlias = Callable[[str], Float32]
-
-#: Columns of a matrix from which on its rows tell whether gradients moved them, and the
-#: relative spread of movement over weight up to which weight decay alone did.
-_COLUMNS, _SPREAD = 8, 0.25
-
-#: Share of rows that nobody moved from which on a matrix is a table of which clients
-#: use a part, such as word embeddings.
-_TABLE = 0.5
-
 
 class AutoFlipPruner(Pruner):
-    """Keeps the explorers' local guidance and makes the mask of each round.
+    """Makes the mask of each round from the explorers' guidance, later from weights.
 
-    Notes
-    -----
-    Memory does not grow with the number of explorers. Their matrices stay on disk; the
-    sum over all explorers is one running sum. A round sums the one-byte codes of its
-    explorers tensor by tensor.
+    With ``score="staged"`` guidance decides until a masked round has been trained; then
+    the weights decide, and no node explores.
     """
 
     _saved = (
         *("_asked", "_renewing", "initial", "_masks", "_threshold", "_by_weights"),
-        *("kept_guidance", "_signs", "_store", "_factors"),
+        *("kept_guidance", "_signs", "_factors"),
     )
 
     explores = True
@@ -83,9 +62,8 @@ class AutoFlipPruner(Pruner):
         self._asked: set[int] = set()
         self._renewing = False
         self._renewed = 0  # this round, if all explore again in it
-        self._store = GuidanceStore(problem.directory, self.shapes)
-        self._population: dict[str, Float32] | None = None
-        self._weights: dict[int, float] = {}  # of nodes, for `clipped-mean`
+        store = GuidanceStore(problem.directory, self.shapes)
+        self._explorers = Explorers(store, settings)
         self._masks: Masks | None = None
         self._threshold = math.nan  # of `_masks`
         self._by_weights = False  # whether the weights decide over the next mask
@@ -97,23 +75,28 @@ class AutoFlipPruner(Pruner):
 
     def start(self) -> None:
         """Delete the guidance of an earlier run."""
-        self._store.clear()
+        self._explorers.clear()
 
     def state(self) -> dict[str, Any]:
         """Return the state that the guidance on disk does not contain.
 
         A resumed run sums the population and the votes again, in the same order.
         """
-        return {**super().state(), "asked": np.array([*self._asked], np.uint64)}
+        return {
+            **super().state(),
+            "asked": np.array([*self._asked], np.uint64),
+            "store": self._explorers.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state`."""
         super().restore({**state, "asked": set(state["asked"].tolist())})
+        self._explorers.restore(state["store"])
 
     @property
     def explorers(self) -> int:
         """Number of nodes that have explored."""
-        return len(self._store)
+        return len(self._explorers)
 
     def asks(
         self, server_round: int, *, connected: Nodes, sampled: Nodes
@@ -149,29 +132,22 @@ class AutoFlipPruner(Pruner):
             self.initial = dict(start)
             self._forget()
             self._renewing = False
-        replaced = node_id in self._store
-        self._store.put(node_id, measured)
-        self._weights.pop(node_id, None)
+        if node_id in self._explorers:
+            self._votes.forget()  # they are counted again
+        self._explorers.add(node_id, measured)
         self._masks = None
-        if replaced:  # the next mask sums all guidance on disk again
-            self._population = None
-            self._votes.forget()
-        elif self.settings.combination in SUMS and (
-            self._population is not None or len(self._store) == 1
-        ):
-            self._add_to_population(node_id, measured.guidance())
 
     def guidance(self) -> dict[str, Float32]:
         """Return Eq. 3 over all explorers, by the settings' normalization."""
         if not self.explorers:
             return {}
-        combined = self._combined((), 1.0)
+        combined = self._explorers.combined((), 1.0)
         return {n: combined(n).reshape(shape) for n, shape in self.shapes.items()}
 
     def explored(self) -> list[float]:
         """Return the mean guidance of each explorer in the store."""
         # While renewing, the store has guidance from other initial weights.
-        return [] if self._renewing else self._store.means()
+        return [] if self._renewing else self._explorers.means()
 
     def check(self, reasons: Mapping[int, str]) -> None:
         """Check that there is guidance, for every trainable tensor.
@@ -186,7 +162,7 @@ class AutoFlipPruner(Pruner):
             )
         if self._renewing:  # nobody's was new: the next node must not replace all
             self._asked.clear()
-        moved = self._store.overall().high
+        moved = self._explorers.overall().high
         still = [name for name in self.shapes if not moved[name]]
         if still and not self._trainable_known:
             raise GuidanceError(
@@ -205,7 +181,7 @@ class AutoFlipPruner(Pruner):
         """
         if self.explorers == 0:
             raise ExplorationError("expected local guidance of one node or more, got 0")
-        known = [node_id for node_id in sampled if node_id in self._store]
+        known = [node_id for node_id in sampled if node_id in self._explorers]
         missing = 1 - len(known) / len(sampled) if sampled else 1.0
         mu = self.settings.population_weight
         share = mu + (1 - mu) * missing
@@ -220,10 +196,10 @@ class AutoFlipPruner(Pruner):
         else:
             scores = self._scores(known, share)
             if self.settings.score == "staged":  # next time the weights decide
-                self._population = None
+                self._explorers.release()
                 self._factors = {
-                    name: _without(rows, scores[name], self.initial[name])
-                    for name, rows in _still_rows(scores, self.initial).items()
+                    name: without_rows(rows, scores[name], self.initial[name])
+                    for name, rows in still_rows(scores, self.initial).items()
                 }
         agreement = self._agreement()
         mixture = scores
@@ -300,8 +276,8 @@ class AutoFlipPruner(Pruner):
     def _agreement(self) -> Mapping[str, Float32] | None:
         if self.settings.agreement == "vote":
             return self._votes.of(
-                self._store,
-                lambda node_id: self._store.get(node_id).dense(),
+                self._explorers,
+                self._explorers.dense,
                 threshold=self.settings.threshold,
                 mode=self.settings.mode,
             )
@@ -335,9 +311,7 @@ class AutoFlipPruner(Pruner):
 
     def _forget(self) -> None:
         """Drop all guidance."""
-        self._store.forget()
-        self._weights.clear()
-        self._population = None
+        self._explorers.forget()
         self._masks = None
         self._by_weights = False
         self._factors = {}
@@ -364,7 +338,7 @@ class AutoFlipPruner(Pruner):
     def _scores(self, sampled: Nodes, share: float) -> dict[str, Float32]:
         """Score the guidance, in which the population has the weight `share`."""
         score = SCORES[self.settings.score]
-        combined = self._combined(sampled, share)
+        combined = self._explorers.combined(sampled, share)
 
         def one(name: str) -> Float32:
             initial = self.initial[name].reshape(-1)
@@ -382,150 +356,3 @@ class AutoFlipPruner(Pruner):
             return size
 
         return dict(zip(self.shapes, parallel_map(one, self.shapes), strict=True))
-
-    def _combined(self, sampled: Nodes, share: float) -> _Combined:
-        summed = self.settings.combination in SUMS
-        return (self._mean if summed else self._robust)(sampled, share)
-
-    def _mean(self, sampled: Nodes, population_share: float) -> _Combined:
-        """Return a function: name -> mean guidance of the tensor."""
-        local = [self._store.get(n) for n in sampled] if population_share < 1 else []
-        every = [self._store.statistics(n) for n in sampled]
-        normalization = self.settings.normalization
-        everyone = self._population_sum() if population_share > 0 else {}
-        overall = self._store.overall()
-
-        def one(name: str) -> Float32:
-            total = np.zeros(self.initial[name].size, np.float32)
-            if local:
-                scale = rescaling(every, name, normalization=normalization)
-                scale = self._clipped(scale, sampled)
-                add_normalized(total, name, local, scale, weight=1 - population_share)
-            if everyone:
-                mean = self._population_rescaling(overall, name)
-                total += np.float32(population_share * mean.scales[0]) * everyone[name]
-                total += np.float32(population_share * mean.offset)
-            return np.maximum(total, 0, out=total)  # rounding can go below zero
-
-        return one
-
-    def _robust(self, sampled: Nodes, population_share: float) -> _Combined:
-        """Return a function: name -> median or trimmed mean of the tensor's guidance.
-
-        It reads each explorer's file once per mask.
-        """
-        parts = [
-            (1 - population_share, list(sampled)),
-            (population_share, [*self._store]),
-        ]
-        parts = [(weight, nodes) for weight, nodes in parts if weight > 0]
-        nodes = list(dict.fromkeys(n for _, group in parts for n in group))
-        rows = {node_id: row for row, node_id in enumerate(nodes)}
-
-        def one(name: str) -> Float32:
-            total = np.zeros(self.initial[name].size, np.float32)
-            tables = self._normalized(nodes, name)
-            block = max(1, _ROBUST_BLOCK // len(nodes))
-            for start, codes in self._store.codes(nodes, name, block):
-                values = np.take_along_axis(tables, codes, axis=1)
-                for weight, group in parts:
-                    total[start : start + block] += np.float32(weight) * middle(
-                        values[[rows[n] for n in group]],
-                        combination=self.settings.combination,
-                        trim=self.settings.trim,
-                    )
-            return total
-
-        return one
-
-    def _normalized(self, node_ids: Nodes, name: str) -> Float32:
-        """Return the values of nodes' codes, each divided by its node's mean."""
-        tables = self._store.tables(node_ids, name)
-        for table, node_id in zip(tables, node_ids, strict=True):
-            own = [self._store.statistics(node_id)]
-            alone = rescaling(own, name, normalization="client")
-            table *= np.float32(alone.scales[0])
-            table += np.float32(alone.offset)
-        return tables
-
-    def _population_sum(self) -> Mapping[str, Float32]:
-        """Return the sum of all matrices; with `client`, each divided by its mean."""
-        if self._population is None:
-            for node_id in self._store:
-                self._add_to_population(node_id, self._store.get(node_id))
-        assert self._population is not None
-        return self._population
-
-    def _add_to_population(self, node_id: int, guidance: LocalMatrix) -> None:
-        if self._population is None:
-            self._population = {
-                name: np.zeros(self.initial[name].size, np.float32)
-                for name in self.shapes
-            }
-        population = self._population
-        if self.settings.normalization == "client":
-            alone = [self._store.statistics(node_id)]
-            scale = rescaling(alone, next(iter(self.shapes)), normalization="client")
-        else:
-            scale = Rescaling([1.0], 0.0)
-        scale = self._clipped(scale, [node_id])
-        parallel_map(
-            lambda name: add_normalized(population[name], name, [guidance], scale),
-            self.shapes,
-        )
-
-    def _clipped(self, rescale: Rescaling, nodes: Nodes) -> Rescaling:
-        """Return the map of the combination, for the guidance of some nodes."""
-        if self.settings.combination == "mean":
-            return rescale
-        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        for node_id in nodes:
-            if node_id not in self._weights:
-                self._weights[node_id] = clipped_weight(
-                    self._store.get(node_id),
-                    sizes,
-                    self._store.statistics(node_id).mean,
-                )
-        return clipped(rescale, [self._weights[node_id] for node_id in nodes])
-
-    def _population_rescaling(self, overall: Statistics, name: str) -> Rescaling:
-        """Return the map from the running sum to the normalized mean of all nodes."""
-        normalization = self.settings.normalization
-        if normalization == "client":
-            return Rescaling([1.0 / len(self._store)], 0.0)
-        whole = rescaling([overall], name, normalization=normalization)
-        return Rescaling([whole.scales[0] / len(self._store)], whole.offset)
-
-
-def _still_rows(scores: Scores, initial: Params) -> dict[str, Mask]:
-    """Mark the rows of matrices that no gradient moved, where there are any.
-
-    They are those of words, or of other entries of a table, that no client has. They
-    did not move, or in proportion to their weights, as weight decay moves them. The
-    scores are saliencies.
-    """
-
-    def one(name: str) -> Mask:
-        shape = scores[name].shape
-        if math.prod(shape[1:]) < _COLUMNS:
-            return np.zeros(shape[:1], np.bool_)
-        ratio = scores[name] / np.square(weight_size(initial[name]))
-        rows = ratio.reshape(len(ratio), -1)
-        spread, mean = rows.std(axis=1), rows.mean(axis=1)
-        return np.asarray(spread <= _SPREAD * mean)
-
-    still = dict(zip(scores, parallel_map(one, scores), strict=True))
-    return {name: rows for name, rows in still.items() if rows.any() and not rows.all()}
-
-
-def _without(rows: Mask, scores: Float32, initial: Array) -> Float32:
-    """Let saliencies be 0 in some rows of a matrix; return the factor of sizes.
-
-    In a table it is how far each weight moved, with a mean of 1 in the other rows: the
-    size of a pretrained weight does not tell how often clients have its word.
-    """
-    scores[rows] = 0
-    if rows.mean() < _TABLE:
-        return np.float32(~rows).reshape(-1, *[1] * (scores.ndim - 1))
-    moved = scores / weight_size(initial)
-    return np.asarray(moved / moved[~rows].mean(), np.float32)

@@ -41,7 +41,7 @@ class GuidanceStore:
 
     def __init__(self, directory: Path, shapes: Shapes) -> None:
         self._directory = directory
-        self._shapes = shapes
+        self.shapes = shapes
         self._rows: dict[int, int] = {}
         self._crcs = np.empty(0, np.uint32)
         #: One row: the mean, the least value of each tensor, the largest of each.
@@ -75,11 +75,11 @@ class GuidanceStore:
         """Map a node's guidance from disk; KeyError if the node has none."""
         if node_id not in self._rows:
             raise KeyError(f"no local guidance of node {node_id}")
-        return _read(self._path(node_id, self._slots[node_id]), self._shapes)
+        return _read(self._path(node_id, self._slots[node_id]), self.shapes)
 
     def tables(self, node_ids: Sequence[int], name: str) -> Float32:
         """Return the values of the codes of one tensor, shape (nodes, 256)."""
-        offset = _FRAME_AT + HEADER_BYTES * list(self._shapes).index(name)
+        offset = _FRAME_AT + HEADER_BYTES * list(self.shapes).index(name)
         tables = np.empty((len(node_ids), 256), np.float32)
         for row, path in zip(tables, self._paths(node_ids), strict=True):
             low, high = np.fromfile(path, "<f4", 2, offset=offset).tolist()
@@ -90,8 +90,8 @@ class GuidanceStore:
         self, node_ids: Sequence[int], name: str, block: int
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Yield blocks of a flat tensor: the first entry, codes of (nodes, entries)."""
-        sizes = [math.prod(shape) for shape in self._shapes.values()]
-        index = list(self._shapes).index(name)
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        index = list(self.shapes).index(name)
         offset = _FRAME_AT + HEADER_BYTES * len(sizes) + sum(sizes[:index])
         paths = self._paths(node_ids)
         for start in range(0, sizes[index], block):
@@ -111,7 +111,7 @@ class GuidanceStore:
 
     def overall(self) -> Statistics:
         """Return mean and extremes over all nodes, of which there is at least one."""
-        numbers, tensors = self._numbers[: len(self)], len(self._shapes)
+        numbers, tensors = self._numbers[: len(self)], len(self.shapes)
         mean = numbers[:, 0].mean()
         low = numbers[:, 1 : 1 + tensors].min(axis=0)
         high = numbers[:, 1 + tensors :].max(axis=0)
@@ -119,8 +119,8 @@ class GuidanceStore:
 
     def _statistics(self, numbers: NDArray[np.float64]) -> Statistics:
         mean, *extremes = numbers.tolist()
-        low = dict(zip(self._shapes, extremes, strict=False))
-        high = dict(zip(self._shapes, extremes[len(low) :], strict=True))
+        low = dict(zip(self.shapes, extremes, strict=False))
+        high = dict(zip(self.shapes, extremes[len(low) :], strict=True))
         return Statistics(mean=mean, low=low, high=high)
 
     def forget(self) -> None:
