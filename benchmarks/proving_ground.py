@@ -23,7 +23,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from networks import build
 from rich.progress import Progress
+from samples import CLIENTS, load
 from torch import nn
 from torch.nn import functional
 
@@ -62,7 +63,6 @@ from autoflip_flwr import (
     PruningSettings,
     Random,
     Similarity,
-    data,
 )
 from autoflip_flwr.app.training import scales
 from autoflip_flwr.types import Masks
@@ -70,8 +70,7 @@ from autoflip_flwr.units import operations_left
 from autoflip_flwr.wire import records
 from autoflip_flwr.wire.flower import become_task, set_message_id
 
-CLIENTS, SAMPLED, BATCH = 10, 0.5, 32
-VALIDATION = 500
+SAMPLED, BATCH = 0.5, 32
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Cell:
     optimizer: str
     split: str
     data: str
-    role: str  # tune: defaults may be chosen on it; confirm: they may not
+    role: str  # on `tune` defaults may be chosen; on `confirm` and `others` not
     rounds: int = 20
 
     @property
@@ -112,6 +111,14 @@ CELLS = [
     Cell("cnn", "adam", "natural", "femnist", "confirm"),
     Cell("wide-cnn", "adam", "two-classes", "mnist", "confirm"),
     Cell("transformer", "adam", "natural", "shakespeare", "confirm", 30),
+    Cell("gru", "adam", "iid", "order", "others", 30),
+    Cell("conv1d", "adam", "dirichlet", "waves", "others"),
+    Cell("tabular", "adamw", "dirichlet", "table", "others", 30),
+    Cell("recommender", "adam", "natural", "likes", "others", 30),
+    Cell("mixer", "adam", "two-classes", "mnist", "others"),
+    Cell("vit", "adamw", "iid", "mnist", "others"),
+    Cell("convnext", "adamw", "iid", "mnist", "others"),
+    Cell("mobile", "momentum", "iid", "cifar10", "others"),
 ]
 
 RATES = {
@@ -126,21 +133,6 @@ LETTERS = (0.003, 0.01)  # a net over letters learns nothing with the others
 
 def _rates(cell: Cell) -> tuple[float, ...]:
     return LETTERS if cell.data == "shakespeare" else RATES[cell.optimizer]
-
-
-_FOLDERS = {
-    "mnist": "",
-    "mnist-turned": "",
-    "cifar10": "",
-    "femnist": "femnist",
-    "shakespeare": "shakespeare",
-}
-_SPLITS: dict[str, dict[str, Any]] = {
-    "iid": {"partition": "iid"},
-    "two-classes": {"partition": "pathological", "classes_per_client": 2},
-    "dirichlet": {"partition": "dirichlet", "alpha": 0.3},
-    "natural": {"partition": "natural"},
-}
 
 
 def _optimizer(name: str, model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -349,65 +341,6 @@ class Operations:
         self.dense += samples
 
 
-@functools.lru_cache(maxsize=4)
-def _data(cell: Cell, folder: str, seed: int) -> tuple[Any, ...]:
-    """Return shape, classes, the clients' samples, validation and test samples."""
-    if cell.data == "topics":
-        return _topics(seed)
-    place = (
-        {} if cell.data == "digits" else {"dir": str(Path(folder, _FOLDERS[cell.data]))}
-    )
-    name, _, turned = cell.data.partition("-")
-    clients = data.load(
-        name,
-        num_partitions=CLIENTS,
-        seed=seed,
-        max_samples=2000,
-        max_test_samples=VALIDATION + 1000,
-        **place,
-        **_SPLITS[cell.split],
-    )
-    spec = data.spec(name)
-    parts, test = [clients.partition(i) for i in range(CLIENTS)], clients.test
-    if turned:
-        parts, test = [_turned(part) for part in parts], _turned(test)
-    held = min(VALIDATION, len(test) // 3)
-    return (
-        spec.input_shape,
-        spec.num_classes * (4 if turned else 1),
-        parts,
-        (test.x[:held], test.y[:held]),
-        (test.x[held:], test.y[held:]),
-    )
-
-
-def _topics(seed: int) -> tuple[Any, ...]:
-    """Draw texts of 20 words, of which three in ten are those of the text's topic.
-
-    Four topics have 30 of 300 words each. All clients draw from the same.
-    """
-    rng = np.random.default_rng(seed)
-    topics = np.stack([rng.choice(300, 30, replace=False) for _ in range(4)])
-    y = rng.integers(0, 4, 2000 + VALIDATION + 1000)
-    common = rng.integers(0, 300, (len(y), 20))
-    own = topics[y[:, None], rng.integers(0, 30, common.shape)]
-    x = np.where(rng.random(common.shape) < 0.3, own, common)
-    *parts, validation, test = (
-        data.Samples(x=x[rows], y=y[rows])
-        for rows in np.split(
-            np.arange(len(y)), [*range(200, 2001, 200), 2000 + VALIDATION]
-        )
-    )
-    return (20,), 4, parts, (validation.x, validation.y), (test.x, test.y)
-
-
-def _turned(samples: Any) -> Any:
-    """Turn images by quarters, one after another; the turn is part of the class."""
-    turns = np.arange(len(samples)) % 4
-    turned = [np.rot90(x, k, (1, 2)) for x, k in zip(samples.x, turns, strict=True)]
-    return replace(samples, x=np.stack(turned), y=10 * turns + samples.y)
-
-
 def _app(
     cell: Cell,
     parts: list[Any],
@@ -484,7 +417,9 @@ def one(job: Job, folder: str) -> dict[str, Any]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     become_task()
     cell = next(cell for cell in CELLS if cell.name == job.cell)
-    shape, classes, parts, validation, test = _data(cell, folder, job.seed)
+    shape, classes, parts, validation, test = load(
+        cell.data, cell.split, folder, job.seed
+    )
     model = build(cell.network, shape, classes, job.seed)
     initial = ArrayRecord(model.state_dict())
     example = torch.from_numpy(parts[0].x[:1])
@@ -697,7 +632,9 @@ def main() -> None:
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--pruned", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--role", choices=["all", "tune", "confirm"], default="all")
+    parser.add_argument(
+        "--role", choices=["all", "tune", "confirm", "others"], default="all"
+    )
     parser.add_argument("--cells", nargs="+", help="names; default all of the role")
     parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)}")
     parser.add_argument("--ours", default="autoflip", help="the arm that is judged")
