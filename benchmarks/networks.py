@@ -261,7 +261,7 @@ def mobile(shape: tuple[int, ...], classes: int) -> nn.Module:
 
     def convolution(inner: int, outer: int, *sizes: int, groups: int = 1) -> None:
         layers.append(
-            nn.Conv2d(inner, outer, *sizes, groups=groups, bias=False),  # type: ignore[arg-type]
+            nn.Conv2d(inner, outer, *sizes, groups=groups, bias=False),
         )
         layers.extend([nn.BatchNorm2d(outer), nn.ReLU6()])
 

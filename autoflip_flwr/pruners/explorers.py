@@ -80,8 +80,8 @@ class Explorers:
     def combined(self, sampled: Nodes, share: float) -> Combined:
         """Return a function: name -> guidance of the tensor, flat.
 
-        ``(1 - share) * that of the sampled + share * that of all``, each a mean, median
-        or trimmed mean as the settings say.
+        ``(1 - share) * that of the sampled + share * that of all``, each a mean,
+        clipped mean, median or trimmed mean, as the settings say.
         """
         summed = self._settings.combination in SUMS
         return (self._mean if summed else self._robust)(sampled, share)
