@@ -112,9 +112,7 @@ class Pruner(ABC):
         self.units = problem.units
         self.rng = np.random.default_rng(problem.seed)
         self.kept_guidance = None
-        half = (problem.rounds or 0) // 2  # unknown: a run may end before any schedule
-        chosen = self.settings.gradual_rounds
-        self._gradual_rounds = half if chosen is None else chosen
+        self._gradual_rounds = self.settings.falling_rounds(problem.rounds)
         self.spared = self._spared_vectors()
         floor = self.settings.floor
         masking.check_floor(

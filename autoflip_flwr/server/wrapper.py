@@ -189,7 +189,7 @@ class Wrapper(Flow[S]):
         """Tell how many rounds the run has, before it starts, and how long one waits.
 
         On the Message API `start` does. On the older API you may, so that the density
-        falls over the first half of the rounds instead of at once:
+        falls in the first rounds, not at once:
         ``strategy = AutoFLIP(strategy).expect(num_rounds)``.
         """
         self.rounds.total = num_rounds
