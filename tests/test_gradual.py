@@ -113,7 +113,8 @@ def test_start_tells_the_number_of_rounds(tmp_path, checkpointed):
 
     whole = Checkpointed(strategy, tmp_path / "run") if checkpointed else strategy
     run(whole, LocalGrid(toy_app(), NODES), net(), 6, after_round=note)
-    assert densities == pytest.approx([0.6, 0.5422, 0.5125, 0.5016, 0.5, 0.5], abs=0.003)
+    expected = [0.6, 0.5422, 0.5125, 0.5016, 0.5, 0.5]
+    assert densities == pytest.approx(expected, abs=0.003)
 
 
 def test_a_baseline_has_its_own_schedule():
