@@ -149,7 +149,8 @@ class PruningSettings(Group):
     threshold: NotNegative = 0.8  # quantile: share to prune; see mask.from_scores
     # Density of round 1. It falls to that of the threshold in `gradual_rounds` rounds.
     initial_density: PositiveShare = 0.6
-    # None: see `falling_rounds`.
+    # None: half of a run's rounds; 20 of 27 to 39, three quarters of fewer. 0, at once,
+    # where their number is not known.
     gradual_rounds: Count | None = None
     balance: Balance = "lamp"  # how layers share what is kept; global: the paper
     # Whether biases and scales of normalization are pruned, too. If not, they are kept
@@ -206,10 +207,9 @@ class PruningSettings(Group):
     def falling_rounds(self, rounds: int | None) -> int:
         """Return in how many of a run's `rounds` the density falls.
 
-        Where `gradual_rounds` is None it is half of them, but 20 in a run of 27 to 40
-        rounds and three quarters in a shorter one: a network needs a number of denser
-        rounds to learn, more than a share of them. 0 where `rounds` is not known, since
-        the run may end before any schedule.
+        Where `gradual_rounds` is None it is half of them, but 20 of 27 to 39 rounds and
+        three quarters of fewer: the number of denser rounds matters, not their share. 0
+        where `rounds` is not known, since the run may end before any schedule.
         """
         if self.gradual_rounds is not None:
             return self.gradual_rounds
