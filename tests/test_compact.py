@@ -117,7 +117,7 @@ def check(name: str, source: str, optimizer: str, device: str = "cpu") -> None:
     small = units.compact(model, masks, x[:1])
     size = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() for p in small.parameters()) < 0.7 * size
-    whole = copy.deepcopy(model)
+    whole = copy.deepcopy(model).cpu().to(device)  # cuDNN wants its weights together
     kept = units.kept_indices(small)
     with enforce(whole, masks), enforce(small, units.small_masks(small, masks)):
         expected = take_steps(whole, x, classes, optimizer, steps)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoflip_flwr.errors import ModelError
+from autoflip_flwr.units import recurrent
 from autoflip_flwr.units.inputs import ExampleInputs, arguments, described, first_line
 
 
@@ -99,7 +100,7 @@ def operations(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int
             parameter.requires_grad_(True)
     paths = {module: path for path, module in copied.named_modules()}
     with Products(copied, paths) as products, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the switch, of a copied LSTM on a GPU
+        warnings.simplefilter("ignore")  # of the switch
         with torch.backends.mkldnn.flags(enabled=False):  # a fused LSTM, the same
             _run(copied, example_inputs)
     totals = dict.fromkeys(paths.values(), 0)
@@ -137,11 +138,13 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval()
     except Exception as error:  # whatever the model's own code raises
         raise ModelError(
             f"{type(model).__name__} cannot be copied: {first_line(error)}"
         ) from error
+    recurrent.flatten(copied)
+    return copied
 
 
 def _run(model: nn.Module, example_inputs: ExampleInputs) -> None:

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.method.structured import Cluster, Group, Keep, Units
-from autoflip_flwr.units import enforce
+from autoflip_flwr.units import enforce, recurrent
 from autoflip_flwr.units.inputs import (
     ExampleInputs,
     arguments,
@@ -181,6 +181,7 @@ def _randomized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, rate in vars(module).copy().items():
             if "drop" in name and isinstance(rate, float):
                 setattr(module, name, 0.0)  # of attention, and recurrent layers
+    recurrent.flatten(trial)
     return trial
 
 

@@ -72,6 +72,17 @@ class _StandIn(nn.Module):
         return output, (hidden, hidden) if self.mode == "LSTM" else hidden
 
 
+def flatten(model: nn.Module) -> None:
+    """Lay the weights of each recurrent module side by side, as cuDNN wants them.
+
+    In a copied module they are apart: on a GPU every call then copies them together,
+    and warns. On a CPU nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+
+
 def replace(model: nn.Module) -> dict[str, nn.RNNBase]:
     """Put stand-ins for all recurrent modules; return these by path."""
     originals = {

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from autoflip_flwr.errors import MaskError
 from autoflip_flwr.method.structured import Indices, Keep, Units
 from autoflip_flwr.types import Masks
-from autoflip_flwr.units import attention, layers
+from autoflip_flwr.units import attention, layers, recurrent
 from autoflip_flwr.units.layers import join
 from autoflip_flwr.units.partial import PartialNorm
 
@@ -49,6 +49,7 @@ def shrink(model: nn.Module, units: Units, keep: Keep) -> nn.Module:
     for path, heads in attention.find(model).items():
         if heads.output in kept:
             attention.resize(small, path, heads)
+    recurrent.flatten(small)
     setattr(small, KEPT, kept)
     return small
 
