@@ -93,6 +93,37 @@ def test_an_optimizer_with_a_past_moves_no_pruned_weight(make):
         assert_array_equal(weights(model)[name], values)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_closure_that_is_evaluated_at_several_points_finds_the_masked_optimum(seen):
+    # Least squares: LBFGS must end at the optimum of the kept weights alone.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    y = x @ torch.arange(1.0, 7.0, dtype=torch.float64)[:, None]
+    keep = np.array([[True, False, True, False, False, True]])
+    kept = torch.from_numpy(keep[0])
+    expected = torch.linalg.lstsq(x[:, kept], y).solution[:, 0]
+    model = nn.Linear(6, 1, bias=False).double()
+    masks = {"weight": keep}
+    with torch.no_grad():
+        zeros = marked(model.weight.numpy().copy(), keep)
+        model.weight.copy_(torch.from_numpy(zeros))
+    with enforce(model, masks) if seen else enforce_unseen(masks):
+        optimizer = torch.optim.LBFGS(
+            model.parameters(), max_iter=30, line_search_fn="strong_wolfe"
+        )
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    got = model.weight.detach()[0]
+    torch.testing.assert_close(got[kept], expected, rtol=1e-5, atol=1e-5)
+    assert not got[~kept].any()
+
+
 def test_a_pruned_weight_that_overflowed_is_zero_again():
     model = nn.Linear(2, 1, bias=False)
     keep = np.array([[True, False]])

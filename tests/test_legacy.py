@@ -45,7 +45,7 @@ import autoflip_flwr
 from autoflip_flwr import AutoFlipMod, masked, masks_from
 from autoflip_flwr.errors import ExplorationError, ReplyError, SettingsError
 from autoflip_flwr.server.legacy import AutoFLIP
-from autoflip_flwr.settings import ExplorationSettings
+from autoflip_flwr.settings import ExplorationSettings, PruningSettings
 
 CIDS = ["11", "12", "13", "14", "15"]
 
@@ -403,6 +403,19 @@ def test_without_names_arrays_are_numbered(use_masked):
     assert set(strategy.rounds.plan.masks) == {"0", "1", "2"}
     assert (seen[-1][3] != 0).all()
     assert sum((a == 0).sum() for a in seen[-1]) == round(0.7 * 160)
+
+
+@pytest.mark.parametrize("use_masked", [True, False])
+def test_without_names_statistics_of_a_norm_are_not_pruned(use_masked, caplog):
+    seen = []
+    inner = FedAvg(**options(net, seen))
+    strategy = AutoFLIP(inner, threshold=0.5, pruning=PruningSettings(vectors=True))
+    serve(strategy, net, 3, use_masked=use_masked)
+    names = list(state_of(net()))
+    trained = {str(i) for i, n in enumerate(names) if n.endswith(("weight", "bias"))}
+    assert set(strategy.rounds.plan.masks) == trained
+    assert (seen[-1][names.index("1.running_var")] > 0).all()
+    assert "pruned weights" not in caplog.text
 
 
 def test_names_of_another_model_are_an_error_that_counts():

@@ -346,3 +346,9 @@ def test_a_setting_that_a_preview_does_not_read_is_named(folder, capsys):
     command = ["inspect", "inspected_app.task:Net", "--input", "1,6:int64"]
     assert main([*command, "--overrides", "strategy.fraction-train=0.1"]) == 2
     assert "does not read ['strategy.fraction-train']" in capsys.readouterr().err
+
+
+def test_a_lazy_model_is_an_error_that_names_its_parameters():
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    with pytest.raises(ModelError, match=r"lazy ones \(1.weight, 1.bias\); run the"):
+        AutoFLIP(FedAvg(), model=lazy)

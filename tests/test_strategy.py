@@ -16,6 +16,8 @@ from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
+    Message,
+    RecordDict,
 )
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp.strategy import (
@@ -624,6 +626,41 @@ def test_a_strategy_keeps_its_own_attributes_methods_schedule_and_start():
     assert rates == {1: 0.4, 2: 0.2, 3: 0.1, 4: 0.05}
     with pytest.raises(AttributeError, match="nothing"):
         _ = strategy.nothing
+
+
+def test_a_bias_that_a_norm_takes_away_may_rest():
+    def biased():
+        norm, last = torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 3)
+        return torch.nn.Sequential(torch.nn.Linear(6, 16), norm, last)
+
+    grid = LocalGrid(toy_app(biased, lr=1e-3), NODES)
+    strategy = AutoFLIP(FedAvg(**some_of()), threshold=0.3)
+    run(strategy, grid, biased(), 2)
+    masks = strategy.rounds.plan.masks
+    assert set(masks) == {n for n, _ in biased().named_parameters()}
+    assert all(keep.all() for keep in masks.values() if keep.ndim == 1)
+
+
+def test_an_explorer_is_told_what_the_strategy_tells_that_node():
+    class Telling(FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            for message in super().configure_train(server_round, arrays, config, grid):
+                node_id = message.metadata.dst_node_id
+                content = RecordDict(dict(message.content))
+                content["config"] = ConfigRecord({**content["config"], "you": node_id})
+                yield Message(content, node_id, "train")
+
+    grid = LocalGrid(toy_app(), NODES)
+    strategy = AutoFLIP(Telling(**some_of()), **flat(warm_start=False))
+    run(strategy, grid, net(), 1)
+    sampled = set(grid.nodes("train"))
+    assert 0 < len(sampled) < len(NODES)
+    told = {s.node_id: s.config["you"] for s in grid.down if s.phase == "explore"}
+    assert set(told) == set(NODES)
+    assert {n for n, you in told.items() if n == you} == sampled
+    assert {s.node_id: s.config["you"] for s in grid.down if s.phase == "train"} == {
+        n: n for n in sampled
+    }
 
 
 def saving(kind):

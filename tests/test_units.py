@@ -504,6 +504,46 @@ def test_with_blank_example_inputs_too_a_misread_group_stays_whole(flow):
     assert_exact(flow, IMAGE, share=0.25)
 
 
+class OneSlope(nn.Module):
+    """A PReLU of one slope, whose channels are put beside others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.slope = nn.PReLU()
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        hidden = self.slope(self.a(x))
+        return self.out(torch.cat([hidden, self.slope(self.b(hidden))], 1))
+
+
+def test_a_prelu_of_one_slope_goes_with_any_channels():
+    assert sizes(OneSlope(), torch.zeros(1, 6)) == {"a": 8, "b": 8}
+    assert_exact(OneSlope(), torch.randn(4, 6))
+
+
+class EarlyExit(nn.Module):
+    """A second head, which the app asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+        self.early = nn.Linear(8, 3)
+
+    def forward(self, x, early=False):
+        hidden = self.a(x).relu()
+        return self.early(hidden) if early else self.c(self.b(hidden).relu())
+
+
+def test_what_a_layer_may_read_that_no_sample_reaches_stays_whole():
+    found = units.trace(EarlyExit(), torch.zeros(1, 6))
+    assert [group.name for group in found.groups] == ["b"]
+    assert found.whole["a"] == "early, which no sample reaches, may read it"
+    small = assert_exact(EarlyExit(), torch.randn(4, 6), share=0.2)
+    assert small(torch.randn(2, 6).double(), early=True).shape == (2, 3)
+
+
 def test_a_branch_of_training_alone_is_seen():
     class Auxiliary(nn.Module):
         def __init__(self) -> None:

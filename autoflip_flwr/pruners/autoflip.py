@@ -153,7 +153,8 @@ class AutoFlipPruner(Pruner):
         """Check that there is guidance, for every trainable tensor.
 
         If the trainable parameters are unknown, a tensor that no explorer changed is a
-        GuidanceError: pruning would remove it first.
+        GuidanceError: pruning would remove it first. Vectors that are kept in any case
+        may rest, as does the bias before a BatchNorm, which has no gradient.
         """
         if self.explorers == 0:
             raise ExplorationError(
@@ -163,7 +164,8 @@ class AutoFlipPruner(Pruner):
         if self._renewing:  # nobody's was new: the next node must not replace all
             self._asked.clear()
         moved = self._explorers.overall().high
-        still = [name for name in self.shapes if not moved[name]]
+        judged = [name for name in self.shapes if name not in self.spared]
+        still = [name for name in judged if not moved[name]]
         if still and not self._trainable_known:
             raise GuidanceError(
                 f"{still} moved for none of {self.explorers} explorers: they are "

@@ -39,10 +39,8 @@ T = TypeVar("T")
 #: A message to a node: its id, and the records.
 Request: TypeAlias = tuple[int, RecordDict]
 
-#: (records, nodes) -> (node, what it replies or why it does not), as they arrive.
-Ask: TypeAlias = Callable[
-    [RecordDict, Sequence[int]], Iterable[tuple[int, RecordDict | str]]
-]
+#: Messages -> (node, what it replies or why it does not), as they arrive.
+Ask: TypeAlias = Callable[[Sequence[Request]], Iterable[tuple[int, RecordDict | str]]]
 
 #: Replies by node in the order of the messages, and errors that came in their place.
 Received: TypeAlias = tuple[Sequence[tuple[int, Any]], Sequence[Any]]
@@ -103,20 +101,37 @@ class Flow(ABC, Generic[S]):
         ask: Ask,
         connected: Sequence[int],
     ) -> bool:
-        """Let new nodes explore; tell whether a warm start moved the weights."""
+        """Let new nodes explore; tell whether a warm start moved the weights.
+
+        A node gets what the inner strategy tells it; one that it has not sampled gets
+        what it tells the first.
+        """
         sampled, (like, *_) = zip(*requests, strict=True)
-        config_key, config = records.only_config(like)
-        array_key, several = self._model_of(like)
+        own = dict(reversed(requests))
+
+        def told(content: RecordDict) -> dict[str, Any]:
+            key, _ = self._model_of(content)
+            return {name: each for name, each in content.items() if name != key}
 
         def send(
             arrays: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
         ) -> Iterator[tuple[int, Answer | str]]:
-            content = RecordDict(dict(like))
-            content[array_key] = arrays
-            content[config_key] = ConfigRecord({**config, **entries, **several})
-            for _ in nodes:
+            def asked(content: RecordDict) -> RecordDict:
+                array_key, several = self._model_of(content)
+                config_key, config = records.only_config(content)
+                made = RecordDict(dict(content))
+                made[array_key] = arrays
+                made[config_key] = ConfigRecord({**config, **entries, **several})
+                return made
+
+            shared, usual = asked(like), told(like)
+            contents = [
+                shared if told(each) == usual else asked(each)
+                for each in (own.get(node_id, like) for node_id in nodes)
+            ]
+            for content in contents:
                 self._count("explore", "down", content)
-            for node_id, reply in ask(content, nodes):
+            for node_id, reply in ask(list(zip(nodes, contents, strict=True))):
                 if isinstance(reply, str):
                     yield node_id, reply
                 else:

@@ -112,21 +112,22 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             return _requests(instructions, current)
 
         def ask(
-            content: RecordDict, nodes: Sequence[int]
+            requests: Sequence[Request],
         ) -> Iterator[tuple[int, RecordDict | str]]:
-            ins, timeout = _ins(FitIns, content), self.rounds.exploration.timeout
+            timeout = self.rounds.exploration.timeout
 
-            def one(node_id: int) -> RecordDict | str:
+            def one(node_id: int, content: RecordDict) -> RecordDict | str:
                 try:
+                    ins = _ins(FitIns, content)
                     result = proxies[node_id].fit(ins, timeout, server_round)
                 except Exception as error:  # a client's proxy may raise anything
                     return str(error)
                 failed = result.status.code is not Code.OK
                 return result.status.message if failed else _content(result)
 
-            workers = min(len(nodes), _EXPLORERS)
+            workers = min(len(requests), _EXPLORERS)
             with ThreadPoolExecutor(max_workers=workers) as pool:
-                tasks = {pool.submit(one, node_id): node_id for node_id in nodes}
+                tasks = {pool.submit(one, *each): each[0] for each in requests}
                 for task in as_completed(tasks):
                     yield tasks.pop(task), task.result()
 

@@ -92,10 +92,12 @@ class AutoFLIP(Wrapper[Strategy], Strategy):  # noqa: D101 - Wrapper's
             )
 
         def ask(
-            content: RecordDict, nodes: Sequence[int]
+            requests: Sequence[Request],
         ) -> Iterator[tuple[int, RecordDict | str]]:
             kind = self._sent[0].metadata.message_type
-            messages = [Message(content, node_id, kind) for node_id in nodes]
+            messages = [
+                Message(content, node_id, kind) for node_id, content in requests
+            ]
             known: dict[str, int] = {}
             timeout, at_once = self.rounds.exploration.timeout, self._intake.at_once()
             for reply in stream(grid, messages, timeout=timeout, at_once=at_once):

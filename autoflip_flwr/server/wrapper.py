@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from flwr.serverapp.strategy import Result
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from autoflip_flwr.errors import ModelError, SettingsError
 from autoflip_flwr.method.structured import Units
@@ -327,6 +328,11 @@ class Wrapper(Flow[S]):
 
 
 def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    if lazy := [n for n, p in model.named_parameters() if is_lazy(p)]:
+        raise ModelError(
+            f"{type(model).__name__}: expected parameters with shapes, got lazy ones "
+            f"({', '.join(lazy)}); run the model once on a sample before"
+        )
     arrays = {n: v for n, v in model.state_dict().items() if hasattr(v, "shape")}
     return {name: tuple(value.shape) for name, value in arrays.items()}
 

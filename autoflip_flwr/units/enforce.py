@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autoflip_flwr.errors import MaskError
 from autoflip_flwr.types import Array, Mask, Masks
-from autoflip_flwr.units.optimizers import parameters_of, steps
+from autoflip_flwr.units.optimizers import after_closure, parameters_of, steps
 
 
 def trainable_names(model: nn.Module) -> list[str]:
@@ -119,7 +119,19 @@ def enforce_unseen(masks: Masks) -> Iterator[set[str]]:
 
 @contextmanager
 def _zeroed_by_steps(pruned: Mapping[nn.Parameter, "_Pruned | None"]) -> Iterator[None]:
-    """Zero what is pruned after every step of an optimizer that holds it."""
+    """Zero what is pruned after every step of an optimizer that holds it.
+
+    A step with a closure sees no gradients of pruned entries: it may evaluate the
+    closure at several points, as LBFGS does, and must not move them in between.
+    """
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        def still() -> None:
+            for parameter in parameters_of(optimizer):
+                if each := pruned.get(parameter):
+                    each.zero_gradient()
+
+        return after_closure((args, kwargs), still)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
         for parameter in parameters_of(optimizer):
@@ -127,7 +139,7 @@ def _zeroed_by_steps(pruned: Mapping[nn.Parameter, "_Pruned | None"]) -> Iterato
                 each.zero()
                 each.zero_samples_from_now()
 
-    with steps(after=after_step):
+    with steps(before=before_step, after=after_step):
         try:
             yield
         finally:
@@ -177,7 +189,15 @@ class _Pruned:
 
     def zero(self) -> None:
         """Clear the bits of pruned entries: unlike a product, that clears NaN too."""
-        data = self.parameter.data
+        self._clear(self.parameter.data)
+
+    def zero_gradient(self) -> None:
+        """Clear the gradient of pruned entries; a sparse one stays."""
+        gradient = self.parameter.grad
+        if gradient is not None and gradient.layout == torch.strided:
+            self._clear(gradient)
+
+    def _clear(self, data: torch.Tensor) -> None:
         kind = _INTEGERS[data.element_size()]
         bits = self._bits
         if bits is None or bits.dtype != kind or bits.device != data.device:

@@ -100,6 +100,18 @@ def is_depthwise(module: nn.Module) -> bool:
     )
 
 
+def input_channels(module: nn.Module) -> int:
+    """Return how many channels a linear layer or a convolution reads; else 0."""
+    kinds = {nn.Linear: "in_features", _ConvNd: "in_channels"}
+    names = [name for kind, name in kinds.items() if isinstance(module, kind)]
+    return int(getattr(module, names[0])) if names else 0
+
+
+def has_one_slope(module: Any) -> bool:
+    """Tell whether a module is a PReLU with one slope for all channels."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+
+
 def reason_to_stay_whole(module: Any, out: bool) -> str | None:
     """Return why a module cannot be made smaller exactly; None if it can."""
     if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
@@ -126,7 +138,7 @@ def tensors(module: nn.Module, out: bool) -> Iterator[tuple[str, int]]:
         yield "weight", int(out == has_columns(module))
         if out and module.bias is not None:
             yield "bias", 0
-    elif not (isinstance(module, nn.PReLU) and module.num_parameters == 1):
+    elif not has_one_slope(module):
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name, None) is not None:
                 yield name, 0

@@ -62,6 +62,25 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def after_closure(step: tuple[Any, Any], call: Callable[[], None]) -> Any:
+    """Return the arguments of a step, of which a closure then ends with a call.
+
+    `step` has the positional arguments, the optimizer first, and those by name. It is
+    None where there is no closure.
+    """
+    args, kwargs = step
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+
+    def called() -> Any:
+        loss = closure()
+        call()
+        return loss
+
+    return args[:1], {**kwargs, "closure": called}
+
+
 class Gradients:
     """What `gradients_of` saw: a float32 array per parameter, in the model's order."""
 
@@ -112,17 +131,11 @@ def gradients_of(shapes: Sequence[tuple[int, ...]]) -> Iterator[Gradients]:
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if _shapes_of(optimizer) != list(shapes):
             return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        # The gradients are there once the closure has run.
+        step = after_closure((args, kwargs), lambda: seen.take(optimizer))
+        if step is None:
             seen.take(optimizer)
-            return None
-
-        def still() -> Any:  # the gradients are there once the closure has run
-            loss = closure()
-            seen.take(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": still}
+        return step
 
     with steps(before=before_step):
         yield seen

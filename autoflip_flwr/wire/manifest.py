@@ -109,6 +109,9 @@ class Manifest:
         never pruned; `ties` are second names of tied weights -> the first. A rule for
         one of its names is one for the weight. An unknown name, nothing to prune, or
         different values under the names of a weight, is a SettingsError.
+
+        BatchNorm's buffers are told by their names, or, where names are numbers, by the
+        count of batches that stands behind them.
         """
         ties = {n: first for n, first in ties.items() if {n, first} <= set(arrays)}
         for name, first in ties.items():
@@ -123,6 +126,7 @@ class Manifest:
             raise SettingsError(
                 f"unknown prunable parameters {unknown}; known: {list(arrays)}"
             )
+        statistics = _numbered_statistics(arrays)
         patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         idle = [p for p in patterns if not any(_matches(n, [p]) for n in arrays)]
         if idle:
@@ -137,6 +141,7 @@ class Manifest:
             names = [name, *(n for n, first in ties.items() if first == name)]
             floating = np.issubdtype(values.dtype, np.floating)
             trains = floating and not _matches(name, BUFFER_PATTERNS)
+            trains = trains and name not in statistics
             if trainable is not None:
                 trains = not trainable.isdisjoint(names)
             prunes = trains and floating and values.size > 0
@@ -216,6 +221,22 @@ class Manifest:
         except (zlib.error, ValueError, TypeError, RecursionError) as error:
             raise WireError(f"manifest: {error}") from error
         return cls(entries)
+
+
+def _numbered_statistics(arrays: Params) -> set[str]:
+    """Return the means and variances of BatchNorms whose names are numbers.
+
+    In a ``state_dict`` they stand before a count of batches, an integer alone.
+    """
+    names = list(arrays)
+    found: set[str] = set()
+    for mean, variance, count in zip(names, names[1:], names[2:], strict=False):
+        shape = arrays[mean].shape
+        of_channels = len(shape) == 1 and arrays[variance].shape == shape
+        is_count = arrays[count].shape == () and arrays[count].dtype.kind in "iu"
+        if count.isdecimal() and is_count and of_channels:
+            found |= {mean, variance}
+    return found
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
