@@ -12,6 +12,7 @@ from torch.nn import functional
 from autoflip_flwr import units
 from autoflip_flwr.app import models
 from autoflip_flwr.method.mask import from_scores
+from autoflip_flwr.units import recurrent
 from autoflip_flwr.units.enforce import enforce
 
 OURS = {
@@ -117,7 +118,8 @@ def check(name: str, source: str, optimizer: str, device: str = "cpu") -> None:
     small = units.compact(model, masks, x[:1])
     size = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() for p in small.parameters()) < 0.7 * size
-    whole = copy.deepcopy(model).cpu().to(device)  # cuDNN wants its weights together
+    whole = copy.deepcopy(model)
+    recurrent.flatten(whole)
     kept = units.kept_indices(small)
     with enforce(whole, masks), enforce(small, units.small_masks(small, masks)):
         expected = take_steps(whole, x, classes, optimizer, steps)

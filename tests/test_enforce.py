@@ -124,6 +124,21 @@ def test_a_closure_that_is_evaluated_at_several_points_finds_the_masked_optimum(
     assert not got[~kept].any()
 
 
+def test_the_arguments_of_a_step_arrive_as_they_were_given():
+    class Told(torch.optim.SGD):
+        def step(self, loss, scale=1):
+            self.told = loss, scale
+
+    model = network()
+    optimizer = Told(model.parameters(), 0.1)
+    with enforce(model, masks_of(model)):
+        optimizer.step(0.5, 3)
+        assert optimizer.told == (0.5, 3)
+        optimizer.step(lambda: 0.25, scale=2)
+        closure, scale = optimizer.told
+        assert (closure(), scale) == (0.25, 2)
+
+
 def test_a_pruned_weight_that_overflowed_is_zero_again():
     model = nn.Linear(2, 1, bias=False)
     keep = np.array([[True, False]])

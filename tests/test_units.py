@@ -560,6 +560,7 @@ def test_a_branch_of_training_alone_is_seen():
 
     traced = units.trace(Auxiliary(), BLANK)
     assert [group.name for group in traced.groups] == ["second"]
+    assert "no sample reaches" not in traced.whole["first"], "training reaches it"
     assert_exact(Auxiliary(), IMAGE, share=0.1)
 
 

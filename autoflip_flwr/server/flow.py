@@ -109,27 +109,15 @@ class Flow(ABC, Generic[S]):
         sampled, (like, *_) = zip(*requests, strict=True)
         own = dict(reversed(requests))
 
-        def told(content: RecordDict) -> dict[str, Any]:
-            key, _ = self._model_of(content)
-            return {name: each for name, each in content.items() if name != key}
-
         def send(
             arrays: ArrayRecord, entries: Mapping[str, Any], nodes: Sequence[int]
         ) -> Iterator[tuple[int, Answer | str]]:
-            def asked(content: RecordDict) -> RecordDict:
+            contents = [RecordDict(dict(own.get(node_id, like))) for node_id in nodes]
+            for content in contents:
                 array_key, several = self._model_of(content)
                 config_key, config = records.only_config(content)
-                made = RecordDict(dict(content))
-                made[array_key] = arrays
-                made[config_key] = ConfigRecord({**config, **entries, **several})
-                return made
-
-            shared, usual = asked(like), told(like)
-            contents = [
-                shared if told(each) == usual else asked(each)
-                for each in (own.get(node_id, like) for node_id in nodes)
-            ]
-            for content in contents:
+                content[array_key] = arrays
+                content[config_key] = ConfigRecord({**config, **entries, **several})
                 self._count("explore", "down", content)
             for node_id, reply in ask(list(zip(nodes, contents, strict=True))):
                 if isinstance(reply, str):

@@ -146,6 +146,8 @@ class Wrapper(Flow[S]):
         if store is None:
             store = Path(tempfile.mkdtemp("-autoflip"))
             weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
+        if model is not None:
+            _check_shapes(model)
         self.model, self._example_inputs = model, example_inputs
         self.traffic = Traffic()
         self.pruner = AutoFlipPruner() if pruner is None else pruner
@@ -327,12 +329,15 @@ class Wrapper(Flow[S]):
             )
 
 
-def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    if lazy := [n for n, p in model.named_parameters() if is_lazy(p)]:
+def _check_shapes(model: nn.Module) -> None:
+    if lazy := [n for n, value in model.state_dict().items() if is_lazy(value)]:
         raise ModelError(
             f"{type(model).__name__}: expected parameters with shapes, got lazy ones "
             f"({', '.join(lazy)}); run the model once on a sample before"
         )
+
+
+def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     arrays = {n: v for n, v in model.state_dict().items() if hasattr(v, "shape")}
     return {name: tuple(value.shape) for name, value in arrays.items()}
 

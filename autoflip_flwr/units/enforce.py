@@ -42,7 +42,8 @@ def enforce(model: nn.Module, masks: Masks) -> Iterator[nn.Module]:
     Names are those of ``model.named_parameters()``, or see `resolve`. The cost is one
     pass over the parameters per step, and a copy of the mask in the parameters' size.
     Gradients stay those of the dense model: where a norm over all gradients matters
-    (clipping), pruned entries still count in it. Gradients of single samples, which
+    (clipping), pruned entries still count in it. But a closure that a step evaluates
+    ends with zeros there, which is one pass more. Gradients of single samples, which
     Opacus clips, are zero in pruned entries from the second step on.
     """
     pruned = _pruned(model, masks)
@@ -126,12 +127,12 @@ def _zeroed_by_steps(pruned: Mapping[nn.Parameter, "_Pruned | None"]) -> Iterato
     """
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        def still() -> None:
+        def clear_gradients() -> None:
             for parameter in parameters_of(optimizer):
                 if each := pruned.get(parameter):
                     each.zero_gradient()
 
-        return after_closure((args, kwargs), still)
+        return after_closure((args, kwargs), clear_gradients)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
         for parameter in parameters_of(optimizer):
@@ -195,7 +196,7 @@ class _Pruned:
         """Clear the gradient of pruned entries; a sparse one stays."""
         gradient = self.parameter.grad
         if gradient is not None and gradient.layout == torch.strided:
-            self._clear(gradient)
+            self._clear(gradient.detach())
 
     def _clear(self, data: torch.Tensor) -> None:
         kind = _INTEGERS[data.element_size()]

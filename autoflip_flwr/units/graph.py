@@ -105,7 +105,8 @@ class _Tracer:
             if layers.is_conv1d(module):
                 self._model.set_submodule(path, layers.Transposed(module))
         for path, module in list(self._model.named_modules(remove_duplicate=False)):
-            if layers.has_one_slope(module):  # the graph wants a number of channels
+            if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+                # To the graph a PReLU has a number of channels.
                 self._model.set_submodule(path, nn.LeakyReLU())
         self._paths: dict[nn.Module, str] = {
             module: path for path, module in self._model.named_modules()
@@ -118,7 +119,6 @@ class _Tracer:
         for path in self._heads:
             _cut(self._model.get_submodule(path))
         self._graph = self._build(example_inputs)
-        self._unseen = self._readers_unseen()
 
     def _build(self, example_inputs: ExampleInputs) -> Any:
         # Imported here, since only a trace needs it, and without timm: that takes
@@ -140,22 +140,6 @@ class _Tracer:
             )
         _keep_channels_of_rows(graph)
         return graph
-
-    def _readers_unseen(self) -> dict[str, int]:
-        """Return the layers that the example inputs do not reach, by input channels."""
-        attentions = (
-            set(module.modules())
-            for module in self._paths
-            if isinstance(module, nn.MultiheadAttention)
-        )
-        known = set(self._graph.module2node).union(*attentions)
-        return {
-            path: width
-            for module, path in self._paths.items()
-            if module not in known
-            and path not in self._projections
-            and (width := layers.input_channels(module))
-        }
 
     def _uses(self) -> dict[str, float]:
         """Return the multiply-accumulates per entry of each weight."""
@@ -212,14 +196,9 @@ class _Tracer:
         if module not in self._graph.module2node:
             self._whole[path] = "the outputs do not depend on it"
             return
-        channels = pruner.get_out_channels(module)
-        free = self._free(path, module, channels)
+        free = self._free(path, module, pruner.get_out_channels(module))
         if not len(free):
             return
-        for reader, width in self._unseen.items():
-            if width % channels == 0:  # it may read them, of several places each
-                self._whole[path] = f"{reader}, which no sample reaches, may read it"
-                return
         coupled = self._graph.get_pruning_group(
             module, pruner.prune_out_channels, free.tolist()
         )

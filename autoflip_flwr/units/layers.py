@@ -101,15 +101,14 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def input_channels(module: nn.Module) -> int:
-    """Return how many channels a linear layer or a convolution reads; else 0."""
-    kinds = {nn.Linear: "in_features", _ConvNd: "in_channels"}
-    names = [name for kind, name in kinds.items() if isinstance(module, kind)]
-    return int(getattr(module, names[0])) if names else 0
-
-
-def has_one_slope(module: Any) -> bool:
-    """Tell whether a module is a PReLU with one slope for all channels."""
-    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+    """Return how many channels a layer with weights reads; 0 for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, _ConvNd):
+        return module.in_channels
+    own = [p for p in module.parameters(recurse=False) if p.ndim == 1]
+    is_norm = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm)
+    return own[0].numel() if is_norm and own else 0
 
 
 def reason_to_stay_whole(module: Any, out: bool) -> str | None:
@@ -138,7 +137,7 @@ def tensors(module: nn.Module, out: bool) -> Iterator[tuple[str, int]]:
         yield "weight", int(out == has_columns(module))
         if out and module.bias is not None:
             yield "bias", 0
-    elif not has_one_slope(module):
+    else:
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name, None) is not None:
                 yield name, 0

@@ -70,7 +70,7 @@ def after_closure(step: tuple[Any, Any], call: Callable[[], None]) -> Any:
     """
     args, kwargs = step
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
+    if not callable(closure):  # an optimizer may take something else there
         return None
 
     def called() -> Any:
@@ -78,7 +78,9 @@ def after_closure(step: tuple[Any, Any], call: Callable[[], None]) -> Any:
         call()
         return loss
 
-    return args[:1], {**kwargs, "closure": called}
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": called}
+    return (args[0], called, *args[2:]), kwargs
 
 
 class Gradients:

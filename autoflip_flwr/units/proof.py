@@ -5,7 +5,7 @@ The dependency graph guesses at operations it does not know; this finds wrong gu
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from autoflip_flwr.errors import ModelError
 from autoflip_flwr.method.structured import Cluster, Group, Keep, Units
-from autoflip_flwr.units import enforce, recurrent
+from autoflip_flwr.units import attention, enforce, layers, recurrent
 from autoflip_flwr.units.inputs import (
     ExampleInputs,
     arguments,
@@ -23,6 +23,7 @@ from autoflip_flwr.units.inputs import (
     mapped,
     tensors_of,
 )
+from autoflip_flwr.units.layers import join
 from autoflip_flwr.units.surgery import shrink, twin
 
 _log = logging.getLogger("flwr")
@@ -44,16 +45,33 @@ def prove(model: nn.Module, example_inputs: ExampleInputs, units: Units) -> Unit
     """
     if not units.groups:
         return units
+    trial = _Trial(model, example_inputs)
+    unseen = _for_readers(trial.uncalled, units.groups)
+    units = units.without(unseen)
     reasons = {
         group.name: f"the graph cannot follow its channels: {reason}"
-        for groups, reason in _Trial(model, example_inputs).failing(
-            units, units.clusters()
-        )
+        for groups, reason in trial.failing(units, units.clusters())
         for group in groups
     }
-    if reasons:
-        _log.warning("left whole: %s", reasons)
+    if reasons or unseen:
+        _log.warning("left whole: %s", unseen | reasons)
     return units.without(reasons)
+
+
+def _for_readers(readers: Mapping[str, int], groups: Iterable[Group]) -> dict[str, str]:
+    """Return the groups that layers may read of which a trial tells nothing, and why.
+
+    They are as wide as a reader's input, or, if none is, of a width that divides it:
+    several places of each channel may be read.
+    """
+    widths = {group.name: group.size * group.width for group in groups}
+    found: dict[str, str] = {}
+    for reader, width in readers.items():
+        equal = [name for name, own in widths.items() if own == width]
+        parts = [name for name, own in widths.items() if width % own == 0]
+        for name in equal or parts:
+            found[name] = f"{reader}, which no sample reaches, may read it"
+    return found
 
 
 class _Trial:
@@ -66,6 +84,7 @@ class _Trial:
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         self._model = model
         given = arguments(example_inputs, like=model)
+        self._called: set[str] = set()  # paths of modules
         for dtype, samples in itertools.product(_TOLERANCES, (_SAMPLES, 1)):
             self._dtype, self._inputs = dtype, _noise(given, dtype, samples)
             trial = _randomized(model, dtype)
@@ -78,12 +97,41 @@ class _Trial:
         )
 
     def _runs(self, trial: nn.Module, mode: bool) -> bool:
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda *_, path=path: self._called.add(path)
+            )
+            for path, module in trial.named_modules()
+        ]
         try:
             self._outputs(trial, mode)
         except Exception as error:  # whatever the model's own code raises
             self._reason = first_line(error)
             return False
+        finally:
+            for hook in hooks:
+                hook.remove()
         return True
+
+    @property
+    def uncalled(self) -> dict[str, int]:
+        """The layers that ran in no mode, with the number of channels that they read.
+
+        Without those of attention, whose weights functions use.
+        """
+        heads = attention.find(self._model).values()
+        used = set().union(*(each.projections for each in heads)) | {
+            join(path, inner)
+            for path, module in self._model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for inner, _ in module.named_modules()
+        }
+        return {
+            path: width
+            for path, module in self._model.named_modules()
+            if path not in self._called | used
+            and (width := layers.input_channels(module))
+        }
 
     def failing(
         self, units: Units, clusters: Sequence[Cluster]

@@ -203,4 +203,3 @@ def _resize(
         module.input_size = own["weight_ih_l0"].shape[1]
         if not module.proj_size:  # else it keeps all its hidden units
             module.hidden_size = own["weight_hh_l0"].shape[1]
-        module.flatten_parameters()
